@@ -1,0 +1,126 @@
+"""The typed configuration: every key, its type, and the values that make sense. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from data.datasets import DATASETS
+from data.splits import check_sizes
+
+
+class ConfigError(Exception):
+    """An unusable configuration; the message names the key, the value and what is allowed."""
+
+
+class Binarization(Enum):
+    dynamic = "dynamic"
+    threshold = "threshold"
+    none = "none"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def _at_least(minimum: int, **values: int) -> None:
+    for key, value in values.items():
+        if value < minimum:
+            raise ValueError(f"{key.replace('__', '.')} must be >= {minimum}, got {value}")
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING  # a key of data.datasets.DATASETS
+    root: str = MISSING  # where files are kept, torchvision's layout
+    num_labelled: int = MISSING  # balanced over classes
+    num_validation: int = MISSING
+    split_seed: int = 0  # draws the split, and nothing else
+    labelled_in_unlabelled: bool = True  # labelled images are also seen without their labels
+    binarization: Binarization = Binarization.dynamic
+
+    def __post_init__(self) -> None:
+        if self.name not in DATASETS:
+            raise ValueError(f"data.name must be one of {', '.join(DATASETS)}, got {self.name}")
+        facts = DATASETS[self.name]
+        check_sizes(facts.train_images, facts.num_classes, self.num_labelled, self.num_validation)
+        _at_least(0, data__split_seed=self.split_seed)
+        if not self.labelled_in_unlabelled and self.num_labelled + self.num_validation == facts.train_images:
+            raise ValueError(
+                "data.labelled_in_unlabelled must be true when no other training image is left, got false"
+            )
+
+
+@dataclass
+class ObjectiveConfig:
+    labelled: float = 1.0
+    unlabelled: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("labelled", "unlabelled", "alpha"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"objective.{key} must be >= 0 and finite, got {value}")
+        if self.labelled == self.unlabelled == self.alpha == 0:
+            raise ValueError("objective.alpha must be > 0 when the other weights are 0, got 0.0")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1
+    batch_size_labelled: int = 1
+    batch_size_unlabelled: int = 1
+    log_every: int = 1
+    validate_every: int = 1
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            _at_least(1, **{f"train__{key}": value})
+
+
+@dataclass
+class EvaluationConfig:
+    batch_size: int = 1
+    importance_samples: int = 1  # draws of z per class in the estimate of log p(x)
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            _at_least(1, **{f"evaluation__{key}": value})
+
+
+@dataclass
+class Config:
+    """`model`, `estimator` and `optimizer` name their class in `_target_`, so that any importable one can be used."""
+
+    data: DataConfig = MISSING
+    model: Any = MISSING
+    estimator: Any = MISSING
+    optimizer: Any = MISSING
+    objective: ObjectiveConfig = MISSING
+    train: TrainConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    seed: int = 0
+    device: Device = Device.auto
+    precision: Precision = Precision.auto
+    resume: str | None = None  # a run folder to go on with
+
+    def __post_init__(self) -> None:
+        _at_least(0, seed=self.seed)
+
+
+ConfigStore.instance().store(name="schema", node=Config)

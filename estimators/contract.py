@@ -1,0 +1,66 @@
+"""The contract that every gradient estimator keeps.
+
+    estimator(f, logits, step=..., context=..., generator=...) -> Estimate
+
+`f` maps class vectors y [S, B, K] to costs [S, B]; it is deterministic in y and does not close over `logits`.
+The estimator estimates E_{q(y|x)}[f(y)] and its gradient, for q(y|x) = Categorical(logits).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from estimators.relaxations import log_probabilities
+
+CostFunction = Callable[[Tensor], Tensor]
+Schedule = Callable[[int], float]
+
+
+@dataclass
+class Estimate:
+    """What an estimator returns for a minibatch of B images.
+
+    value      [B]  estimates E_q[f] as a number; its gradient is the estimator's gradient
+    kl         [B]  KL(q(y|x) || p(y)), p(y) uniform, in nats per image
+    auxiliary  []   a loss for the estimator's own parameters alone
+    metrics         scalars to log; `evaluations`, the calls of f per image, is always there
+    """
+
+    value: Tensor
+    kl: Tensor
+    auxiliary: Tensor
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class Estimator(nn.Module):
+    """A gradient estimator: parameters and buffers are its own state, and travel in checkpoints."""
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        """Estimates E_q[f] for q = Categorical(logits [B, K]); `context` [B, ...] is the images.
+
+        `generator` is the only source of randomness; `step` drives schedules.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward(f, logits, *, step, context, generator)")
+
+
+def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
+    """`value` as a number, with the gradients of both `value` and `surrogate`."""
+    return value + (surrogate - surrogate.detach())
+
+
+def categorical_kl(logits: Tensor) -> Tensor:
+    """KL(q(y|x) || uniform) = log K - H(q(y|x)) [B], in nats, from logits [B, K]."""
+    return math.log(logits.shape[-1]) - entropy(logits)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H(q) = -sum_k q_k log q_k [B] in nats, from logits [B, K]; 0 log 0 = 0."""
+    log_q = log_probabilities(logits)
+    return -(log_q.exp() * log_q).sum(dim=-1)

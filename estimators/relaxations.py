@@ -1,0 +1,75 @@
+"""Samplers and densities of the categorical distribution and its relaxations, as pure functions.
+
+Logits need not be normalised. All noise is drawn in float32, whatever the precision around it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
+LOG_ZERO = -1e6  # stands for log 0: far below any log-probability of use, and finite after division by tau
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Normalised log-probabilities [..., K] in float32, finite also for classes of probability zero."""
+    return torch.log_softmax(logits.float(), dim=-1).clamp(min=LOG_ZERO)
+
+
+def gumbel(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise g = -log(E), E ~ Exponential(1), always finite, on the generator's device."""
+    exponential = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    return -exponential.clamp(min=TINY).log()
+
+
+def one_hot(index: Tensor, num_classes: int) -> Tensor:
+    """One-hot float vectors [..., K] of class indices [...]."""
+    return torch.zeros(*index.shape, num_classes, device=index.device).scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
+def gumbel_max(logits: Tensor, gumbels: Tensor) -> Tensor:
+    """Exact categorical draws y = one_hot(argmax_k(log pi_k + g_k)) [..., K] (Jang et al. 2017, eq. 1)."""
+    return one_hot((logits + gumbels).argmax(dim=-1), logits.shape[-1])
+
+
+def gumbel_softmax(logits: Tensor, gumbels: Tensor, temperature: float) -> Tensor:
+    """Relaxed draws y_k = softmax_k((log pi_k + g_k) / tau) [..., K] (Jang et al. 2017, eq. 2).
+
+    P(argmax y = k) = pi_k at every temperature.
+    """
+    return concrete_log_sample(logits, gumbels, temperature).exp()
+
+
+def concrete_log_sample(logits: Tensor, gumbels: Tensor, temperature: float) -> Tensor:
+    """log y of a relaxed draw, y ~ Concrete(pi, tau) [..., K]: ExpConcrete (Maddison et al. 2017, C.3, eq. 25)."""
+    return torch.log_softmax((log_probabilities(logits) + gumbels) / temperature, dim=-1)
+
+
+def straight_through(soft: Tensor) -> Tensor:
+    """one_hot(argmax soft) forward, the gradient of `soft` backward (Jang et al. 2017, section 2.2)."""
+    hard = one_hot(soft.argmax(dim=-1), soft.shape[-1])
+    return hard + (soft - soft.detach())
+
+
+def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """log density of log y under ExpConcrete(pi, tau) (Maddison et al. 2017, C.3, eq. 26), [...] from [..., K]:
+
+    log (K-1)! + (K-1) log tau + sum_k s_k - K logsumexp_k s_k,  s_k = log pi_k - tau log y_k.
+
+    The density is with respect to the K - 1 free coordinates of log y on {logsumexp log y = 0}.
+    """
+    num_classes = logits.shape[-1]
+    score = log_probabilities(logits) - temperature * log_y
+    return (
+        math.lgamma(num_classes)
+        + (num_classes - 1) * math.log(temperature)
+        + (score - score.logsumexp(dim=-1, keepdim=True)).sum(dim=-1)
+    )
+
+
+def concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """log density of y itself under Concrete(pi, tau) on the simplex (Maddison et al. 2017, eq. 10), at log y."""
+    return exp_concrete_log_density(log_y, logits, temperature) - log_y.sum(dim=-1)

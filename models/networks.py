@@ -1,0 +1,291 @@
+"""The three networks, convolutional and fully connected.
+
+Whatever depends on x alone is computed once per image: an inference network first turns x into features [B, H], then
+features and class vectors y [S, B, K] into a Gaussian over z; so the classes of one image share its features. A linear
+layer over (features, y) or (y, z) is the sum of two linear layers, which is how classes and samples share work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ScaleFunction = Literal["softplus", "exp"]
+MINIMUM_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Channels and sides of an image, in pixels."""
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return self.channels * self.height * self.width
+
+
+class Dropout(nn.Module):
+    """Inverted dropout whose mask comes from the generator that it is given; without one it is the identity."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {probability}")
+        self.probability = probability
+
+    def forward(self, input: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or self.probability == 0:
+            return input
+        keep = 1 - self.probability
+        mask = torch.empty(input.shape, device=input.device, dtype=input.dtype)
+        return input * mask.bernoulli_(keep, generator=generator).div_(keep)
+
+
+def joined_linear(first: int, num_classes: int, out: int) -> tuple[nn.Linear, nn.Linear]:
+    """A linear layer over the concatenation of `first` inputs and a class vector, as two layers to be added.
+
+    Initialised as the one layer would be: with a scale of its own, y would outweigh the rest from the start, and the
+    bounds of the classes differ by tens of nats before the classifier has learned anything.
+    """
+    layers = nn.Linear(first, out), nn.Linear(num_classes, out, bias=False)
+    limit = (first + num_classes) ** -0.5
+    for parameter in (layers[0].weight, layers[0].bias, layers[1].weight):
+        nn.init.uniform_(parameter, -limit, limit)
+    return layers
+
+
+class GaussianHead(nn.Module):
+    """q(z|x,y) from the hidden layer [S, B, H]: loc and scale, each [S, B, Z]."""
+
+    def __init__(self, features: int, latent_size: int, scale: ScaleFunction) -> None:
+        super().__init__()
+        self.parameters_of_z = nn.Linear(features, 2 * latent_size)
+        self.scale = scale
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        loc, raw_scale = self.parameters_of_z(hidden).float().chunk(2, dim=-1)
+        scale = F.softplus(raw_scale) if self.scale == "softplus" else raw_scale.exp()
+        return loc, scale + MINIMUM_SCALE
+
+
+class MLPClassifier(nn.Module):
+    """q(y|x): logits [B, K] from images [B, C, H, W]."""
+
+    def __init__(self, shape: ImageShape, num_classes: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(shape.size, hidden)
+        self.dropout = Dropout(dropout)
+        self.logits = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        hidden = F.relu(self.hidden(x.flatten(1)))
+        return self.logits(self.dropout(hidden, generator)).float()
+
+
+class MLPInference(nn.Module):
+    """q(z|x,y): one hidden layer over (x, y)."""
+
+    def __init__(
+        self, shape: ImageShape, num_classes: int, latent_size: int, hidden: int, scale: ScaleFunction
+    ) -> None:
+        super().__init__()
+        self.from_image, self.from_class = joined_linear(shape.size, num_classes, hidden)
+        self.head = GaussianHead(hidden, latent_size, scale)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.from_image(x.flatten(1))
+
+    def forward(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(F.relu(features + self.from_class(y)))
+
+
+class MLPGenerator(nn.Module):
+    """p(x|y,z): Bernoulli logits [S, B, D] from y [S, B, K] and z [S, B, Z], one hidden layer."""
+
+    def __init__(self, shape: ImageShape, num_classes: int, latent_size: int, hidden: int) -> None:
+        super().__init__()
+        self.from_latent, self.from_class = joined_linear(latent_size, num_classes, hidden)
+        self.pixels = nn.Linear(hidden, shape.size)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.pixels(F.relu(self.from_class(y) + self.from_latent(z)))
+
+
+def _halved(side: int) -> int:
+    return (side + 1) // 2
+
+
+class ConvTrunk(nn.Module):
+    """Three convolutional layers, [B, C, H, W] -> [B, F]; the first two halve the sides."""
+
+    def __init__(self, shape: ImageShape, channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(shape.channels, channels, 5, stride=2, padding=2),
+                nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+                nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
+            ]
+        )
+        self.dropout = Dropout(dropout)
+        self.size = 2 * channels * _halved(_halved(shape.height)) * _halved(_halved(shape.width))
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        hidden = x
+        for layer in self.layers:
+            hidden = self.dropout(F.relu(layer(hidden)), generator)
+        return hidden.flatten(1)
+
+
+class ConvClassifier(nn.Module):
+    """q(y|x): logits [B, K] from images [B, C, H, W], three convolutional layers (Jang et al. 2017, section 4.3)."""
+
+    def __init__(
+        self, shape: ImageShape, num_classes: int, channels: int, hidden: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.trunk = ConvTrunk(shape, channels)
+        self.hidden = nn.Linear(self.trunk.size, hidden)
+        self.dropout = Dropout(dropout)
+        self.logits = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        features = self.dropout(self.trunk(x), generator)
+        hidden = self.dropout(F.relu(self.hidden(features)), generator)
+        return self.logits(hidden).float()
+
+
+class ConvInference(nn.Module):
+    """q(z|x,y): three convolutional layers over x, then y joins (Jang et al. 2017, section 4.3)."""
+
+    def __init__(
+        self,
+        shape: ImageShape,
+        num_classes: int,
+        latent_size: int,
+        channels: int,
+        hidden: int,
+        scale: ScaleFunction,
+    ) -> None:
+        super().__init__()
+        self.trunk = ConvTrunk(shape, channels)
+        self.from_image, self.from_class = joined_linear(self.trunk.size, num_classes, hidden)
+        self.head = GaussianHead(hidden, latent_size, scale)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.from_image(self.trunk(x))
+
+    def forward(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(F.relu(features + self.from_class(y)))
+
+
+class ConvGenerator(nn.Module):
+    """p(x|y,z): Bernoulli logits [S, B, D], four transposed convolutions (Jang et al. 2017, section 4.3).
+
+    The first one, from 1 x 1 to a quarter of the image's sides, is written as the linear layer that it is.
+    """
+
+    def __init__(self, shape: ImageShape, num_classes: int, latent_size: int, channels: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.grid = (2 * channels, _halved(_halved(shape.height)), _halved(_halved(shape.width)))
+        size = 2 * channels * self.grid[1] * self.grid[2]
+        self.from_latent, self.from_class = joined_linear(latent_size, num_classes, size)
+        self.layers = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(2 * channels, 2 * channels, 3, padding=1),
+                nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
+                nn.ConvTranspose2d(channels, shape.channels, 4, stride=2, padding=1),
+            ]
+        )
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        samples, batch, _ = z.shape
+        channels, height, width = self.grid
+        hidden = (self.from_class(y) + self.from_latent(z)).view(samples * batch, height, width, channels)
+        hidden = hidden.permute(0, 3, 1, 2)  # channels last in memory, which convolutions are faster on
+        for layer in self.layers:
+            hidden = layer(F.relu(hidden))
+        pixels = hidden[:, :, : self.shape.height, : self.shape.width]
+        return pixels.reshape(samples, batch, self.shape.size)
+
+
+@dataclass
+class Networks:
+    """The three networks of a semi-supervised VAE, the number of classes and the size of z.
+
+    classifier(x, generator)          logits [B, K]; dropout only where a random generator is given
+    inference.features(x)             [B, H], once an image
+    inference(features, y)            loc and scale [S, B, Z]
+    generator(y, z)                   Bernoulli logits [S, B, D]
+    """
+
+    classifier: nn.Module
+    inference: nn.Module
+    generator: nn.Module
+    num_classes: int
+    latent_size: int
+
+
+NetworkBuilder = Callable[[ImageShape, int], Networks]
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+def mlp(
+    shape: ImageShape,
+    num_classes: int,
+    *,
+    latent_size: int,
+    hidden: int,
+    dropout: float,
+    scale: ScaleFunction,
+) -> Networks:
+    """The M2 model of Kingma et al. 2014: one hidden layer in each network.
+
+    Raises ValueError for sizes below 1 and dropout outside [0, 1).
+    """
+    _check_positive(latent_size=latent_size, hidden=hidden)
+    return Networks(
+        MLPClassifier(shape, num_classes, hidden, dropout),
+        MLPInference(shape, num_classes, latent_size, hidden, scale),
+        MLPGenerator(shape, num_classes, latent_size, hidden),
+        num_classes,
+        latent_size,
+    )
+
+
+def conv(
+    shape: ImageShape,
+    num_classes: int,
+    *,
+    latent_size: int,
+    channels: int,
+    hidden: int,
+    dropout: float,
+    scale: ScaleFunction,
+) -> Networks:
+    """The networks of Jang et al. 2017, section 4.3: `channels` at half resolution, twice as many at a quarter.
+
+    Raises ValueError for sizes below 1 and dropout outside [0, 1).
+    """
+    _check_positive(latent_size=latent_size, channels=channels, hidden=hidden)
+    return Networks(
+        ConvClassifier(shape, num_classes, channels, hidden, dropout),
+        ConvInference(shape, num_classes, latent_size, channels, hidden, scale),
+        ConvGenerator(shape, num_classes, latent_size, channels),
+        num_classes,
+        latent_size,
+    )

@@ -1,0 +1,131 @@
+"""Trains a semi-supervised VAE. `uv run train.py --help` lists the choices; README.md explains them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.check import explain, refuse, typed
+from configs.resume import resume_arguments
+from configs.schema import ConfigError
+from data.datasets import DataError
+
+if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
+    from training.report import Report
+    from training.run import Run
+
+log = logging.getLogger("catvae")
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)
+
+
+def train(run: Run, report: Report, folder: Path) -> int:
+    """Trains from the run's step to its last; returns 0, or 128 + the number of the signal that stopped it."""
+    from data.randomness import keyed_generator
+    from models.objective import objective
+    from training.divergence import FiniteGuard
+    from training.interruption import Interruption
+
+    settings = run.config.train
+    guard = FiniteGuard(run.optimizer, run.device)
+    with Interruption() as interruption:
+        for step in range(run.step, settings.steps):
+            generator = keyed_generator(run.device, run.config.seed, "step", step)
+            batch = run.batches(step, generator)
+            with run.autocast():
+                result = objective(run.model, run.estimator, run.weights, *batch, step=step, generator=generator)
+            run.optimizer.zero_grad(set_to_none=True)
+            result.loss.backward()
+            guard.before_update(step, result.terms, run.parameters)
+            run.optimizer.step()
+            run.step = done = step + 1
+            report.add(result)
+
+            last = done == settings.steps
+            if done % settings.log_every == 0 or last:
+                guard.raise_if_diverged()
+                report.log_step(done)
+            if done % settings.validate_every == 0 or last:
+                with report.paused():
+                    report.validation(done, run.evaluate(run.validation))
+            if done % settings.checkpoint_every == 0 or last or interruption.exit_code:
+                guard.raise_if_diverged()
+                with report.paused():
+                    run.save(folder)
+            if interruption.exit_code:
+                log.warning("stopped at step %d; go on with: uv run train.py resume=%s", done, folder)
+                return interruption.exit_code
+    return 0
+
+
+def run_job(config: DictConfig, folder: Path) -> int:
+    """One run, from its configuration to result.json; returns the exit code."""
+    from training.report import Report
+    from training.result import finish, is_finished
+    from training.run import Run
+    from training.run_folder import SPLIT, write_json
+
+    checked = typed(config)
+    if checked.resume and is_finished(folder, checked):
+        log.info("%s is finished already, and stays as it is", folder)
+        return 0
+    run = Run(checked)
+    if checked.resume:
+        run.restore_newest(folder)
+    else:
+        write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
+        run.save(folder)
+    with Report(run, folder) as report:
+        code = train(run, report, folder)
+        if code == 0:
+            finish(run, report, folder)
+    return code
+
+
+@hydra.main(version_base=None, config_path="configs", config_name="config")
+def hydra_main(config: DictConfig) -> None:
+    """Runs a job, and turns what a person can mend into one sentence and an exit code."""
+    from training.checkpoints import CheckpointError
+    from training.divergence import Diverged
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    try:
+        code = run_job(config, folder)
+    except (ConfigError, DataError, CheckpointError, Diverged) as error:
+        code = 3 if isinstance(error, Diverged) else 2
+        log.error("catvae: %s", error)
+        if in_sweep:  # the other jobs go on; the sweep's exit code tells of this one
+            failures.append(code)
+            return
+    if code:
+        sys.exit(code)
+
+
+failures: list[int] = []
+
+
+def main() -> None:
+    """The command: exit codes are 0 done, 2 unusable configuration or data, 3 diverged, 130/143 interrupted."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are explained here
+    try:
+        sys.argv[1:] = resume_arguments(sys.argv[1:])
+        hydra_main()
+    except (HydraException, OmegaConfBaseException, ConfigError) as error:
+        refuse(explain(error))
+    if failures:
+        sys.exit(max(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM finish the step in hand; a second one ends the process at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """While entered, remembers the first SIGINT or SIGTERM instead of dying of it."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Interruption:
+        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for other in SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+
+    @property
+    def exit_code(self) -> int | None:
+        """128 + the signal's number, as shells have it; None while there was none."""
+        return None if self.signal is None else 128 + self.signal

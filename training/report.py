@@ -1,0 +1,109 @@
+"""What a person sees while a run goes on: the progress bar, the log and TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from models.evaluation import Evaluation
+from models.objective import Objective
+from training.run import Run, flat, plain
+from training.tensorboard import TensorBoard
+
+log = logging.getLogger("catvae")
+
+
+class Report:
+    """Means of J's terms since the last logging step, kept on the device until they are asked for."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        self.run = run
+        self.start = run.step
+        self.board = TensorBoard(folder, run.step, flat(plain(run.config)))
+        self.sums: dict[str, Tensor] = {}
+        self.summed = 0
+        self.metrics: dict[str, Tensor | float] = {}
+        self.shown: dict[str, str] = {}
+        self.seconds = 0.0  # spent training, without evaluation and writing
+        self.logged_at = 0.0
+        self.ticking_since = time.perf_counter()
+
+    def __enter__(self) -> Report:
+        self.stack = ExitStack()
+        self.bar = self.stack.enter_context(
+            tqdm(
+                initial=self.start,
+                total=self.run.config.train.steps,
+                disable=None,  # quiet where the output is not a terminal
+                unit="step",
+                dynamic_ncols=True,
+            )
+        )
+        self.stack.enter_context(logging_redirect_tqdm())
+        self.stack.callback(self.board.close)
+        log.info("%s\n%s", self.run.describe(), self.run.describe_objective())
+        self.board.text("objective", self.run.describe_objective())
+        self.ticking_since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def add(self, result: Objective) -> None:
+        """Takes in a step's terms, without waiting for the device."""
+        for name, term in result.terms.items():
+            self.sums[name] = self.sums.get(name, 0) + term.detach()
+        self.summed += 1
+        self.metrics = result.metrics
+        self.bar.update()
+
+    def log_step(self, step: int) -> None:
+        """Writes the means since the last call."""
+        values = {f"train/{name}": (total / self.summed).item() for name, total in self.sums.items()}
+        self._count()
+        values["train/steps_per_second"] = self.summed / (self.seconds - self.logged_at)
+        values["train/learning_rate"] = self.run.optimizer.param_groups[0]["lr"]
+        for name, metric in self.metrics.items():
+            tag = "train/temperature" if name == "temperature" else f"estimator/{name}"
+            values[tag] = float(metric)
+        self.board.scalars(values, step)
+        self.shown["J"] = f"{values['train/J']:.2f}"
+        if "train/temperature" in values:
+            self.shown["temperature"] = f"{values['train/temperature']:.3f}"
+        self.bar.set_postfix(self.shown)
+        self.sums, self.summed, self.logged_at = {}, 0, self.seconds
+
+    def validation(self, step: int, measured: Evaluation) -> None:
+        values = {name: value for name, value in asdict(measured).items() if value is not None}
+        self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+        self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
+        self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
+        self.bar.set_postfix(self.shown)
+        rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
+        log.info("step %d: %s, val bound %.2f", step, rest, measured.bound)
+
+    def final(self, values: dict[str, float]) -> None:
+        self.board.scalars(values, self.run.step)
+
+    def say(self, message: str) -> None:
+        log.info(message)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the clock that steps per second are counted by."""
+        self._count()
+        yield
+        self.ticking_since = time.perf_counter()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.ticking_since
+        self.ticking_since = now

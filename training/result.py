@@ -1,0 +1,56 @@
+"""The end of a run: the one look at test data, and result.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config
+from training.report import Report
+from training.run import Run, flat, plain
+from training.run_folder import RESULT, git_commit, read_json, versions, write_json
+from training.tensorboard import HPARAM_METRICS
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether the run in `folder` has a result of at least as many steps as are asked for."""
+    path = folder / RESULT
+    return path.exists() and bool(read_json(path)["steps"] >= config.train.steps)
+
+
+def measure(run: Run, part: str) -> dict[str, float]:
+    """Evaluation on `val` or `test` under the names of result.json; only `test` has log p(x)."""
+    if part == "val":
+        evaluation = run.evaluate(run.validation)
+    else:
+        evaluation = run.evaluate(run.load_test(), run.config.evaluation.importance_samples)
+    return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
+
+
+def finish(run: Run, report: Report, folder: Path) -> None:
+    """Measures on validation and test data, writes result.json and the final TensorBoard values."""
+    measured = measure(run, "val") | measure(run, "test")
+    steps_here = run.step - report.start
+    result: dict[str, Any] = {
+        "estimator": type(run.estimator).__name__,
+        "seed": run.config.seed,
+        "split_hash": run.split.hash,
+        "steps": run.step,
+        "start_step": report.start,  # > 0 after a resume; the next two count from there
+        "seconds": report.seconds,
+        "steps_per_second": steps_here / report.seconds if report.seconds else None,
+        "device": run.device.type,
+        "precision": run.precision,
+        **measured,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "config": flat(plain(run.config)),
+    }
+    write_json(folder / RESULT, result)
+    tags = {name.replace("_", "/", 1): value for name, value in measured.items()}
+    report.final({tag: value for tag, value in tags.items() if tag.startswith("test/") or tag in HPARAM_METRICS})
+    report.say(
+        f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
+        f"log p(x) >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
+    )

@@ -1,0 +1,173 @@
+"""Everything that a run is made of, put together from its configuration."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.check import build_optimizer
+from configs.schema import Config, ConfigError
+from configs.targets import build
+from data.batches import Batches, Binarization, EvaluationData, evaluation_data, training_data
+from data.datasets import load
+from data.splits import Split, draw_split
+from models.evaluation import Evaluation, evaluate
+from models.networks import ImageShape
+from models.objective import Weights
+from models.vae import SemiSupervisedVAE
+from training import checkpoints
+
+# settings that change when a run stops or looks, and not what it computes
+FREE_TO_CHANGE = {"resume", "train.steps", "train.log_every", "train.validate_every", "train.checkpoint_every"}
+FREE_TO_CHANGE |= {"data.root", "evaluation.batch_size", "evaluation.importance_samples"}
+
+
+class Run:
+    """A run's data, model, estimator and optimizer, and the number of steps done. Raises ConfigError, DataError."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.step = 0
+        self.device = choose_device(config.device.value)
+        self.precision = choose_precision(config.precision.value, self.device)
+        source = load(config.data.name, config.data.root, "train")
+        self.split = self._draw_split(source.labels, source.num_classes)
+        shape = ImageShape(*source.images.shape[1:])
+        torch.manual_seed(config.seed)
+        with self.device:
+            self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
+            self.estimator = build(config.estimator, "estimator")
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.parameters = [*self.model.parameters(), *self.estimator.parameters()]
+        self.optimizer = build_optimizer(config, self.parameters)
+        self.weights = Weights(**asdict(config.objective))
+        self.binarization: Binarization = config.data.binarization.value
+        self.batches = Batches(
+            training_data(source, self.split, self.device),
+            batch_size_labelled=config.train.batch_size_labelled,
+            batch_size_unlabelled=config.train.batch_size_unlabelled,
+            binarization=self.binarization,
+            seed=config.seed,
+        )
+        self.validation = evaluation_data(source, self.split.validation, self.device)
+
+    def _draw_split(self, labels: Any, num_classes: int) -> Split:
+        data = self.config.data
+        return draw_split(
+            labels,
+            num_classes,
+            num_labelled=data.num_labelled,
+            num_validation=data.num_validation,
+            split_seed=data.split_seed,
+            labelled_in_unlabelled=data.labelled_in_unlabelled,
+        )
+
+    def load_test(self) -> EvaluationData:
+        """The test part; called once, when training is over."""
+        return evaluation_data(load(self.config.data.name, self.config.data.root, "test"), slice(None), self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def evaluate(self, data: EvaluationData, importance_samples: int = 0) -> Evaluation:
+        return evaluate(
+            self.model,
+            data,
+            binarization=self.binarization,
+            batch_size=self.config.evaluation.batch_size,
+            importance_samples=importance_samples,
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Writes a checkpoint that `restore` goes on from to the bit."""
+        state = {
+            "config": plain(self.config),
+            "split_hash": self.split.hash,
+            "model": self.model.state_dict(),
+            "estimator": self.estimator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            # our own draws are keyed by the step; this is for networks and estimators from outside
+            "random_state": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["random_state_cuda"] = torch.cuda.get_rng_state(self.device)
+        return checkpoints.save(folder, self.step, state)
+
+    def restore_newest(self, folder: Path) -> None:
+        """Takes up the newest checkpoint of a run folder. Raises CheckpointError, ConfigError."""
+        self.restore(checkpoints.load(folder, self.device))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up a checkpoint. Raises ConfigError if it belongs to another experiment."""
+        before, now = flat(state["config"]), flat(plain(self.config))
+        changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
+        changed = sorted(set(changed) - FREE_TO_CHANGE)
+        if changed:
+            differences = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed)
+            raise ConfigError(f"resume cannot change the experiment: {differences}; start a new run for that")
+        if state["split_hash"] != self.split.hash:
+            raise ConfigError("resume found another dataset than the run's: the split's hash differs")
+        self.model.load_state_dict(state["model"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random_state"].cpu())
+        if "random_state_cuda" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_state_cuda"].cpu(), self.device)
+        self.step = state["step"]
+
+    def describe(self) -> str:
+        """The run in a line or two, for the log."""
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        split = self.split
+        return (
+            f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
+            f"{len(split.validation)} validation images (split {split.hash[:12]}); "
+            f"{type(self.estimator).__name__}, {count:,} parameters, {self.device}, {self.precision}"
+        )
+
+    def describe_objective(self) -> str:
+        """J with its weights, and what each image weighs in it."""
+        w, labelled, unlabelled = self.weights, len(self.split.labelled), len(self.split.unlabelled)
+        return (
+            f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]; "
+            f"effective weight per image: L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, "
+            f"log q(y|x) {w.alpha / labelled:.3g}"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies in it, and fp32 elsewhere."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def plain(config: Any) -> Any:
+    """The configuration as plain dictionaries, lists and scalars."""
+    return json.loads(json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else value))
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 1, ...} from nested dictionaries."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
