@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.check import explain, refuse, typed
+from configs.check import COMPOSING_ERRORS, refuse, typed
 from configs.resume import resume_arguments
 from configs.schema import ConfigError
+from configs.wording import explain
 from data.datasets import DataError
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
@@ -26,6 +25,7 @@ if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need i
     from training.run import Run
 
 log = logging.getLogger("catvae")
+errors = logging.getLogger("catvae.errors")  # to standard error and the run's train.log
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)
 
 
@@ -104,11 +104,13 @@ def hydra_main(config: DictConfig) -> None:
         code = run_job(config, folder)
     except (ConfigError, DataError, CheckpointError, Diverged) as error:
         code = 3 if isinstance(error, Diverged) else 2
-        log.error("catvae: %s", error)
-        if in_sweep:  # the other jobs go on; the sweep's exit code tells of this one
-            failures.append(code)
-            return
-    if code:
+        errors.error("catvae: %s", error)
+    except Exception:
+        code = 1
+        errors.exception("catvae: a fault of the program")
+    if code in (1, 2, 3) and in_sweep:  # the other jobs go on; the sweep's exit code tells of this one
+        failures.append(code)
+    elif code:
         sys.exit(code)
 
 
@@ -116,13 +118,13 @@ failures: list[int] = []
 
 
 def main() -> None:
-    """The command: exit codes are 0 done, 2 unusable configuration or data, 3 diverged, 130/143 interrupted."""
+    """The command. Exit codes: 0 done, 1 a fault, 2 unusable configuration or data, 3 diverged, 130/143 interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are explained here
     try:
         sys.argv[1:] = resume_arguments(sys.argv[1:])
         hydra_main()
-    except (HydraException, OmegaConfBaseException, ConfigError) as error:
-        refuse(explain(error))
+    except (*COMPOSING_ERRORS, ConfigError) as error:  # a job's own errors do not come here
+        refuse(explain(error, sys.argv[1:]))
     if failures:
         sys.exit(max(failures))
 

@@ -2,125 +2,194 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
+import inspect
 import math
 import sys
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from configs.schema import Config, ConfigError
-from configs.targets import build, unknown_key
+from configs.targets import build
+from configs.wording import explain, keys, shown, unknown_key
+from data.datasets import DATASETS, DataError, load
+from data.splits import Indices, draw_split
+
+# what composing a configuration raises; Hydra refuses some arguments with ValueError
+COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
+
+# limits that hold for every optimizer that has the setting; torch itself lets infinity and some NaN pass
+OPTIMIZER_LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("> 0 and finite", lambda value: 0 < value < math.inf),
+    "eps": (">= 0 and finite", lambda value: 0 <= value < math.inf),
+    "weight_decay": (">= 0 and finite", lambda value: 0 <= value < math.inf),
+    "momentum": (">= 0 and finite", lambda value: 0 <= value < math.inf),
+    "betas": ("numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value)),
+}
 
 
 def typed(config: DictConfig) -> Config:
     """The composed configuration as a Config, checked key by key. Raises ConfigError."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain: Any = None
     try:
+        plain = OmegaConf.to_container(config, resolve=True)
         # merging again into the schema is what catches a misspelt key that was added with +
-        checked = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        return OmegaConf.to_object(checked)  # type: ignore[return-value]
-    except ValueError as error:
-        if isinstance(error, OmegaConfBaseException):
-            raise ConfigError(explain(error)) from error
-        raise ConfigError(str(error)) from error
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        key = str(error.full_key)
+        known = [other for other in keys(plain) if other != key]
+        value = functools.reduce(dict.__getitem__, key.split("."), plain)
+        raise ConfigError(unknown_key(f"{key}={shown(value)}", key, known)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def check(config: Config) -> None:
-    """Builds, on no data and no device, what `_target_` names, so that a bad setting is found now. Raises ConfigError."""
+    """Builds what `_target_` names and throws it away, so that a bad setting is found now. Raises ConfigError."""
     import torch
 
-    from data.datasets import DATASETS
-    from models.networks import ImageShape
+    from models.networks import ImageShape, Networks
 
     facts = DATASETS[config.data.name]
-    build(config.estimator, "estimator")
-    with torch.device("meta"):
-        build(config.model, "model", ImageShape(*facts.shape), facts.num_classes)
-    build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
-    if config.device.value == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device must be auto or cpu on this machine, got cuda: PyTorch finds no CUDA device")
+    model = build(config.model, "model", ImageShape(*facts.shape), facts.num_classes)
+    estimator = build(config.estimator, "estimator")
+    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    _check_kind(config.model, "model", model, Networks)
+    _check_kind(config.estimator, "estimator", estimator, torch.nn.Module)
+    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
+    try:
+        inspect.signature(estimator.forward).bind("f", "logits", step=0, context=None, generator=None)
+    except TypeError:
+        call = "(f, logits, *, step, context, generator)"
+        got = config.estimator["_target_"]
+        raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
+
+
+def _check_kind(node: Any, key: str, built: Any, kind: type) -> None:
+    if not isinstance(built, kind):
+        name = f"{kind.__module__}.{kind.__name__}"
+        target, made = node["_target_"], type(built).__name__
+        raise ConfigError(f"{key}._target_ must make a {name}, got {target}: it makes a {made}")
 
 
 def build_optimizer(config: Config, parameters: list[Any]) -> Any:
     """The optimizer that the configuration names, over `parameters`. Raises ConfigError."""
-    lr = config.optimizer.get("lr") if isinstance(config.optimizer, dict) else None
-    if isinstance(lr, (int, float)) and not (math.isfinite(lr) and lr > 0):
-        raise ConfigError(f"optimizer.lr must be > 0 and finite, got {lr}")
+    for name, value in config.optimizer.items() if isinstance(config.optimizer, dict) else ():
+        limit, is_within = OPTIMIZER_LIMITS.get(name, ("", lambda value: True))
+        try:
+            if not is_within(value):
+                raise ConfigError(f"optimizer.{name} must be {limit}, got {shown(value)}")
+        except TypeError:  # not a number: building the optimizer says so
+            continue
     return build(config.optimizer, "optimizer", parameters)
 
 
-def explain(error: Exception) -> str:
-    """One sentence for an error of Hydra or OmegaConf: the key, the value and what is allowed."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
-    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and key:
-        return unknown_key(key, "...", _known_keys()).replace("=...", "", 1)
-    first = str(error).strip().splitlines()
-    message = str(cause).strip().splitlines()[0]
-    if key:
-        return f"{key}: {message}"
-    return " ".join(line.strip() for line in first[:2])
+def check_machine(config: Config) -> None:
+    """Finds the device and the data, downloaded if need be. Raises ConfigError, DataError."""
+    import torch
+
+    if config.device.value == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device must be auto or cpu where PyTorch finds no CUDA device, got cuda")
+    data = config.data
+    try:
+        draw_split(
+            _labels(data.name, data.root),
+            DATASETS[data.name].num_classes,
+            num_labelled=data.num_labelled,
+            num_validation=data.num_validation,
+            split_seed=data.split_seed,
+            labelled_in_unlabelled=data.labelled_in_unlabelled,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _known_keys(node: Any = None, prefix: str = "") -> list[str]:
-    keys = []
-    for name, value in OmegaConf.structured(Config).items() if node is None else node.items():
-        key = f"{prefix}{name}"
-        keys.append(key)
-        if isinstance(value, DictConfig):
-            keys += _known_keys(value, f"{key}.")
-    return keys
+@functools.cache
+def _labels(name: str, root: str) -> Indices:
+    return load(name, root, "train").labels
 
 
 class CheckBeforeWork(Callback):
     """Exits with status 2 and one sentence if the configuration, or that of any job of a sweep, cannot be used."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _check_or_exit(config)
+        with _refusing():
+            check_machine(_check_job(config))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        for overrides in sweep_jobs(config):
-            _check_or_exit(_compose(config, overrides), f" (in the job {' '.join(overrides)})")
+        with _refusing():
+            if config.get("resume") is not None:
+                raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
+            jobs = sweep_jobs(config)
+        checked = []
+        for number, job in enumerate(jobs):
+            with _refusing(job):
+                checked.append(_check_job(_compose_job(config, number, job)))
+        if config.hydra.runtime.choices["hydra/launcher"] == "basic":  # others may run jobs on other machines
+            for job, job_config in zip(jobs, checked, strict=True):
+                with _refusing(job):
+                    check_machine(job_config)
 
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of each job of a sweep; ranges that only a search fills in are left out."""
-    texts = list(config.hydra.overrides.task)
-    params = OmegaConf.select(config, "hydra.sweeper.params")
-    texts += [f"{key}={value}" for key, value in (params or {}).items()]
-    choices = []
-    for override in OverridesParser.create().parse_overrides(texts):
-        if not override.is_sweep_override():
-            choices.append([override.input_line or ""])
-        elif override.is_discrete_sweep():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-    return [list(job) for job in itertools.product(*choices)]
+    """The overrides of each job of a sweep; none for a search, which makes up its jobs as it goes."""
+    if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+        return []
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    overrides = parser.parse_overrides([*params, *given])
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            key = override.key_or_group
+            raise ConfigError(f"{key} must be values to sweep over, such as 1,2 or range(3), got {override.input_line}")
+    return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
-def _compose(config: DictConfig, overrides: list[str]) -> DictConfig:
-    from hydra import compose
-
+def _compose_job(config: DictConfig, number: int, overrides: list[str]) -> DictConfig:
     try:
-        return compose(config_name=config.hydra.job.config_name, overrides=overrides)
-    except Exception as error:  # whatever composing refuses is the user's to mend, and none of it is ours
-        refuse(explain(error) + f" (in the job {' '.join(overrides)})")
+        job = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+    except COMPOSING_ERRORS as error:
+        raise ConfigError(explain(error, overrides)) from error
+    with read_write(job.hydra.job), open_dict(job.hydra.job):
+        job.hydra.job.num, job.hydra.job.id = number, str(number)
+    return job
 
 
-def _check_or_exit(config: DictConfig, where: str = "") -> None:
-    plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+def _check_job(config: DictConfig) -> Config:
+    HydraConfig.instance().set_config(config)  # for a configuration that reads ${hydra:...}
+    checked = typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    check(checked)
+    return checked
+
+
+@contextmanager
+def _refusing(job: Sequence[str] = ()) -> Iterator[None]:
+    """Ends the program on any error: Hydra would make a warning of it and go on."""
     try:
-        check(typed(plain))
-    except ConfigError as error:
-        refuse(f"{error}{where}")
+        yield
+    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+        refuse(explain(error) + (f" (in the job {' '.join(job)})" if job else ""))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
 
 
-def refuse(message: str) -> Any:
-    """Says why, on standard error, and exits with status 2."""
-    print(f"catvae: {message}", file=sys.stderr)
+def refuse(message: str) -> NoReturn:
+    """Says why, on standard error and in one line, and exits with status 2."""
+    print(f"catvae: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -59,9 +59,7 @@ class DataConfig:
         check_sizes(facts.train_images, facts.num_classes, self.num_labelled, self.num_validation)
         _at_least(0, data__split_seed=self.split_seed)
         if not self.labelled_in_unlabelled and self.num_labelled + self.num_validation == facts.train_images:
-            raise ValueError(
-                "data.labelled_in_unlabelled must be true when no other training image is left, got false"
-            )
+            raise ValueError("data.labelled_in_unlabelled must be true when no other training image is left, got false")
 
 
 @dataclass
@@ -81,12 +79,12 @@ class ObjectiveConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = 1
-    batch_size_labelled: int = 1
-    batch_size_unlabelled: int = 1
-    log_every: int = 1
-    validate_every: int = 1
-    checkpoint_every: int = 1
+    steps: int = MISSING
+    batch_size_labelled: int = MISSING
+    batch_size_unlabelled: int = MISSING
+    log_every: int = MISSING
+    validate_every: int = MISSING
+    checkpoint_every: int = MISSING
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -95,8 +93,8 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    batch_size: int = 1
-    importance_samples: int = 1  # draws of z per class in the estimate of log p(x)
+    batch_size: int = MISSING
+    importance_samples: int = MISSING  # draws of z per class in the estimate of log p(x)
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -120,7 +118,8 @@ class Config:
     resume: str | None = None  # a run folder to go on with
 
     def __post_init__(self) -> None:
-        _at_least(0, seed=self.seed)
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
 
 
 ConfigStore.instance().store(name="schema", node=Config)

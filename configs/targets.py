@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
+import traceback
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from configs.schema import ConfigError
+from configs.wording import allowed, shown, unknown_key
 
-SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_", "_args_")
+CONFIGS = Path(__file__).parent
 
 
 def build(node: Any, key: str, *arguments: Any) -> Any:
     """The object that `node` describes, called with `arguments` first; nested nodes are built before.
 
-    Raises ConfigError, naming the key below `key`, for an unknown class, an unknown or badly typed argument, and for
-    whatever the class itself refuses with ValueError.
+    `_partial_: true` leaves the call to whoever gets the object. Raises ConfigError, naming the key below `key`, for an
+    unknown class, an unknown or badly typed argument, and for whatever the class itself refuses.
     """
     if not isinstance(node, dict) or "_target_" not in node:
-        raise ConfigError(f"{key} must name a class in {key}._target_, got {node}")
-    target = _find(node["_target_"], key)
-    given = {name: value for name, value in node.items() if name not in SPECIAL}
-    _check_names(target, given, key, len(arguments), bool(node.get("_partial_")))
+        raise ConfigError(f"{key} must be a section with a _target_, got {shown(node)}")
+    path, partial = node["_target_"], node.get("_partial_", False)
+    target = _find(path, key)
+    given = {name: value for name, value in node.items() if name not in ("_target_", "_partial_")}
+    _check_type(bool, partial, partial, f"{key}._partial_")
+    _check_names(target, path, given, key, len(arguments), partial)
+    annotations = _annotations(target)
     for name, value in given.items():
         if isinstance(value, dict) and "_target_" in value:
             given[name] = build(value, f"{key}.{name}")
-        else:
-            _check_type(_annotations(target).get(name, Any), value, f"{key}.{name}")
-    if node.get("_partial_"):
+        _check_type(annotations.get(name, Any), given[name], value, f"{key}.{name}")
+    if partial:
         return _Partial(target, given, key)
     return _call(target, key, *arguments, **given)
 
 
 class _Partial:
-    """functools.partial whose ValueErrors name the configuration key."""
+    """functools.partial whose errors name the configuration key."""
 
     def __init__(self, function: Callable[..., Any], given: dict[str, Any], key: str) -> None:
         self.function, self.given, self.key = function, given, key
@@ -48,49 +52,50 @@ class _Partial:
 def _call(function: Callable[..., Any], key: str, *arguments: Any, **given: Any) -> Any:
     try:
         return function(*arguments, **given)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         message = str(error)
-        named = any(message.startswith(f"{name} ") for name in given)
-        settings = ", ".join(f"{key}.{name}={value}" for name, value in given.items())
-        raise ConfigError(f"{key}.{message}" if named else f"{key}: {message}, given {settings}") from error
+        if any(message.startswith(f"{name} ") for name in given):
+            raise ConfigError(f"{key}.{message}") from error
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        if not isinstance(error, ValueError) and line.filename != __file__:
+            message = f"{type(error).__name__} in {line.filename}, line {line.lineno}: {message}"
+        settings = ", ".join(f"{key}.{name}={shown(value)}" for name, value in given.items())
+        raise ConfigError(f"{key} cannot be built: {message.rstrip('.')}, got {settings or 'no settings'}") from error
 
 
 def _find(path: Any, key: str) -> Callable[..., Any]:
-    from hydra.utils import get_object
+    import pydoc
 
+    must = f"{key}._target_ must be an importable class or function, got {shown(path)}"
     try:
-        target = get_object(str(path))
-    except Exception as error:  # importing a person's own module can fail in any way
-        cause = error.__cause__ or error
-        raise ConfigError(
-            f"{key}._target_ must be an importable class or function, got {path} "
-            f"({type(cause).__name__}: {str(cause).splitlines()[0]}); is its folder on PYTHONPATH?"
-        ) from error
+        target = pydoc.locate(path) if isinstance(path, str) else None
+    except pydoc.ErrorDuringImport as error:  # importing a person's own module can fail in any way
+        raise ConfigError(f"{must} ({error})") from error
+    if target is None:
+        raise ConfigError(f"{must}; is its folder on PYTHONPATH?")
     if not callable(target):
-        raise ConfigError(f"{key}._target_ must be a class or function, got {path}")
+        raise ConfigError(must)
     return typing.cast(Callable[..., Any], target)
 
 
 def _check_names(
-    target: Callable[..., Any], given: dict[str, Any], key: str, positional: int, partial: bool
+    target: Callable[..., Any], path: str, given: dict[str, Any], key: str, positional: int, partial: bool
 ) -> None:
-    parameters = list(inspect.signature(target).parameters.values())
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except ValueError:  # some built-in functions do not tell; calling them does
+        return
     keywords = [p for p in parameters[positional:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = [p.name for p in keywords]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for name in given:
+        for name, value in given.items():
             if name not in names:
-                raise ConfigError(unknown_key(f"{key}.{name}", given[name], [f"{key}.{n}" for n in names]))
-    required = [p.name for p in keywords if p.default is p.empty and p.name not in given]
-    if required and not partial:
-        raise ConfigError(f"{key}.{required[0]} must be given: {target.__qualname__} needs it")
-
-
-def unknown_key(key: str, value: Any, known: list[str]) -> str:
-    """The sentence for a key that nothing reads, with the nearest one that something does."""
-    nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(sorted(known)) or 'none'}"
-    return f"{key}={value} is not a key; {hint}"
+                setting, known = f"{key}.{name}={shown(value)}", [f"{key}.{n}" for n in names]
+                raise ConfigError(unknown_key(setting, f"{key}.{name}", known, owner=path))
+    for p in keywords:
+        later = partial and p.kind is p.POSITIONAL_OR_KEYWORD
+        if p.default is p.empty and p.name not in given and not later:
+            raise ConfigError(f"{key}.{p.name} must be given, got nothing: {path} needs it")
 
 
 def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
@@ -100,28 +105,33 @@ def _annotations(target: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _check_type(annotation: Any, value: Any, key: str) -> None:
-    if not _fits(annotation, value):
-        allowed = getattr(annotation, "__name__", str(annotation))
-        if typing.get_origin(annotation) is Literal:
-            allowed = "one of " + ", ".join(map(str, typing.get_args(annotation)))
-        raise ConfigError(f"{key} must be {allowed}, got {value}")
+def _check_type(annotation: Any, value: Any, written: Any, key: str) -> None:
+    if _fits(annotation, value):
+        return
+    message = f"{key} must be {allowed(annotation)}, got {shown(written)}"
+    if (CONFIGS / key.replace(".", "/")).is_dir():
+        message += f"; write {key.replace('.', '/')}=CHOICE"
+    elif typing.get_args(annotation) == ([int], float):
+        choice = written if isinstance(written, str) else f"constant {key}.value=NUMBER"
+        message = f"{key} must be a schedule, got {shown(written)}; write schedule@{key}={choice}"
+    raise ConfigError(message)
 
 
 def _fits(annotation: Any, value: Any) -> bool:
-    origin = typing.get_origin(annotation)
+    """Whether a value from YAML, or an object built from it, is of the annotated type; what cannot be told is."""
+    origin, options = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if origin is Literal:
-        return value in typing.get_args(annotation)
+        return value in options
     if origin in (Union, types.UnionType):
-        return any(_fits(option, value) for option in typing.get_args(annotation))
-    if annotation is float:
+        return any(_fits(option, value) for option in options)
+    if origin is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
+    if origin is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (bool, str, dict, list):
-        return isinstance(value, annotation)
-    if annotation is type(None):
-        return value is None
-    if annotation is Any or isinstance(value, (list, dict)):
-        return True
-    return not isinstance(value, (str, int, float)) and value is not None
+    if origin is tuple and options and Ellipsis not in options:
+        return isinstance(value, list) and len(value) == len(options) and all(map(_fits, options, value))
+    if origin is tuple:
+        return isinstance(value, list)
+    if inspect.isclass(origin) and origin is not Any and not getattr(origin, "_is_protocol", False):
+        return isinstance(value, origin)
+    return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,13 @@ def load(name: str, root: str, part: str) -> Images:
     images, labels = (_read_idx(path) for path in paths)
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise DataError(f"{paths[0]} and {paths[1]} do not belong together; delete {raw} to download it again")
-    return Images(images[:, None], labels.astype(np.int64), DATASETS[name].num_classes)
+    num_classes, highest = DATASETS[name].num_classes, labels.max(initial=0)
+    if highest >= num_classes:
+        raise DataError(
+            f"{paths[1]} has the label {highest}, and data={name} has {num_classes} classes; "
+            f"delete {raw} to download it again"
+        )
+    return Images(images[:, None], labels.astype(np.int64), num_classes)
 
 
 def _load_digits(part: str) -> Images:
@@ -85,26 +93,32 @@ def _download(name: str, root: Path) -> None:
     try:
         getattr(torchvision.datasets, DATASETS[name].source)(str(root), download=True)
     except (RuntimeError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"data={name} is not in {root} and could not be downloaded ({str(error).splitlines()[0]}); "
-            f"put its files into {root / DATASETS[name].folder / 'raw'}, set data.root or CATVAE_DATA to where they are, "
+            f"data={name} is not in {root} and could not be downloaded ({reason}); "
+            f"put its files into {root / DATASETS[name].folder / 'raw'}, "
+            "set data.root or CATVAE_DATA to where they are, "
             "or try data=digits, which needs no download"
         ) from error
 
 
 def _read_idx(path: Path) -> Array:
     """An unsigned-byte IDX file, plain or gzipped, as an array."""
+    packed = path.with_name(path.name + ".gz")
+    file = path if path.exists() else packed
     try:
-        content = path.read_bytes() if path.exists() else gzip.open(path.with_name(path.name + ".gz")).read()
+        content = gzip.decompress(file.read_bytes()) if file == packed else file.read_bytes()
         zero, kind, rank = struct.unpack_from(">HBB", content)
+        if zero != 0 or kind != 8:
+            raise DataError(f"{file} is not an IDX file of unsigned bytes; delete it to download it again")
         shape = struct.unpack_from(f">{rank}I", content, 4)
-    except (OSError, EOFError, struct.error) as error:
-        raise DataError(f"cannot read {path} ({error}); delete it to download it again") from error
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise DataError(f"cannot read {file} ({error}); delete it to download it again") from error
     header = 4 + 4 * rank
-    expected = int(np.prod(shape, dtype=np.int64))
-    if zero != 0 or kind != 8 or len(content) - header != expected:
+    expected = math.prod(shape)
+    if len(content) - header != expected:
         raise DataError(
-            f"{path} is damaged: {len(content) - header} bytes of data where its header promises {expected}; "
+            f"{file} is damaged: {len(content) - header} bytes of data where its header promises {expected}; "
             "delete it to download it again"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()

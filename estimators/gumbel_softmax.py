@@ -43,11 +43,18 @@ class GumbelSoftmax(Estimator):
             raise ValueError(f"num_samples must be >= 1, got {num_samples}")
         if not (math.isfinite(prior_temperature) and prior_temperature > 0):
             raise ValueError(f"prior_temperature must be > 0 and finite, got {prior_temperature}")
-        temperature(0)
         self.temperature = temperature
         self.num_samples = num_samples
         self.kl = kl
         self.prior_temperature = prior_temperature
+        self.temperature_at(0)
+
+    def temperature_at(self, step: int) -> float:
+        """tau at `step`, refused unless it can be divided by."""
+        temperature = self.temperature(step)
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
+        return temperature
 
     def draw(self, log_y: Tensor) -> Tensor:
         """The class vectors [S, B, K] that f sees, from relaxed log y [S, B, K]."""
@@ -56,7 +63,7 @@ class GumbelSoftmax(Estimator):
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        temperature = self.temperature(step)
+        temperature = self.temperature_at(step)
         gumbels = gumbel((self.num_samples, *logits.shape), generator=generator)
         log_y = concrete_log_sample(logits, gumbels, temperature)
         y = self.draw(log_y)

@@ -59,7 +59,7 @@ def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) 
 
     log (K-1)! + (K-1) log tau + sum_k s_k - K logsumexp_k s_k,  s_k = log pi_k - tau log y_k.
 
-    The density is with respect to the K - 1 free coordinates of log y on {logsumexp log y = 0}.
+    The density is with respect to the K - 1 log-ratios log y_k - log y_K.
     """
     num_classes = logits.shape[-1]
     score = log_probabilities(logits) - temperature * log_y

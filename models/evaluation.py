@@ -69,9 +69,7 @@ def evaluate(
     )
 
 
-def _exact_terms(
-    model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _exact_terms(model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """q(y|x) [B, K], and the exact bound and its parts, each [B]."""
     logits = model.classifier(x)
     q = logits.softmax(dim=-1)
@@ -88,9 +86,7 @@ def _exact_terms(
     }
 
 
-def importance_weighted(
-    model: SemiSupervisedVAE, x: Tensor, samples: int, generator: torch.Generator
-) -> Tensor:
+def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """log p(x) ~ log sum_y p(y) (1/S) sum_s p(x|y,z_ys) p(z_ys) / q(z_ys|x,y), [B], nats; y enumerated.
 
     A lower bound in expectation that tightens with S (Burda et al. 2016, eq. 8).

@@ -66,11 +66,7 @@ def objective(
     estimate = estimator(cost, logits_unlabelled, step=step, context=x_unlabelled, generator=generator)
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 
-    j = (
-        weights.labelled * labelled_bound
-        + weights.unlabelled * unlabelled_bound
-        + weights.alpha * classification
-    )
+    j = weights.labelled * labelled_bound + weights.unlabelled * unlabelled_bound + weights.alpha * classification
     terms = {
         "J": j,
         "labelled_bound": labelled_bound,

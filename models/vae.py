@@ -29,7 +29,7 @@ def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def bernoulli_log_likelihood(pixel_logits: Tensor, x: Tensor) -> Tensor:
-    """log p(x | logits) = sum_d x_d l_d - softplus(l_d), nats, [...] from logits [..., D] and pixels [..., D] in [0, 1]."""
+    """log p(x | logits) = sum_d x_d l_d - softplus(l_d), nats: [...] from logits and pixels [..., D]."""
     logits = pixel_logits.float()
     return (x * logits - F.softplus(logits)).sum(dim=-1)
 

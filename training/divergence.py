@@ -28,7 +28,8 @@ class FiniteGuard:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         self.names = [*terms, "the gradient"]
-        values = torch.stack([*(term.detach().float() for term in terms.values()), norm.float()])
+        # float64, in which the step's number is exact
+        values = torch.stack([*(term.detach().double() for term in terms.values()), norm.double()])
         row = torch.cat([values.new_full((1,), step), values])
         if self.first_bad is None:
             self.first_bad = torch.full_like(row, -1.0)

@@ -1,4 +1,4 @@
-"""Image grids, as tensors and as PNG files."""
+"""Pictures of what a model does, as grids and as PNG files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from models.evaluation import one_hot_classes
+from models.vae import SemiSupervisedVAE
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
@@ -20,10 +23,26 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return (sheet.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def save_png(sheet: Tensor, path: Path, zoom: int = 1) -> None:
+def save_png(sheet: Tensor, path: Path, zoom: int) -> None:
     """Writes a uint8 picture [C, H, W] with 1 or 3 channels, each pixel `zoom` times as large."""
     from PIL import Image
 
     large = sheet.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
     array = large.permute(1, 2, 0).numpy()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(path)
+
+
+def reconstructions(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
+    """x [B, C, H, W] followed by p(x|y,z) at the most probable y and the mean of q(z|x,y), [2B, C, H, W]."""
+    with torch.no_grad():
+        y = torch.nn.functional.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
+        loc, _ = model.inference(model.inference.features(x), y.unsqueeze(0))
+        return torch.cat([x, model.generate(y.unsqueeze(0), loc)[0].view_as(x)])
+
+
+def generated(model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Generator, styles: int = 10) -> Tensor:
+    """p(x|y,z) for every class at the same `styles` draws of z, [K * styles, C, H, W], class by class."""
+    z = torch.randn(styles, model.latent_size, generator=generator, device=generator.device)
+    classes = one_hot_classes(model.num_classes, styles, z.device)
+    with torch.no_grad():
+        return model.generate(classes, z.expand(model.num_classes, -1, -1)).view(-1, *shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,9 @@ def is_finished(folder: Path, config: Config) -> bool:
     return path.exists() and bool(read_json(path)["steps"] >= config.train.steps)
 
 
-def measure(run: Run, part: str) -> dict[str, float]:
-    """Evaluation on `val` or `test` under the names of result.json; only `test` has log p(x)."""
-    if part == "val":
-        evaluation = run.evaluate(run.validation)
-    else:
-        evaluation = run.evaluate(run.load_test(), run.config.evaluation.importance_samples)
-    return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
-
-
 def finish(run: Run, report: Report, folder: Path) -> None:
     """Measures on validation and test data, writes result.json and the final TensorBoard values."""
-    measured = measure(run, "val") | measure(run, "test")
+    measured = run.measure("val") | run.measure("test")
     steps_here = run.step - report.start
     result: dict[str, Any] = {
         "estimator": type(run.estimator).__name__,

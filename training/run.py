@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from omegaconf import OmegaConf
 
-from configs.check import build_optimizer
+from configs.check import build_optimizer, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, evaluation_data, training_data
@@ -25,7 +25,13 @@ from models.vae import SemiSupervisedVAE
 from training import checkpoints
 
 # settings that change when a run stops or looks, and not what it computes
-FREE_TO_CHANGE = {"resume", "train.steps", "train.log_every", "train.validate_every", "train.checkpoint_every"}
+FREE_TO_CHANGE = {
+    "resume",
+    "train.steps",
+    "train.log_every",
+    "train.validate_every",
+    "train.checkpoint_every",
+}
 FREE_TO_CHANGE |= {"data.root", "evaluation.batch_size", "evaluation.importance_samples"}
 
 
@@ -44,7 +50,7 @@ class Run:
         with self.device:
             self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
             self.estimator = build(config.estimator, "estimator")
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         self.parameters = [*self.model.parameters(), *self.estimator.parameters()]
         self.optimizer = build_optimizer(config, self.parameters)
         self.weights = Weights(**asdict(config.objective))
@@ -70,7 +76,7 @@ class Run:
         )
 
     def load_test(self) -> EvaluationData:
-        """The test part; called once, when training is over."""
+        """The test part: looked at once, when training is over, or by scripts.evaluate."""
         return evaluation_data(load(self.config.data.name, self.config.data.root, "test"), slice(None), self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -84,6 +90,14 @@ class Run:
             batch_size=self.config.evaluation.batch_size,
             importance_samples=importance_samples,
         )
+
+    def measure(self, part: Literal["val", "test"]) -> dict[str, float]:
+        """Evaluation of a part under the names of result.json; only the test part has log p(x)."""
+        if part == "val":
+            evaluation = self.evaluate(self.validation)
+        else:
+            evaluation = self.evaluate(self.load_test(), self.config.evaluation.importance_samples)
+        return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint that `restore` goes on from to the bit."""
@@ -136,8 +150,8 @@ class Run:
         """J with its weights, and what each image weighs in it."""
         w, labelled, unlabelled = self.weights, len(self.split.labelled), len(self.split.unlabelled)
         return (
-            f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]; "
-            f"effective weight per image: L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, "
+            f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] "
+            f"+ {w.alpha:g} E_labelled[log q(y|x)]; effective weight per image: L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, "
             f"log q(y|x) {w.alpha / labelled:.3g}"
         )
 
@@ -159,7 +173,9 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def plain(config: Any) -> Any:
     """The configuration as plain dictionaries, lists and scalars."""
-    return json.loads(json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else value))
+    return json.loads(
+        json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else value)
+    )
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -171,3 +187,14 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+def stored_run(folder: Path) -> Run:
+    """The run in `folder` as its newest checkpoint left it, configuration included, for scripts.
+
+    Raises CheckpointError, ConfigError, DataError.
+    """
+    state = checkpoints.load(folder, torch.device("cpu"))
+    run = Run(typed(OmegaConf.create(state["config"])))
+    run.restore(state)
+    return run

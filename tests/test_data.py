@@ -1,0 +1,424 @@
+"""Datasets, splits and minibatches: what training is given, and what it can never be given."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.batches import (
+    Batches,
+    Binarization,
+    ShuffledIndices,
+    TrainingData,
+    binarize,
+    evaluation_data,
+    training_data,
+)
+from data.datasets import Array, DataError, Images, load
+from data.splits import Split, draw_split
+
+CPU = torch.device("cpu")
+CLASSES = 10
+TRAIN_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+REAL_MNIST = Path(os.environ.get("CATVAE_DATA") or "/nonexistent").expanduser()
+LABELS = np.random.default_rng(0).integers(0, CLASSES, 600)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def split_of(labels: Any = LABELS, **changes: Any) -> Split:
+    settings: dict[str, Any] = {"num_labelled": 50, "num_validation": 100, "split_seed": 0}
+    settings["labelled_in_unlabelled"] = True
+    return draw_split(labels, CLASSES, **(settings | changes))
+
+
+def numbered_images() -> Images:
+    """600 images of two pixels, which spell the image's row number in base 256."""
+    rows = np.arange(len(LABELS))
+    return Images(np.stack([rows // 256, rows % 256], -1).astype(np.uint8)[:, None, None], LABELS, CLASSES)
+
+
+def row_numbers(x: torch.Tensor) -> list[int]:
+    """What images [B, 1, 1, 2] of `numbered_images` spell, as uint8 or as intensities in [0, 1]."""
+    pixels = (x if x.dtype == torch.uint8 else x * 255).round().long()
+    return [int(row) for row in 256 * pixels[:, 0, 0, 0] + pixels[:, 0, 0, 1]]
+
+
+# --- splits
+
+
+@pytest.mark.parametrize("split_seed", range(5))
+@pytest.mark.parametrize("num_labelled", [10, 50, 200])
+def test_labels_are_balanced_over_classes(split_seed: int, num_labelled: int) -> None:
+    split = split_of(num_labelled=num_labelled, split_seed=split_seed)
+    assert np.bincount(LABELS[split.labelled]).tolist() == [num_labelled // CLASSES] * CLASSES
+
+
+@pytest.mark.parametrize("split_seed", range(5))
+def test_parts_without_labelled_in_unlabelled_are_disjoint_and_cover_all(split_seed: int) -> None:
+    split = split_of(split_seed=split_seed, labelled_in_unlabelled=False)
+    parts = [split.labelled, split.unlabelled, split.validation]
+    assert [len(part) for part in parts] == [50, 450, 100]
+    assert np.sort(np.concatenate(parts)).tolist() == list(range(600))
+
+
+@pytest.mark.parametrize("split_seed", range(5))
+def test_labelled_in_unlabelled_is_all_but_validation(split_seed: int) -> None:
+    split = split_of(split_seed=split_seed, labelled_in_unlabelled=True)
+    assert set(split.labelled) < set(split.unlabelled)
+    assert np.sort(np.concatenate([split.unlabelled, split.validation])).tolist() == list(range(600))
+
+
+def test_split_depends_on_split_seed_alone() -> None:
+    np.random.seed(1)
+    torch.manual_seed(1)
+    first = split_of()
+    np.random.seed(2)
+    torch.manual_seed(2)
+    assert split_of().hash == first.hash
+    assert split_of(split_seed=1).hash != first.hash
+
+
+def test_hash_is_equal_exactly_where_the_split_is() -> None:
+    split = split_of()
+    same = Split(split.labelled.copy(), split.unlabelled.copy(), split.validation.copy())
+    assert same.hash == split.hash
+    for name in ("labelled", "unlabelled", "validation"):
+        part = getattr(split, name).copy()
+        part[3] += 1
+        assert replace(split, **{name: part}).hash != split.hash
+    joined = np.concatenate([split.labelled[-1:], split.unlabelled])
+    moved = replace(split, labelled=split.labelled[:-1], unlabelled=joined)
+    assert moved.hash != split.hash  # the same numbers, with the border between two lists shifted
+
+
+def test_manifest_tells_the_split_and_where_it_comes_from() -> None:
+    split = split_of(split_seed=3)
+    manifest = split.manifest("digits", 3)
+    assert (manifest["dataset"], manifest["split_seed"], manifest["hash"]) == ("digits", 3, split.hash)
+    for name in ("labelled", "unlabelled", "validation"):
+        assert manifest[name] == getattr(split, name).tolist()
+
+
+def test_validation_is_the_same_whatever_is_labelled() -> None:
+    validation = [
+        split_of(num_labelled=number, labelled_in_unlabelled=both).validation.tolist()
+        for number in (10, 50, 200)
+        for both in (True, False)
+    ]
+    assert all(rows == validation[0] for rows in validation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labelled": 7}, r"data\.num_labelled must be a positive multiple of the 10 classes.*got 7"),
+        ({"num_labelled": 0}, r"data\.num_labelled must be a positive multiple.*got 0"),
+        ({"num_labelled": 15}, r"data\.num_labelled must be a positive multiple.*got 15"),
+        ({"num_validation": 0}, r"data\.num_validation must be >= 1, got 0"),
+        ({"num_labelled": 700}, r"data\.num_labelled \+ data\.num_validation must be <= .*got 700 \+ 100"),
+        ({"num_validation": 551}, r"data\.num_labelled \+ data\.num_validation must be <= .*got 50 \+ 551"),
+        ({"labels": np.minimum(LABELS, 8)}, r"data\.num_labelled=50 needs 5 images of class 9, and 0 are"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_of(**changes)
+
+
+# --- what training sees
+
+
+def test_training_data_has_no_field_for_an_unlabelled_image_s_label() -> None:
+    assert [field.name for field in fields(TrainingData)] == ["x_labelled", "y_labelled", "x_unlabelled"]
+
+
+@pytest.mark.parametrize("labelled_in_unlabelled", [True, False])
+def test_labels_outside_the_labelled_images_do_not_reach_training(labelled_in_unlabelled: bool) -> None:
+    """Poisons all labels but the labelled images' after the split is drawn: training sees no change."""
+    source = numbered_images()
+    split = split_of(labelled_in_unlabelled=labelled_in_unlabelled)
+    poisoned = (LABELS + 1) % CLASSES
+    poisoned[split.labelled] = LABELS[split.labelled]
+    clean = training_data(source, split, CPU)
+    tainted = training_data(replace(source, labels=poisoned), split, CPU)
+    for field in fields(TrainingData):
+        assert torch.equal(getattr(clean, field.name), getattr(tainted, field.name))
+    everywhere = training_data(replace(source, labels=(LABELS + 1) % CLASSES), split, CPU)
+    assert not torch.equal(everywhere.y_labelled, clean.y_labelled)
+
+
+def test_over_epochs_only_labelled_images_come_with_a_label_and_it_is_theirs() -> None:
+    """A peer keyed the label mask by batch position over a shuffled loader: in time every label leaked."""
+    split = split_of(labelled_in_unlabelled=False)
+    batches = Batches(
+        training_data(numbered_images(), split, CPU),
+        batch_size_labelled=7,
+        batch_size_unlabelled=40,
+        binarization="none",
+        seed=0,
+    )
+    labels: dict[int, int] = {}
+    unlabelled: set[int] = set()
+    for step in range(40):
+        x_labelled, y, x_unlabelled = batches(step, generator())
+        assert torch.equal(y.sum(dim=-1), torch.ones(7))
+        labels |= dict(zip(row_numbers(x_labelled), y.argmax(dim=-1).tolist(), strict=True))
+        unlabelled |= set(row_numbers(x_unlabelled))
+    assert labels == {row: LABELS[row] for row in split.labelled}
+    assert unlabelled == set(split.unlabelled)
+
+
+def test_batches_depend_on_step_seed_and_generator_alone() -> None:
+    def make(seed: int) -> Batches:
+        data = training_data(numbered_images(), split_of(), CPU)
+        return Batches(data, batch_size_labelled=10, batch_size_unlabelled=20, binarization="dynamic", seed=seed)
+
+    batches = make(0)
+    later = batches(11, generator(1))
+    batches(3, generator(2))
+    again = batches(11, generator(1))
+    fresh = make(0)(11, generator(1))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(later, again, fresh, strict=True))
+    assert not torch.equal(later[2], make(1)(11, generator(1))[2])
+
+
+def test_evaluation_data_keeps_rows_and_labels_together() -> None:
+    split = split_of()
+    part = evaluation_data(numbered_images(), split.validation, CPU)
+    assert row_numbers(part.x) == split.validation.tolist()
+    assert part.labels.tolist() == LABELS[split.validation].tolist()
+    assert len(evaluation_data(numbered_images(), slice(None), CPU).x) == len(LABELS)
+
+
+# --- order of the rows
+
+
+def order(size: int, batch_size: int, seed: int = 0, purpose: str = "order") -> ShuffledIndices:
+    return ShuffledIndices(size, batch_size, seed, purpose, CPU)
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(12, 3), (10, 3), (10, 10), (10, 25), (7, 1), (1, 4)])
+def test_each_epoch_visits_every_row_once_whatever_the_batch_size(size: int, batch_size: int) -> None:
+    indices = order(size, batch_size)
+    batches = [indices(step) for step in range(4 * size)]
+    assert all(len(batch) == batch_size for batch in batches)
+    epochs = torch.cat(batches).view(-1, size)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand_as(epochs))
+
+
+def test_epochs_are_shuffled_anew() -> None:
+    indices = order(50, 50)
+    epochs = {tuple(indices(epoch).tolist()) for epoch in range(20)}
+    assert len(epochs) == 20
+    assert tuple(range(50)) not in epochs
+
+
+@pytest.mark.parametrize("batch_size", [3, 10, 25])
+def test_rows_are_a_function_of_the_step_alone(batch_size: int) -> None:
+    indices = order(10, batch_size)
+    in_order = [indices(step) for step in range(12)]
+    for step in (7, 0, 11, 11, 3, 2, 9):
+        assert torch.equal(indices(step), in_order[step])
+        assert torch.equal(order(10, batch_size)(step), in_order[step])
+
+
+def test_seed_and_purpose_change_the_order() -> None:
+    first = order(100, 100)(0)
+    assert not torch.equal(order(100, 100, seed=1)(0), first)
+    assert not torch.equal(order(100, 100, purpose="other")(0), first)
+
+
+# --- binarization
+
+
+def test_dynamic_binarization_is_bernoulli_of_the_intensity() -> None:
+    draws = 100_000
+    intensity = torch.tensor([0, 1, 64, 128, 200, 254, 255], dtype=torch.uint8)
+    x = binarize(intensity.expand(draws, -1), "dynamic", generator())
+    assert ((x == 0) | (x == 1)).all()
+    p = intensity.double() / 255
+    deviation = (p * (1 - p) / draws).sqrt()
+    assert ((x.double().mean(dim=0) - p).abs() <= 4 * deviation).all()  # 0 and 255 exactly
+    correlation = torch.corrcoef(x[:, 1:-1].T) - torch.eye(5)
+    assert correlation.abs().max() < 5 / draws**0.5
+
+
+def test_threshold_is_one_above_half_intensity() -> None:
+    pixels = torch.tensor([0, 127, 128, 255], dtype=torch.uint8)
+    assert binarize(pixels, "threshold", generator()).tolist() == [0, 0, 1, 1]
+
+
+def test_without_binarization_the_intensity_stays() -> None:
+    pixels = torch.arange(256).to(torch.uint8)
+    torch.testing.assert_close(binarize(pixels, "none", generator()), torch.linspace(0, 1, 256))
+
+
+@pytest.mark.parametrize("binarization", ["dynamic", "threshold", "none"])
+def test_same_generator_gives_the_same_bits_and_global_randomness_is_left_alone(
+    binarization: Binarization,
+) -> None:
+    pixels = torch.arange(256).to(torch.uint8)
+    before = torch.get_rng_state()
+    first = binarize(pixels, binarization, generator(5))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(binarize(pixels, binarization, generator(5)), first)
+
+
+def test_dynamic_binarization_draws_anew_each_time() -> None:
+    pixels, random = torch.full((1000,), 128, dtype=torch.uint8), generator()
+    assert not torch.equal(binarize(pixels, "dynamic", random), binarize(pixels, "dynamic", random))
+
+
+# --- files
+
+IMAGES: Array = np.random.default_rng(1).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+SMALL_LABELS: Array = np.array([3, 1, 4, 1, 9], dtype=np.uint8)
+
+
+def idx(array: Array) -> bytes:
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write(
+    root: Path, images: bytes = idx(IMAGES), labels: bytes = idx(SMALL_LABELS), suffix: str = ""
+) -> tuple[Path, Path]:
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    paths = raw / (TRAIN_FILES[0] + suffix), raw / (TRAIN_FILES[1] + suffix)
+    paths[0].write_bytes(images)
+    paths[1].write_bytes(labels)
+    return paths
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        load("mnist", str(root), "train")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, suffix: str) -> None:
+    images, labels = idx(IMAGES), idx(SMALL_LABELS)
+    if suffix:
+        images, labels = gzip.compress(images), gzip.compress(labels)
+    write(tmp_path, images, labels, suffix)
+    source = load("mnist", str(tmp_path), "train")
+    assert np.array_equal(source.images, IMAGES[:, None])
+    assert source.images.dtype == np.uint8
+    assert source.labels.tolist() == [3, 1, 4, 1, 9]
+    assert source.labels.dtype == np.int64
+    assert source.num_classes == 10
+
+
+@pytest.mark.parametrize("kept", [0, 3, 10, 16, len(idx(IMAGES)) - 1])
+def test_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
+    images, _ = write(tmp_path, images=idx(IMAGES)[:kept])
+    message = refusal(tmp_path)
+    assert f"{images} " in message
+    assert "delete it to download it again" in message
+
+
+def test_file_with_too_much_in_it_is_named(tmp_path: Path) -> None:
+    _, labels = write(tmp_path, labels=idx(SMALL_LABELS) + b"\0")
+    assert f"{labels} is damaged: 6 bytes of data where its header promises 5" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("magic", [b"\0\0\x0d\x03", b"\0\1\x08\x03", b"<!DO"], ids=repr)
+def test_wrong_magic_number_is_named(tmp_path: Path, magic: bytes) -> None:
+    images, _ = write(tmp_path, images=magic + idx(IMAGES)[4:] + bytes(400))
+    message = refusal(tmp_path)
+    assert f"{images} is not an IDX file of unsigned bytes" in message
+    assert "delete it to download it again" in message
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not gzip", "bits flipped"])
+def test_damaged_gzip_is_named_as_it_lies_on_the_disk(tmp_path: Path, damage: str) -> None:
+    packed = gzip.compress(idx(IMAGES))
+    broken = {
+        "truncated": packed[:-20],
+        "not gzip": b"<html>",
+        "bits flipped": packed[:10] + b"\xff" * 20 + packed[30:],
+    }
+    images, _ = write(tmp_path, images=broken[damage], labels=gzip.compress(idx(SMALL_LABELS)), suffix=".gz")
+    assert f"cannot read {images} (" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (idx(IMAGES), idx(SMALL_LABELS[:4])),
+        (idx(SMALL_LABELS), idx(SMALL_LABELS)),
+        (idx(IMAGES), idx(IMAGES)),
+    ],
+    ids=["numbers differ", "labels twice", "images twice"],
+)
+def test_images_and_labels_that_do_not_belong_together_are_named(tmp_path: Path, images: bytes, labels: bytes) -> None:
+    paths = write(tmp_path, images, labels)
+    message = refusal(tmp_path)
+    assert f"{paths[0]} and {paths[1]} do not belong together" in message
+    assert str(paths[0].parent) in message
+
+
+def test_label_that_is_no_class_is_refused(tmp_path: Path) -> None:
+    _, labels = write(tmp_path, labels=idx(SMALL_LABELS + np.uint8(1)))
+    assert f"{labels} has the label 10, and data=mnist has 10 classes" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://..."),
+        OSError("Network is unreachable"),
+        TimeoutError(),
+    ],
+)
+def test_missing_dataset_without_network_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def no_network(root: str, download: bool) -> None:
+        assert (root, download) == (str(tmp_path), True)
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
+    message = refusal(tmp_path)
+    for hint in ("data=mnist", str(tmp_path / "MNIST" / "raw"), "data.root", "CATVAE_DATA", "data=digits"):
+        assert hint in message
+    assert "\n" not in message
+
+
+def test_digits_need_no_files() -> None:
+    train, test = (load("digits", "/nonexistent", part) for part in ("train", "test"))
+    assert train.images.shape == (1437, 1, 8, 8)
+    assert test.images.shape == (360, 1, 8, 8)
+    for part in (train, test):
+        assert part.images.dtype == np.uint8
+        assert (part.images.min(), part.images.max()) == (0, 255)
+        assert set(part.labels) == set(range(10))
+        assert len(part.labels) == len(part.images)
+    assert train.labels[:5].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(
+    not all((REAL_MNIST / "MNIST" / "raw" / name).exists() for name in TRAIN_FILES),
+    reason="needs CATVAE_DATA to hold MNIST/raw",
+)
+def test_real_mnist() -> None:
+    train, test = (load("mnist", str(REAL_MNIST), part) for part in ("train", "test"))
+    assert train.images.shape == (60_000, 1, 28, 28)
+    assert test.images.shape == (10_000, 1, 28, 28)
+    assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert np.bincount(train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert abs(train.images.mean() / 255 - 0.1307) < 1e-4  # the mean that torchvision's examples subtract

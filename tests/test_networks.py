@@ -1,0 +1,341 @@
+"""The networks: shapes at any size, work on x done once, images and draws that do not disturb each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from estimators.contract import Estimator
+from estimators.gumbel_softmax import GumbelSoftmax, StraightThroughGumbelSoftmax
+from estimators.marginalization import Marginalization
+from estimators.score_function import LeaveOneOut, MovingAverage, ScoreFunction
+from models.networks import Dropout, ImageShape, Networks, conv, joined_linear, mlp
+from models.objective import Objective, Weights, objective
+from models.vae import SemiSupervisedVAE
+
+LATENT = 3
+LABELLED, UNLABELLED = 2, 4
+SIZES = {"28x28": ImageShape(1, 28, 28), "8x8": ImageShape(1, 8, 8), "9x10": ImageShape(1, 9, 10)}
+COLOUR = ImageShape(3, 7, 5)
+
+
+def build_mlp(shape: ImageShape, num_classes: int, **changes: Any) -> Networks:
+    settings: dict[str, Any] = {"latent_size": LATENT, "hidden": 16, "dropout": 0.5, "scale": "softplus"}
+    return mlp(shape, num_classes, **(settings | changes))
+
+
+def build_conv(shape: ImageShape, num_classes: int, **changes: Any) -> Networks:
+    settings: dict[str, Any] = {"latent_size": LATENT, "channels": 4, "hidden": 16, "dropout": 0.5}
+    return conv(shape, num_classes, **({"scale": "softplus"} | settings | changes))
+
+
+Builder = Callable[..., Networks]
+BUILDERS: dict[str, Builder] = {"mlp": build_mlp, "conv": build_conv}
+each_builder = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+each_shape = pytest.mark.parametrize("shape", [*SIZES.values(), COLOUR], ids=[*SIZES, "3x7x5"])
+each_number_of_classes = pytest.mark.parametrize("num_classes", [2, 10])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def model_of(build: Builder, shape: ImageShape, num_classes: int, **changes: Any) -> SemiSupervisedVAE:
+    torch.manual_seed(0)
+    return SemiSupervisedVAE(build(shape, num_classes, **changes))
+
+
+def images(shape: ImageShape, number: int) -> Tensor:
+    return torch.rand(number, shape.channels, shape.height, shape.width, generator=generator(7)).round()
+
+
+def classes(num_classes: int, batch: int) -> Tensor:
+    return torch.eye(num_classes).unsqueeze(1).expand(-1, batch, -1)
+
+
+def features(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
+    return model.inference.features(x)
+
+
+def bounds(model: SemiSupervisedVAE, x: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+    return model.bound(x, features(model, x), y, noise).value
+
+
+def noise_for(batch: int) -> Tensor:
+    return torch.randn(batch, LATENT, generator=generator(8))
+
+
+def run(model: SemiSupervisedVAE, estimator: Estimator, shape: ImageShape) -> Objective:
+    x = images(shape, LABELLED + UNLABELLED)
+    y = torch.eye(model.num_classes)[:LABELLED]
+    parts = x[:LABELLED], y, x[LABELLED:]
+    return objective(model, estimator, Weights(1.0, 1.0, 1.0), *parts, step=0, generator=generator())
+
+
+# --- shapes
+
+
+@each_builder
+@each_shape
+@each_number_of_classes
+def test_shapes(build: Builder, shape: ImageShape, num_classes: int) -> None:
+    model = model_of(build, shape, num_classes)
+    x, y = images(shape, 5), classes(num_classes, 5)
+    assert model.classifier(x).shape == (5, num_classes)
+    loc, scale = model.inference(features(model, x), y)
+    assert loc.shape == scale.shape == (num_classes, 5, LATENT)
+    assert (scale > 0).all()
+    z = torch.randn(num_classes, 5, LATENT, generator=generator())
+    assert model.generator(y, z).shape == (num_classes, 5, shape.size)
+    bound = model.bound(x, features(model, x), y, noise_for(5))
+    assert bound.reconstruction.shape == bound.kl_z.shape == bound.value.shape == (num_classes, 5)
+    probabilities = model.generate(y, z)
+    assert probabilities.shape == (num_classes, 5, shape.size)
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+
+
+@each_builder
+def test_networks_tell_their_sizes(build: Builder) -> None:
+    networks = build(SIZES["8x8"], 7, latent_size=4)
+    assert (networks.num_classes, networks.latent_size) == (7, 4)
+
+
+@each_builder
+def test_every_pixel_and_class_matters(build: Builder) -> None:
+    """No pixel is cropped away on the way in, none is constant on the way out, and y reaches z and x."""
+    shape = SIZES["9x10"]
+    model = model_of(build, shape, 3)
+    x = images(shape, 2).requires_grad_()
+    for output in (model.classifier(x), features(model, x)):
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        assert (gradient != 0).all()
+    y, z = classes(3, 2), torch.randn(3, 2, LATENT, generator=generator())
+    assert (model.generator(y, z).flatten(0, 1).std(dim=0) > 0).all()
+    loc, scale = model.inference(features(model, x), y)
+    same_z = model.generator(y, z[:1].expand(3, -1, -1))
+    for by_class in (loc, scale, same_z):
+        assert (by_class.std(dim=0) > 0).any(dim=-1).all()
+
+
+@each_builder
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_size": 0}, "^latent_size must be >= 1, got 0"),
+        ({"hidden": 0}, "^hidden must be >= 1, got 0"),
+        ({"dropout": 1.0}, r"^dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"^dropout must be in \[0, 1\), got -0.1"),
+        ({"dropout": float("nan")}, r"^dropout must be in \[0, 1\), got nan"),
+    ],
+)
+def test_impossible_settings_are_refused(build: Builder, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(SIZES["8x8"], 10, **changes)
+
+
+# --- the cost of a step
+
+
+def output_shapes(module: Any) -> list[torch.Size]:
+    """The shape of what `module` returns in each of its calls from now on."""
+    shapes: list[torch.Size] = []
+    module.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    return shapes
+
+
+ESTIMATORS: dict[str, tuple[Callable[[], Estimator], int]] = {  # with the calls of f per image
+    "marginalization": (Marginalization, 10),
+    "gumbel_softmax": (lambda: GumbelSoftmax(lambda step: 0.7, num_samples=3), 3),
+    "st_gumbel_softmax": (lambda: StraightThroughGumbelSoftmax(lambda step: 0.7), 1),
+    "score_function": (lambda: ScoreFunction(MovingAverage()), 1),
+    "leave_one_out": (lambda: ScoreFunction(LeaveOneOut(), num_samples=4), 4),
+}
+
+
+@each_builder
+@pytest.mark.parametrize(("estimator", "evaluations"), ESTIMATORS.values(), ids=ESTIMATORS)
+def test_work_on_x_is_done_once_whatever_the_estimator(
+    build: Builder, estimator: Callable[[], Estimator], evaluations: int
+) -> None:
+    """Classifier and image features see each image once; the work per class or sample is what `evaluations` says."""
+    shape = SIZES["8x8"]
+    model = model_of(build, shape, 10)
+    inference: Any = model.inference
+    on_x = [model.classifier, inference.from_image]
+    if build is build_conv:
+        on_x += [inference.trunk, *inference.trunk.layers]
+    once = [output_shapes(module) for module in on_x]
+    generated = output_shapes(model.generator)
+    result = run(model, estimator(), shape)
+    for shapes in once:
+        assert [size[0] for size in shapes] == [LABELLED + UNLABELLED]
+    rows = [size[:-1].numel() for size in generated]
+    assert sorted(rows) == sorted([LABELLED, evaluations * UNLABELLED])
+    assert result.metrics["evaluations"] == evaluations
+
+
+# --- f: b as a function of y
+
+
+@each_builder
+@each_number_of_classes
+def test_bounds_of_all_classes_in_one_call_are_those_of_separate_calls(build: Builder, num_classes: int) -> None:
+    model = model_of(build, SIZES["9x10"], num_classes)
+    x, y, noise = images(SIZES["9x10"], 3), classes(num_classes, 3), noise_for(3)
+    together = bounds(model, x, y, noise)
+    separate = torch.cat([bounds(model, x, y[k : k + 1], noise) for k in range(num_classes)])
+    torch.testing.assert_close(together, separate)
+    assert (together.std(dim=0) > 1e-3).all()  # or the classes could be mixed up unseen
+
+
+@each_builder
+def test_bound_is_deterministic_in_y_and_draws_nothing(build: Builder) -> None:
+    """In training mode and with dropout configured: the noise of z is all that there is, and it is given."""
+    model = model_of(build, SIZES["8x8"], 10).train()
+    x, y, noise = images(SIZES["8x8"], 3), classes(10, 3), noise_for(3)
+    state = torch.get_rng_state()
+    first = bounds(model, x, y, noise)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert torch.equal(bounds(model, x, y, noise), first)
+    assert not torch.equal(bounds(model, x, y, noise + 0.1), first)
+
+
+@each_builder
+def test_noise_is_shared_over_samples(build: Builder) -> None:
+    model = model_of(build, SIZES["8x8"], 10)
+    x, noise = images(SIZES["8x8"], 3), noise_for(3)
+    value = bounds(model, x, classes(10, 3)[4].expand(6, -1, -1), noise)
+    torch.testing.assert_close(value, value[:1].expand(6, -1))
+
+
+@each_builder
+def test_bound_takes_relaxed_classes_and_passes_their_gradient(build: Builder) -> None:
+    model = model_of(build, SIZES["8x8"], 10)
+    x, noise = images(SIZES["8x8"], 3), noise_for(3)
+    y = torch.full((2, 3, 10), 0.1, requires_grad=True)
+    (gradient,) = torch.autograd.grad(bounds(model, x, y, noise).sum(), y)
+    assert (gradient != 0).all()
+
+
+@each_builder
+def test_images_of_a_batch_do_not_influence_each_other(build: Builder) -> None:
+    """In training mode: there are no batch statistics, in the classifier, the features or the bound."""
+    shape = SIZES["9x10"]
+    model = model_of(build, shape, 10).train()
+    x, noise = images(shape, 4), noise_for(4)
+    logits, value = model.classifier(x), bounds(model, x, classes(10, 4), noise)
+    for i in range(4):
+        alone = slice(i, i + 1)
+        torch.testing.assert_close(model.classifier(x[alone]), logits[alone])
+        value_alone = bounds(model, x[alone], classes(10, 1), noise[alone])
+        torch.testing.assert_close(value_alone, value[:, alone])
+
+
+@each_builder
+def test_channels_last_memory_changes_nothing(build: Builder) -> None:
+    """The trainer converts the model; images come as they are."""
+    shape = COLOUR
+    model = model_of(build, shape, 10)
+    x, y, noise = images(shape, 3), classes(10, 3), noise_for(3)
+    expected = bounds(model, x, y, noise)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(bounds(model, x, y, noise), expected)
+
+
+@each_builder
+def test_logits_gaussian_and_bound_stay_in_float32_under_bf16(build: Builder) -> None:
+    shape = SIZES["28x28"]
+    model = model_of(build, shape, 10)
+    x, y, noise = images(shape, 3), classes(10, 3), noise_for(3)
+    expected = bounds(model, x, y, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert features(model, x).dtype == torch.bfloat16  # autocast is on
+        assert model.classifier(x).dtype == torch.float32
+        assert all(part.dtype == torch.float32 for part in model.inference(features(model, x), y))
+        actual = bounds(model, x, y, noise)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0.01, atol=0)
+
+
+@each_builder
+def test_gradient_of_j_reaches_every_parameter(build: Builder) -> None:
+    model = model_of(build, SIZES["28x28"], 10)
+    run(model, Marginalization(), SIZES["28x28"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+# --- dropout
+
+
+def test_dropout_is_the_identity_without_a_generator_or_at_probability_zero() -> None:
+    x = torch.randn(50, 20, generator=generator())
+    for module in (Dropout(0.5).train(), Dropout(0.5).eval()):
+        assert torch.equal(module(x, None), x)
+    assert torch.equal(Dropout(0.0)(x, generator()), x)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(probability: float) -> None:
+    number = 100_000
+    output = Dropout(probability)(torch.ones(number), generator())
+    kept = output != 0
+    torch.testing.assert_close(output[kept], torch.full((int(kept.sum()),), 1 / (1 - probability)))
+    deviation = (probability * (1 - probability) / number) ** 0.5
+    assert abs(kept.double().mean().item() - (1 - probability)) < 4 * deviation
+    assert abs(output.double().mean().item() - 1) < 4 * deviation / (1 - probability)
+
+
+def test_dropout_draws_from_its_generator_alone() -> None:
+    dropout, x = Dropout(0.5), torch.ones(100)
+    state = torch.get_rng_state()
+    random = generator(3)
+    first, second = dropout(x, random), dropout(x, random)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, second)
+    torch.rand(5)
+    assert torch.equal(dropout(x, generator(3)), first)
+
+
+@each_builder
+def test_classifier_drops_out_only_where_a_generator_is_given(build: Builder) -> None:
+    model, x = model_of(build, SIZES["8x8"], 10).train(), images(SIZES["8x8"], 3)
+    plain = model.classifier(x)
+    assert torch.equal(model.classifier(x), plain)
+    dropped = model.classifier(x, generator(1))
+    assert not torch.equal(dropped, plain)
+    assert torch.equal(model.classifier(x, generator(1)), dropped)
+    without = model_of(build, SIZES["8x8"], 10, dropout=0.0)
+    assert torch.equal(without.classifier(x, generator(1)), without.classifier(x))
+
+
+# --- the joined linear layer
+
+
+def test_joined_linear_is_a_linear_layer_over_the_concatenation() -> None:
+    first, second = joined_linear(6, 3, 5)
+    joined = nn.Linear(9, 5)
+    with torch.no_grad():
+        joined.weight.copy_(torch.cat([first.weight, second.weight], dim=1))
+        joined.bias.copy_(first.bias)
+    x, y = torch.randn(4, 6, generator=generator()), classes(3, 4)
+    expected = joined(torch.cat([x.expand(3, -1, -1), y], dim=-1))
+    torch.testing.assert_close(first(x) + second(y), expected)
+    assert second.bias is None
+
+
+def test_joined_linear_is_initialised_as_the_one_layer_would_be() -> None:
+    """A class vector's column has the scale of any other input's: 1 / sqrt(all inputs)."""
+    torch.manual_seed(0)
+    layers = joined_linear(190, 10, 1000)
+    limit = 200**-0.5
+    for parameter in (layers[0].weight, layers[0].bias, layers[1].weight):
+        assert 0.99 * limit < parameter.abs().max() <= limit
+        assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)

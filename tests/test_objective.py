@@ -1,0 +1,547 @@
+"""J, its terms and evaluation on a model that is small enough to enumerate y and to integrate over z."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, distributions
+from torch.distributions import kl_divergence
+
+from data.batches import EvaluationData
+from estimators.contract import CostFunction, Estimate, Estimator, categorical_kl, entropy
+from estimators.marginalization import Marginalization
+from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
+from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
+from models.objective import Objective, Weights, objective
+from models.vae import Bound, SemiSupervisedVAE, bernoulli_log_likelihood, gaussian_kl
+
+# torch.distributions is not annotated
+Bernoulli: Any = distributions.Bernoulli
+Categorical: Any = distributions.Categorical
+Normal: Any = distributions.Normal
+
+K = 3
+SHAPE = ImageShape(1, 2, 2)
+WEIGHT = 0.5
+WEIGHTS = Weights(labelled=0.7, unlabelled=1.3, alpha=5.0)
+NOISE = torch.tensor([[0.3], [-1.2], [0.8], [0.1], [-0.4]])  # for two labelled and three unlabelled images
+X = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [1, 0, 1, 0]]).float().view(5, 1, 2, 2)
+X_LABELLED, X_UNLABELLED = X[:2], X[2:]
+Y_LABELLED = torch.eye(K)[[2, 0]]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_model(latent_size: int = 1, dropout: float = 0.0, seed: int = 0) -> SemiSupervisedVAE:
+    """A model with weights so large that classes, images and z matter to the bound."""
+    model = SemiSupervisedVAE(mlp(SHAPE, K, latent_size=latent_size, hidden=4, dropout=dropout, scale="softplus"))
+    random = generator(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=WEIGHT, generator=random)
+    return model
+
+
+def one_hot_rows(k: int, batch: int) -> Tensor:
+    return torch.eye(K)[k].expand(1, batch, K)
+
+
+def features(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
+    return model.inference.features(x)
+
+
+def posterior(model: SemiSupervisedVAE, x: Tensor, k: int) -> Any:
+    """q(z|x,y=k)."""
+    loc, scale = model.inference(features(model, x), one_hot_rows(k, len(x)))
+    return Normal(loc[0], scale[0])
+
+
+def log_likelihood(model: SemiSupervisedVAE, x: Tensor, k: int, z: Tensor) -> Tensor:
+    """log p(x|y=k,z) [B] by torch.distributions, for z [B, Z]."""
+    logits = model.generator(one_hot_rows(k, len(x)), z.unsqueeze(0))[0]
+    pixels: Tensor = Bernoulli(logits=logits).log_prob(x.flatten(1))
+    return pixels.sum(dim=-1)
+
+
+def expected_parts(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x|y,z) and KL(q(z|x,y) || p(z)), each [K, B], by torch.distributions, class by class."""
+    reconstruction, kl_z = [], []
+    for k in range(K):
+        q = posterior(model, x, k)
+        reconstruction.append(log_likelihood(model, x, k, q.mean + q.stddev * noise))
+        kl_z.append(kl_divergence(q, Normal(0.0, 1.0)).sum(dim=-1))
+    return torch.stack(reconstruction), torch.stack(kl_z)
+
+
+def expected_bound(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> Tensor:
+    """b [K, B]."""
+    reconstruction, kl_z = expected_parts(model, x, noise)
+    return reconstruction - kl_z
+
+
+def class_posterior(model: SemiSupervisedVAE, x: Tensor) -> Any:
+    return Categorical(logits=model.classifier(x))
+
+
+def uniform(batch: int) -> Any:
+    return Categorical(probs=torch.full((batch, K), 1 / K))
+
+
+def expected_unlabelled(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> Tensor:
+    """U [B] = sum_y q(y|x) L(x, y) + H(q(y|x)), DESIGN's second form, which the code does not use."""
+    q = class_posterior(model, x)
+    labelled = expected_bound(model, x, noise) + uniform(len(x)).log_prob(torch.zeros(len(x)))
+    expectation = sum(q.probs[:, k] * labelled[k] for k in range(K))
+    result: Tensor = expectation + q.entropy()
+    return result
+
+
+def expected_terms(model: SemiSupervisedVAE) -> tuple[Tensor, Tensor, Tensor]:
+    """E[L], E[U] and E[log q(y|x)] of the batch at NOISE."""
+    classes = Y_LABELLED.argmax(dim=-1)
+    b = expected_bound(model, X_LABELLED, NOISE[:2])[classes, torch.arange(2)]
+    return (
+        (b + uniform(2).log_prob(classes)).mean(),
+        expected_unlabelled(model, X_UNLABELLED, NOISE[2:]).mean(),
+        class_posterior(model, X_LABELLED).log_prob(classes).mean(),
+    )
+
+
+def fix_noise(model: SemiSupervisedVAE, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "draw_noise", lambda x, generator: noise[: len(x)])
+
+
+def bound(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> Bound:
+    """The model's own bound of every class, [K, B]."""
+    classes = torch.eye(K).unsqueeze(1).expand(-1, len(x), -1)
+    return model.bound(x, features(model, x), classes, noise)
+
+
+def run(model: SemiSupervisedVAE, estimator: Estimator, weights: Weights = WEIGHTS, seed: int = 0) -> Objective:
+    return objective(
+        model, estimator, weights, X_LABELLED, Y_LABELLED, X_UNLABELLED, step=17, generator=generator(seed)
+    )
+
+
+# --- the bound of one class
+
+
+@pytest.mark.parametrize("latent_size", [1, 3])
+def test_bound_and_its_parts_at_given_noise(latent_size: int) -> None:
+    model = small_model(latent_size)
+    noise = torch.randn(5, latent_size, generator=generator(1))
+    reconstruction, kl_z = expected_parts(model, X, noise)
+    actual = bound(model, X, noise)
+    torch.testing.assert_close(actual.reconstruction, reconstruction)
+    torch.testing.assert_close(actual.kl_z, kl_z)
+    torch.testing.assert_close(actual.value, reconstruction - kl_z)
+
+
+NODES = torch.linspace(-9, 9, 3601)  # in standard deviations
+LOG_MASSES = -0.5 * NODES.square() - 0.5 * math.log(2 * math.pi) + math.log(18 / 3600)
+
+
+def at_nodes(model: SemiSupervisedVAE, x: Tensor, k: int, over: Any) -> Tensor:
+    """log p(x|y=k,z) [nodes, B] on a grid of one-dimensional z around the Gaussian `over`.
+
+    By the trapezoidal rule: the rectifier's kinks cost Gauss-Hermite its precision (0.01 nats at 100 nodes).
+    """
+    z = (over.mean + over.stddev * NODES).T.reshape(-1, 1)
+    images = x.repeat(len(NODES), 1, 1, 1)
+    return log_likelihood(model, images, k, z).view(len(NODES), len(x))
+
+
+def integrated_bound(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
+    """b [K, B] with its expectation over z."""
+    rows = []
+    for k in range(K):
+        q = posterior(model, x, k)
+        kl = kl_divergence(q, Normal(0.0, 1.0)).sum(dim=-1)
+        rows.append(LOG_MASSES.exp() @ at_nodes(model, x, k, q) - kl)
+    return torch.stack(rows)
+
+
+def integrated_log_likelihood(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
+    """log p(x) [B] = log sum_y p(y) E_p(z)[p(x|y,z)]."""
+    prior = Normal(torch.zeros(len(x), 1), torch.ones(len(x), 1))
+    rows = [(at_nodes(model, x, k, prior) + LOG_MASSES.unsqueeze(1)).logsumexp(dim=0) for k in range(K)]
+    return torch.stack(rows).logsumexp(dim=0) - math.log(K)
+
+
+@torch.no_grad()
+def test_mean_of_the_bound_over_draws_of_z_is_its_integral() -> None:
+    model, draws = small_model(), 100_000
+    for row in range(len(X)):
+        image = X[row : row + 1]
+        samples = bound(model, image.expand(draws, -1, -1, -1), torch.randn(draws, 1, generator=generator(row)))
+        mean, error = samples.value.double().mean(dim=1), samples.value.double().std(dim=1) / draws**0.5
+        assert (error < 0.01).all()  # or the test would tell nothing
+        assert ((mean - integrated_bound(model, image)[:, 0]).abs() < 4 * error).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(5))
+def test_log_likelihood_is_above_the_bounds(seed: int) -> None:
+    model = small_model(seed=seed)
+    b = integrated_bound(model, X)
+    q = class_posterior(model, X)
+    unlabelled = (q.probs.T * b).sum(dim=0) - kl_divergence(q, uniform(len(X)))
+    log_px = integrated_log_likelihood(model, X)
+    assert (log_px > unlabelled).all()
+    assert (log_px > b - math.log(K)).all()  # log p(x) >= log p(x, y) >= L(x, y)
+
+
+@torch.no_grad()
+def test_probabilities_of_all_images_sum_to_one() -> None:
+    pixels = torch.tensor([[(code >> bit) & 1 for bit in range(4)] for code in range(16)]).float()
+    total = integrated_log_likelihood(small_model(), pixels.view(16, 1, 2, 2)).exp().sum()
+    torch.testing.assert_close(total, torch.ones(()))
+
+
+def broad_model() -> SemiSupervisedVAE:
+    """A model whose q(z|x,y) is broader than the prior, so that importance weights are bounded."""
+    model = small_model()
+    inference: Any = model.inference
+    with torch.no_grad():
+        inference.head.parameters_of_z.bias[1] += 2.0
+        assert all((posterior(model, X, k).stddev > 1).all() for k in range(K))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [1, 4])
+def test_importance_weighted_estimate_of_p_x_is_unbiased(samples: int) -> None:
+    """exp of the estimate has the mean p(x), with any number of samples (Burda et al. 2016, section 3)."""
+    model, draws = broad_model(), 50_000
+    exact = integrated_log_likelihood(model, X).exp()
+    for row in range(len(X)):
+        image = X[row : row + 1]
+        estimate = importance_weighted(model, image.expand(draws, -1, -1, -1), samples, generator(row))
+        weights = estimate.double().exp()
+        mean, error = weights.mean(), weights.std() / draws**0.5
+        assert error < 0.01 * exact[row]
+        assert (mean - exact[row]).abs() < 4 * error
+
+
+@torch.no_grad()
+def test_importance_weighted_estimate_rises_to_log_p_x() -> None:
+    model, draws = broad_model(), 500
+    x = X.repeat_interleave(draws, dim=0)
+    exact = integrated_log_likelihood(model, X)
+    gaps = [
+        exact - importance_weighted(model, x, samples, generator(samples)).view(-1, draws).mean(dim=1)
+        for samples in (1, 10, 500)
+    ]
+    assert gaps[0].mean() > 0.2
+    assert ((gaps[0] > gaps[1]) & (gaps[1] > gaps[2])).all()
+    torch.testing.assert_close(gaps[2], torch.zeros(len(X)), atol=0.01, rtol=0)
+
+
+# --- J
+
+
+def test_terms_of_j_by_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    fix_noise(model, NOISE, monkeypatch)
+    terms = run(model, Marginalization()).terms
+    labelled, unlabelled, classification = expected_terms(model)
+    torch.testing.assert_close(terms["labelled_bound"], labelled)
+    torch.testing.assert_close(terms["unlabelled_bound"], unlabelled)
+    torch.testing.assert_close(terms["classification"], classification)
+    classes = Y_LABELLED.argmax(dim=-1), torch.arange(2)
+    reconstruction, kl_z = expected_parts(model, X_LABELLED, NOISE[:2])
+    torch.testing.assert_close(terms["reconstruction"], reconstruction[classes].mean())
+    torch.testing.assert_close(terms["kl_z"], kl_z[classes].mean())
+    q = class_posterior(model, X_UNLABELLED)
+    torch.testing.assert_close(terms["entropy_y"], q.entropy().mean())
+    torch.testing.assert_close(terms["kl_y"], kl_divergence(q, uniform(3)).mean())
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, Weights(1, 1, 1), Weights(0, 0, 1), Weights(1, 0, 0)])
+def test_j_is_the_weighted_sum_and_the_loss_its_negative(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    fix_noise(model, NOISE, monkeypatch)
+    labelled, unlabelled, classification = expected_terms(model)
+    expected = weights.labelled * labelled + weights.unlabelled * unlabelled + weights.alpha * classification
+    result = run(model, Marginalization(), weights)
+    torch.testing.assert_close(result.terms["J"], expected)
+    torch.testing.assert_close(result.loss, -expected)
+
+
+def test_gradient_of_the_loss_is_that_of_minus_j(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    fix_noise(model, NOISE, monkeypatch)
+    labelled, unlabelled, classification = expected_terms(model)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(0.7 * labelled + 1.3 * unlabelled + 5.0 * classification, parameters)
+    actual = torch.autograd.grad(run(model, Marginalization()).loss, parameters)
+    for gradient, of_j in zip(actual, expected, strict=True):
+        torch.testing.assert_close(gradient, -of_j, rtol=1e-4, atol=1e-5)
+
+
+class Recorder(Estimator):
+    """Returns fixed numbers and remembers what it was called with."""
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        self.called_with = {
+            "f": f,
+            "logits": logits,
+            "step": step,
+            "context": context,
+            "generator": generator,
+        }
+        batch = logits.shape[0]
+        return Estimate(
+            value=torch.arange(batch) * 10.0,
+            kl=torch.arange(batch) + 1.0,
+            auxiliary=torch.tensor(2.5),
+            metrics={"evaluations": 7.0},
+        )
+
+
+def test_estimate_enters_j_and_the_auxiliary_loss_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    fix_noise(model, NOISE, monkeypatch)
+    result = run(model, Recorder())
+    labelled, _, classification = expected_terms(model)
+    torch.testing.assert_close(result.terms["unlabelled_bound"], torch.tensor(10.0 - 2.0))
+    torch.testing.assert_close(result.terms["kl_y"], torch.tensor(2.0))
+    torch.testing.assert_close(result.terms["J"], 0.7 * labelled + 1.3 * 8.0 + 5.0 * classification)
+    torch.testing.assert_close(result.loss, 2.5 - result.terms["J"])
+    assert result.metrics == {"evaluations": 7.0}
+
+
+def test_estimator_is_called_by_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, estimator = small_model(), Recorder()
+    fix_noise(model, NOISE, monkeypatch)
+    run(model, estimator)
+    called: dict[str, Any] = estimator.called_with
+    torch.testing.assert_close(called["logits"], model.classifier(X_UNLABELLED))
+    assert called["step"] == 17
+    assert torch.equal(called["context"], X_UNLABELLED)
+    assert isinstance(called["generator"], torch.Generator)
+    classes = torch.eye(K).unsqueeze(1).expand(-1, 3, -1)
+    cost = called["f"](classes)
+    torch.testing.assert_close(cost, expected_bound(model, X_UNLABELLED, NOISE[2:]))
+    through_f = torch.autograd.grad(cost.sum(), called["logits"], allow_unused=True)
+    assert through_f == (None,)  # f does not close over the logits
+
+
+def test_noise_comes_from_the_generator_alone() -> None:
+    model = small_model()
+    first = run(model, Marginalization(), seed=1).loss
+    torch.rand(5)
+    assert torch.equal(run(model, Marginalization(), seed=1).loss, first)
+    assert not torch.equal(run(model, Marginalization(), seed=2).loss, first)
+
+
+def test_each_image_has_noise_of_its_own() -> None:
+    noise = small_model(latent_size=2).draw_noise(X, generator())
+    assert noise.shape == (5, 2)
+    assert len(set(noise.flatten().tolist())) == 10
+
+
+def test_certain_classifier_makes_the_unlabelled_bound_the_labelled_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The classes are weighted by q(y|x): where it is one class, U(x) = L(x, y)."""
+    model = small_model()
+    fix_noise(model, NOISE, monkeypatch)
+    b = expected_bound(model, X_UNLABELLED, NOISE[2:])
+    classifier: Any = model.classifier
+    for k in range(K):
+        with torch.no_grad():
+            classifier.logits.bias.copy_(1e4 * torch.eye(K)[k])
+        terms = run(model, Marginalization()).terms
+        torch.testing.assert_close(terms["unlabelled_bound"], (b[k] - math.log(K)).mean())
+        torch.testing.assert_close(terms["kl_y"], torch.tensor(math.log(K)))
+        assert terms["entropy_y"] == 0
+
+
+# --- the divergences
+
+
+def test_kl_of_y_is_log_k_minus_entropy() -> None:
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
+    kl = categorical_kl(probabilities.log())
+    torch.testing.assert_close(kl, torch.tensor([math.log(3) - 1.5 * math.log(2), 0.0, math.log(3)]))
+    logits = 3 * torch.randn(200, 10, generator=generator())
+    q, p = Categorical(logits=logits), Categorical(probs=torch.full((200, 10), 0.1))
+    torch.testing.assert_close(categorical_kl(logits), kl_divergence(q, p))
+    torch.testing.assert_close(entropy(logits), q.entropy())
+
+
+def test_gaussian_kl_agrees_with_torch() -> None:
+    random = generator()
+    loc = 3 * torch.randn(50, 4, generator=random)
+    scale = torch.randn(50, 4, generator=random).mul(3).exp()  # from about 1e-4 to 1e4
+    expected = kl_divergence(Normal(loc, scale), Normal(0.0, 1.0)).sum(dim=-1)
+    torch.testing.assert_close(gaussian_kl(loc, scale), expected)
+    assert gaussian_kl(torch.zeros(1, 4), torch.ones(1, 4)).item() == 0
+
+
+def test_log_likelihood_agrees_with_torch_and_is_finite_at_extreme_logits() -> None:
+    logits = torch.tensor([-1e30, -1e4, -100.0, -20.5, -1.0, 0.0, 0.1, 19.5, 20.5, 100.0, 1e4, 1e30])
+    for pixel in (0.0, 1.0, 0.3):
+        x = torch.full_like(logits, pixel)
+        actual = torch.stack([bernoulli_log_likelihood(logits[i : i + 1], x[i : i + 1]) for i in range(12)])
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, Bernoulli(logits=logits, validate_args=False).log_prob(x))
+
+
+def test_log_likelihood_is_summed_over_pixels_in_float32() -> None:
+    random = generator()
+    logits, x = torch.randn(3, 2, 784, generator=random), torch.rand(2, 784, generator=random).round()
+    expected = Bernoulli(logits=logits).log_prob(x).sum(dim=-1)
+    torch.testing.assert_close(bernoulli_log_likelihood(logits, x), expected)
+    rough = bernoulli_log_likelihood(logits.bfloat16(), x)
+    torch.testing.assert_close(rough, bernoulli_log_likelihood(logits.bfloat16().float(), x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["softplus", "exp"])
+def test_scale_of_z_goes_below_and_above_one(scale: ScaleFunction) -> None:
+    """A peer's softplus on the log-variance forced every variance to be at least 1."""
+    head = GaussianHead(1, 1, scale)
+    raw = torch.tensor([-200.0, -3.0, 0.0, 3.0])
+    with torch.no_grad():
+        head.parameters_of_z.weight.copy_(torch.tensor([[0.0], [1.0]]))
+        head.parameters_of_z.bias.zero_()
+        _, actual = head(raw.view(1, 4, 1))
+    function = torch.nn.functional.softplus if scale == "softplus" else torch.exp
+    torch.testing.assert_close(actual.flatten(), function(raw) + MINIMUM_SCALE)
+    assert 0 < actual.min() < 0.001
+    assert actual.max() > 3
+
+
+# --- evaluation
+
+
+PIXELS = (255 * torch.cat([X, X.flip(0).roll(1, dims=-1)])[:7]).to(torch.uint8)
+DATA = EvaluationData(PIXELS, torch.tensor([0, 1, 2, 0, 1, 2, 0]))
+
+
+def measure(model: SemiSupervisedVAE, data: EvaluationData = DATA, **changes: Any) -> Evaluation:
+    settings: dict[str, Any] = {"binarization": "none", "batch_size": 3}
+    return evaluate(model, data, **(settings | changes))
+
+
+@torch.no_grad()
+def test_evaluation_is_the_enumeration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over minibatches of unequal sizes, so that a mean of means would differ."""
+    model = small_model()
+    noise = torch.full((7, 1), 0.4)
+    fix_noise(model, noise, monkeypatch)
+    x = DATA.x / 255
+    q = class_posterior(model, x)
+    reconstruction, kl_z = ((q.probs.T * part).sum(dim=0) for part in expected_parts(model, x, noise))
+    actual = measure(model)
+    expected = expected_unlabelled(model, x, noise).mean().item()
+    assert actual.bound == pytest.approx(expected, rel=1e-5)
+    assert actual.reconstruction == pytest.approx(reconstruction.mean().item(), rel=1e-5)
+    assert actual.kl_z == pytest.approx(kl_z.mean().item(), rel=1e-5)
+    assert actual.kl_y == pytest.approx(kl_divergence(q, uniform(7)).mean().item(), rel=1e-5)
+    assert actual.accuracy == (q.probs.argmax(dim=-1) == DATA.labels).sum().item() / 7
+    assert actual.log_likelihood is None
+
+
+@torch.no_grad()
+def test_evaluation_s_log_likelihood_tends_to_log_p_x() -> None:
+    model = broad_model()
+    actual = measure(model, importance_samples=2000)
+    exact = integrated_log_likelihood(model, DATA.x / 255).mean().item()
+    assert actual.log_likelihood == pytest.approx(exact, abs=0.04)
+
+
+def test_importance_samples_do_not_change_the_rest_of_the_evaluation() -> None:
+    model = small_model()
+    with_samples, without = measure(model, importance_samples=2, batch_size=7), measure(model, batch_size=7)
+    assert with_samples.log_likelihood is not None
+    with_samples.log_likelihood = None
+    assert with_samples == without
+
+
+def test_evaluation_sees_each_class_as_one_hot_whatever_estimator_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "estimator" not in inspect.signature(evaluate).parameters
+    model = small_model()
+    seen: list[Tensor] = []
+    original = model.bound
+
+    def spy(x: Tensor, features: Tensor, y: Tensor, noise: Tensor) -> Bound:
+        seen.append(y)
+        return original(x, features, y, noise)
+
+    monkeypatch.setattr(model, "bound", spy)
+    measure(model)
+    assert [y.shape[1] for y in seen] == [3, 3, 1]
+    for y in seen:
+        assert torch.equal(y, torch.eye(K).unsqueeze(1).expand_as(y))
+
+
+def test_evaluation_uses_the_labels_for_accuracy_and_calibration_alone() -> None:
+    model = small_model()
+    predicted = class_posterior(model, DATA.x / 255).probs.argmax(dim=-1)
+    first = measure(model, EvaluationData(DATA.x, predicted))
+    other = measure(model, EvaluationData(DATA.x, (predicted + 1) % K))
+    assert (first.accuracy, other.accuracy) == (1, 0)
+    assert first.calibration_error != other.calibration_error
+    assert (other.bound, other.kl_y, other.kl_z) == (first.bound, first.kl_y, first.kl_z)
+
+
+def test_evaluation_repeats_itself_and_leaves_the_model_and_global_randomness_alone() -> None:
+    model = small_model(dropout=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first = measure(model, binarization="dynamic", importance_samples=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert measure(model, binarization="dynamic", importance_samples=2) == first
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_evaluation_is_without_dropout() -> None:
+    assert measure(small_model(dropout=0.5)) == measure(small_model(dropout=0.0))
+
+
+def plain_calibration_error(q: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
+    """Guo et al. 2017, equation 3, bin by bin."""
+    confidence, correct = q.max(axis=1), q.argmax(axis=1) == labels
+    total = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            total += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
+    return total
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 5.0])
+def test_calibration_error_agrees_with_a_plain_loop(sharpness: float) -> None:
+    random = generator()
+    q = (sharpness * torch.randn(2000, 10, generator=random)).softmax(dim=-1)
+    labels = torch.where(
+        torch.rand(2000, generator=random) < 0.6,
+        q.argmax(dim=-1),
+        torch.randint(10, (2000,), generator=random),
+    )
+    expected = plain_calibration_error(q.double().numpy(), labels.numpy())
+    assert expected > 0.01
+    assert calibration_error(q, labels) == pytest.approx(expected, rel=1e-5)
+
+
+def test_calibration_error_at_its_ends() -> None:
+    certain = torch.eye(10)
+    assert calibration_error(certain, torch.arange(10)) == 0
+    assert calibration_error(certain, torch.arange(10).roll(1)) == 1
