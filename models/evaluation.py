@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from estimators.contract import categorical_kl
 from models.vae import SemiSupervisedVAE
 
 CALIBRATION_BINS = 15
-EVALUATION_SEED = 0  # the same binarization and noise for every run, so that runs can be compared
+EVALUATION_SEED = 0  # the same binarization and noise for every run of one batch size, so that runs can be compared
 
 
 @dataclass
@@ -35,6 +37,16 @@ def one_hot_classes(num_classes: int, batch: int, device: torch.device) -> Tenso
     return torch.eye(num_classes, device=device).unsqueeze(1).expand(-1, batch, -1)
 
 
+@contextmanager
+def evaluating(model: SemiSupervisedVAE) -> Iterator[None]:
+    """Without gradients and in evaluation mode, so that looking leaves the model (batch statistics too) as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
 def evaluate(
     model: SemiSupervisedVAE,
     data: EvaluationData,
@@ -47,10 +59,9 @@ def evaluate(
 
     The bound is U(x) = sum_y q(y|x) b(x, y) - KL(q(y|x) || p(y)), exact in y, with one draw of z an image.
     """
-    model.eval()
     sums: dict[str, Tensor] = {}
     probabilities = []
-    with torch.no_grad():
+    with evaluating(model):
         for index, images in enumerate(data.x.split(batch_size)):
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
@@ -60,7 +71,6 @@ def evaluate(
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             probabilities.append(q)
-    model.train()
     q = torch.cat(probabilities)
     return Evaluation(
         accuracy=(q.argmax(dim=-1) == data.labels).double().mean().item(),

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.evaluation import one_hot_classes
+from models.evaluation import evaluating, one_hot_classes
 from models.vae import SemiSupervisedVAE
 
 
@@ -34,7 +34,7 @@ def save_png(sheet: Tensor, path: Path, zoom: int) -> None:
 
 def reconstructions(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
     """x [B, C, H, W] followed by p(x|y,z) at the most probable y and the mean of q(z|x,y), [2B, C, H, W]."""
-    with torch.no_grad():
+    with evaluating(model):
         y = torch.nn.functional.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
         loc, _ = model.inference(model.inference.features(x), y.unsqueeze(0))
         return torch.cat([x, model.generate(y.unsqueeze(0), loc)[0].view_as(x)])
@@ -44,5 +44,5 @@ def generated(model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Gene
     """p(x|y,z) for every class at the same `styles` draws of z, [K * styles, C, H, W], class by class."""
     z = torch.randn(styles, model.latent_size, generator=generator, device=generator.device)
     classes = one_hot_classes(model.num_classes, styles, z.device)
-    with torch.no_grad():
+    with evaluating(model):
         return model.generate(classes, z.expand(model.num_classes, -1, -1)).view(-1, *shape)
