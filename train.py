@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
     """Trains from the run's step to its last; returns 0, or 128 + the number of the signal that stopped it."""
     from data.randomness import keyed_generator
     from models.objective import objective
-    from training.divergence import FiniteGuard
+    from training.divergence import FiniteGuard, raise_unless_finite
     from training.interruption import Interruption
 
     settings = run.config.train
@@ -47,6 +48,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
             run.optimizer.zero_grad(set_to_none=True)
             result.loss.backward()
             guard.before_update(step, result.terms, run.parameters)
+            run.set_learning_rate(step)
             run.optimizer.step()
             run.step = done = step + 1
             report.add(result)
@@ -57,13 +59,15 @@ def train(run: Run, report: Report, folder: Path) -> int:
                 report.log_step(done)
             if done % settings.validate_every == 0 or last:
                 with report.paused():
-                    report.validation(done, run.evaluate(run.validation))
+                    measured = run.evaluate(run.validation)
+                    raise_unless_finite("the validation bound", measured.bound, done)
+                    report.validation(done, measured)
             if done % settings.checkpoint_every == 0 or last or interruption.exit_code:
                 guard.raise_if_diverged()
                 with report.paused():
                     run.save(folder)
             if interruption.exit_code:
-                log.warning("stopped at step %d; go on with: uv run train.py resume=%s", done, folder)
+                log.warning("stopped at step %d; go on with: uv run train.py %s", done, shlex.quote(f"resume={folder}"))
                 return interruption.exit_code
     return 0
 
@@ -76,12 +80,12 @@ def run_job(config: DictConfig, folder: Path) -> int:
     from training.run_folder import SPLIT, write_json
 
     checked = typed(config)
-    if checked.resume and is_finished(folder, checked):
-        log.info("%s is finished already, and stays as it is", folder)
-        return 0
     run = Run(checked)
     if checked.resume:
         run.restore_newest(folder)
+        if is_finished(folder, checked):
+            log.info("%s is finished already, and stays as it is", folder)
+            return 0
     else:
         write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
         run.save(folder)
@@ -125,6 +129,9 @@ def main() -> None:
         hydra_main()
     except (*COMPOSING_ERRORS, ConfigError) as error:  # a job's own errors do not come here
         refuse(explain(error, sys.argv[1:]))
+    except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
+        print("catvae: interrupted", file=sys.stderr)
+        sys.exit(130)
     if failures:
         sys.exit(max(failures))
 

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -68,6 +69,7 @@ def check(config: Config) -> None:
     model = build(config.model, "model", ImageShape(*facts.shape), facts.num_classes)
     estimator = build(config.estimator, "estimator")
     optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    build(config.lr_factor, "lr_factor")(0)
     _check_kind(config.model, "model", model, Networks)
     _check_kind(config.estimator, "estimator", estimator, torch.nn.Module)
     _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
@@ -128,7 +130,9 @@ class CheckBeforeWork(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
-            check_machine(_check_job(config))
+            checked = _check_job(config)
+            _check_folder(config, "hydra.run.dir", Path(config.hydra.run.dir))
+            check_machine(checked)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
@@ -138,11 +142,14 @@ class CheckBeforeWork(Callback):
         checked = []
         for number, job in enumerate(jobs):
             with _refusing(job):
-                checked.append(_check_job(_compose_job(config, number, job)))
+                job_config = _compose_job(config, number, job)
+                checked.append(_check_job(job_config))
+                sweep = job_config.hydra.sweep
+                _check_folder(job_config, "hydra.sweep.dir", Path(sweep.dir, sweep.subdir))
         if config.hydra.runtime.choices["hydra/launcher"] == "basic":  # others may run jobs on other machines
-            for job, job_config in zip(jobs, checked, strict=True):
+            for job, job_checked in zip(jobs, checked, strict=True):
                 with _refusing(job):
-                    check_machine(job_config)
+                    check_machine(job_checked)
 
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
@@ -175,6 +182,12 @@ def _check_job(config: DictConfig) -> Config:
     checked = typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     check(checked)
     return checked
+
+
+def _check_folder(config: DictConfig, key: str, folder: Path) -> None:
+    """Among another run's checkpoints, a run would lose its own and be taken for the other. Raises ConfigError."""
+    if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
+        raise ConfigError(f"{key} must be without a run, got {folder}; go on with that one by resume={folder}")
 
 
 @contextmanager

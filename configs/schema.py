@@ -109,6 +109,7 @@ class Config:
     model: Any = MISSING
     estimator: Any = MISSING
     optimizer: Any = MISSING
+    lr_factor: Any = MISSING  # a schedule that multiplies optimizer.lr
     objective: ObjectiveConfig = MISSING
     train: TrainConfig = MISSING
     evaluation: EvaluationConfig = MISSING

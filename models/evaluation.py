@@ -115,7 +115,7 @@ def calibration_error(q: Tensor, labels: Tensor) -> float:
     """Expected calibration error of q(y|x) [N, K], 15 equal bins of confidence (Guo et al. 2017, eq. 3)."""
     confidence, predicted = q.max(dim=-1)
     correct = (predicted == labels).double()
-    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)  # a NaN stays one below
     gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.double, device=q.device)
     gaps.index_add_(0, bins, correct - confidence.double())
     return (gaps.abs().sum() / len(q)).item()

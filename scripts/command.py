@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from configs.check import refuse
 from configs.schema import ConfigError
+from configs.wording import explain
 from data.datasets import DataError
 
 
@@ -19,3 +21,12 @@ def refusing_bad_input() -> Iterator[None]:
         yield
     except (ConfigError, DataError, CheckpointError) as error:
         refuse(str(error))
+    except OSError as error:
+        refuse(explain(error))
+
+
+def positive(text: str) -> int:
+    """An argument that must be an integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
+    return int(text)

@@ -8,16 +8,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scripts.command import refusing_bad_input
+from scripts.command import positive, refusing_bad_input
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder")
     parser.add_argument("--output", type=Path, default=Path("generated.png"), help="the picture to write")
-    parser.add_argument("--columns", type=int, default=10, help="how many styles")
+    parser.add_argument("--columns", type=positive, default=10, help="how many styles")
     parser.add_argument("--seed", type=int, default=0, help="draws the styles")
-    parser.add_argument("--zoom", type=int, default=2, help="how many screen pixels a pixel takes")
+    parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes")
     arguments = parser.parse_args()
     with refusing_bad_input():
         from data.randomness import keyed_generator

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 
 class Diverged(Exception):
     """Training produced a non-finite number; the message names the term and the step."""
+
+
+def raise_unless_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise Diverged(f"{name} is {value} at step {step}")
 
 
 class FiniteGuard:

@@ -29,7 +29,7 @@ def save_png(sheet: Tensor, path: Path, zoom: int) -> None:
 
     large = sheet.repeat_interleave(zoom, dim=1).repeat_interleave(zoom, dim=2)
     array = large.permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(path)
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(path, format="PNG")
 
 
 def reconstructions(model: SemiSupervisedVAE, x: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from configs.schema import Config
 from training.report import Report
 from training.run import Run, flat, plain
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
-from training.tensorboard import HPARAM_METRICS
 
 
 def is_finished(folder: Path, config: Config) -> bool:
@@ -38,8 +37,8 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "config": flat(plain(run.config)),
     }
     write_json(folder / RESULT, result)
-    tags = {name.replace("_", "/", 1): value for name, value in measured.items()}
-    report.final({tag: value for tag, value in tags.items() if tag.startswith("test/") or tag in HPARAM_METRICS})
+    # the last step's validation is logged already
+    report.final({n.replace("_", "/", 1): value for n, value in measured.items() if n.startswith("test_")})
     report.say(
         f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
         f"log p(x) >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"

@@ -18,6 +18,7 @@ from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, evaluation_data, training_data
 from data.datasets import load
 from data.splits import Split, draw_split
+from estimators.contract import Schedule
 from models.evaluation import Evaluation, evaluate
 from models.networks import ImageShape
 from models.objective import Weights
@@ -53,6 +54,7 @@ class Run:
         self.model.to(memory_format=torch.channels_last)
         self.parameters = [*self.model.parameters(), *self.estimator.parameters()]
         self.optimizer = build_optimizer(config, self.parameters)
+        self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
         self.binarization: Binarization = config.data.binarization.value
         self.batches = Batches(
@@ -113,6 +115,11 @@ class Run:
         if self.device.type == "cuda":
             state["random_state_cuda"] = torch.cuda.get_rng_state(self.device)
         return checkpoints.save(folder, self.step, state)
+
+    def set_learning_rate(self, step: int) -> None:
+        """optimizer.lr times lr_factor(step)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"] * self.lr_factor(step)
 
     def restore_newest(self, folder: Path) -> None:
         """Takes up the newest checkpoint of a run folder. Raises CheckpointError, ConfigError."""

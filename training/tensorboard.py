@@ -20,7 +20,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.writer = SummaryWriter(str(folder), purge_step=start if start > 0 else None)
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # the first step to drop
         plain = (int, float, str, bool)
         flat = {key: value if isinstance(value, plain) else str(value) for key, value in hyper_parameters.items()}
         # written into the run's own folder: add_hparams would make a second run of it
