@@ -157,8 +157,8 @@ class Run:
         """J with its weights, and what each image weighs in it."""
         w, labelled, unlabelled = self.weights, len(self.split.labelled), len(self.split.unlabelled)
         return (
-            f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]; "
-            "effective weight per image: "
+            f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
+            "; effective weight per image: "
             f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         )
 
