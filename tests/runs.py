@@ -1,0 +1,134 @@
+"""Runs of the commands in this process, each as a new process would see it, and what they leave behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging.config
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+import train
+from training import checkpoints
+
+ROOT = Path(train.__file__).parent
+# says all that has to do with the numbers, so that another default changes no golden run
+SMALL = (
+    "data=digits data.num_labelled=50 data.num_validation=200 data.labelled_in_unlabelled=true "
+    "data.binarization=dynamic model.latent_size=2 model.scale=softplus "
+    "optimizer=adam optimizer.lr=3e-3 lr_factor=constant objective=semi_supervised objective.alpha=1 "
+    "train.batch_size_labelled=10 train.batch_size_unlabelled=10 device=cpu precision=fp32 "
+    "train.log_every=1 train.validate_every=6 train.checkpoint_every=4 evaluation.importance_samples=2 "
+)
+# without dropout: some PyTorch builds draw its masks differently on other makes of CPU, see tests.golden
+MLP = SMALL + "model=mlp model.hidden=16 model.dropout=0 "
+CONV = SMALL + "model=conv model.channels=2 model.hidden=8 model.dropout=0.5 "
+ANNEALED = " estimator.temperature.rate=0.05 estimator.temperature.every=4 estimator.temperature.minimum=0.5"
+SCORE = "estimator=score_function estimator/baseline="
+ESTIMATORS = {
+    "marginalization": "estimator=marginalization",
+    "gumbel_softmax": "estimator=gumbel_softmax" + ANNEALED,
+    "st_gumbel_softmax": "estimator=st_gumbel_softmax" + ANNEALED,
+    "score_function/none": SCORE + "none",
+    "score_function/moving_average": SCORE + "moving_average estimator.baseline.decay=0.99",
+    "score_function/leave_one_out": SCORE + "leave_one_out estimator.num_samples=2",
+}
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it said."""
+
+    code: object
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return self.out + self.err
+
+
+def command(main: Callable[[], object], line: str) -> Ended:
+    """`main` with the arguments `line`, in the state that a new process would have."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(sys, "argv", ["command", *shlex.split(line)]),
+        mock.patch.object(train, "failures", []),
+        # events are read in the order of their files' names, which have a second, a process and this number in them
+        mock.patch.object(event_file_writer, "_global_uid", mock.Mock(get=event_files.__next__)),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        code: object = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            GlobalHydra.instance().clear()
+            HydraConfig.instance().cfg = None
+            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "root": {"handlers": []}})
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+event_files = count(10_000)
+
+
+def run(line: str, folder: Path, *, code: int = 0) -> Ended:
+    """train.py with the arguments `line`, into `folder`, which must end with `code`."""
+    to_folder = shlex.quote(f"hydra.run.dir='{folder}'")
+    ended = command(train.main, f"{line} {to_folder}")
+    assert ended.code == code, ended.said
+    return ended
+
+
+def resume(folder: Path, line: str = "", *, code: int = 0) -> Ended:
+    ended = command(train.main, f"{shlex.quote(f'resume={folder}')} {line}")
+    assert ended.code == code, ended.said
+    return ended
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint, without the configuration."""
+    state = torch.load(checkpoints.stored(folder)[-1], weights_only=True)
+    del state["config"]
+    return dict(state)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two nested containers are equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def events(folder: Path) -> EventAccumulator:
+    """What TensorBoard shows of a run folder, all of it."""
+    kinds = ("scalars", "images", "tensors", "histograms", "compressedHistograms")
+    read = EventAccumulator(str(folder), size_guidance=dict.fromkeys(kinds, 0))
+    read.Reload()
+    return read
+
+
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) of a scalar, as TensorBoard shows it."""
+    return [(event.step, event.value) for event in events(folder).Scalars(tag)]
