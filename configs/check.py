@@ -19,7 +19,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError
 
 from configs.schema import Config, ConfigError
@@ -45,7 +50,10 @@ def typed(config: DictConfig) -> Config:
     """The composed configuration as a Config, checked key by key. Raises ConfigError."""
     plain: Any = None
     try:
-        plain = OmegaConf.to_container(config, resolve=True)
+        try:
+            plain = OmegaConf.to_container(config, resolve=True)
+        except InterpolationResolutionError:  # what it points at may be at fault, and is then named below
+            plain = OmegaConf.to_container(config, resolve=False)
         # merging again into the schema is what catches a misspelt key that was added with +
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))  # type: ignore[return-value]
     except (ConfigKeyError, ConfigAttributeError) as error:

@@ -109,10 +109,10 @@ class Config:
     model: Any = MISSING
     estimator: Any = MISSING
     optimizer: Any = MISSING
-    lr_factor: Any = MISSING  # a schedule that multiplies optimizer.lr
     objective: ObjectiveConfig = MISSING
     train: TrainConfig = MISSING
     evaluation: EvaluationConfig = MISSING
+    lr_factor: Any = MISSING  # a schedule that multiplies optimizer.lr
     seed: int = 0
     device: Device = Device.auto
     precision: Precision = Precision.auto

@@ -124,7 +124,7 @@ BAD = [
     ("data=digits data.num_labelled=1330 data.num_validation=100", "data.num_labelled=1330", "133 images of class"),
     # classes
     ("model._target_=nope.Nope", "model._target_ must be an importable class or function", "got nope.Nope"),
-    ("model._target_=os.getcwd", "model.latent_size=50 is not a key", "os.getcwd has none"),
+    ("model._target_=os.getcwd", "model.latent_size=8 is not a key", "os.getcwd has none"),
     ("estimator._target_=torch.nn.Linear", "is not a key", "torch.nn.Linear has in_features"),
     ("estimator=marginalization estimator._target_=torch.nn.Identity", "estimator._target_ must make an estimator"),
     ("estimator=marginalization estimator._target_=builtins.dict", "estimator._target_", "got builtins.dict"),
