@@ -47,7 +47,6 @@ def objective(
     U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for images x_unlabelled, its first term by the estimator.
     The loss is -J plus the estimator's auxiliary loss.
     """
-    terms: dict[str, Tensor] = {}
     x = torch.cat([x_labelled, x_unlabelled])
     labelled = x_labelled.shape[0]
     logits = model.classifier(x, generator)
