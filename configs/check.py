@@ -71,6 +71,7 @@ def check(config: Config) -> None:
     """Builds what `_target_` names and throws it away, so that a bad setting is found now. Raises ConfigError."""
     import torch
 
+    from estimators.contract import Estimator
     from models.networks import ImageShape, Networks
 
     facts = DATASETS[config.data.name]
@@ -79,7 +80,7 @@ def check(config: Config) -> None:
     optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
     build(config.lr_factor, "lr_factor")(0)
     _check_kind(config.model, "model", model, Networks)
-    _check_kind(config.estimator, "estimator", estimator, torch.nn.Module)
+    _check_kind(config.estimator, "estimator", estimator, Estimator)
     _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     try:
         inspect.signature(estimator.forward).bind("f", "logits", step=0, context=None, generator=None)

@@ -38,7 +38,16 @@ class Estimate:
 
 
 class Estimator(nn.Module):
-    """A gradient estimator: parameters and buffers are its own state, and travel in checkpoints."""
+    """A gradient estimator: parameters and buffers are its own state, and travel in checkpoints.
+
+    State changes in training mode alone. Whatever needs the sizes of the data is made in `prepare`.
+    """
+
+    def prepare(self, context_size: int, num_classes: int) -> None:
+        """Called once, before parameters are counted: makes networks of the estimator's own, if it has any.
+
+        `context_size` is the number of pixels of an image.
+        """
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
@@ -53,6 +62,43 @@ class Estimator(nn.Module):
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     """`value` as a number, with the gradients of both `value` and `surrogate`."""
     return value + (surrogate - surrogate.detach())
+
+
+def at_logits(logits: Tensor, gradient: Tensor) -> Tensor:
+    """A surrogate [B] whose gradient at logits [B, K] is `gradient` [B, K], which must sum to zero over K.
+
+    A gradient through a softmax does. The surrogate is finite also for logits of -inf.
+    """
+    return (log_probabilities(logits) * gradient.detach()).sum(dim=-1)
+
+
+def only_to(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """`loss` as a number, with its gradient to `parameters` and to nothing else: an auxiliary loss."""
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    linear = sum((p * g).sum() for p, g in zip(parameters, gradients, strict=True))
+    return with_gradient_of(loss.detach(), torch.as_tensor(linear))
+
+
+def at_least(name: str, value: int, minimum: int) -> int:
+    """`value`. Raises ValueError if it is below `minimum`."""
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}")
+    return value
+
+
+def positive(name: str, value: float) -> float:
+    """`value`. Raises ValueError unless it is > 0 and finite."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+    return value
+
+
+def temperature_at(schedule: Schedule, step: int) -> float:
+    """tau at `step`. Raises ValueError unless it can be divided by."""
+    temperature = schedule(step)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
+    return temperature
 
 
 def categorical_kl(logits: Tensor) -> Tensor:

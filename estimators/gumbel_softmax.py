@@ -8,7 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from estimators.contract import CostFunction, Estimate, Estimator, Schedule, categorical_kl
+from estimators.contract import (
+    CostFunction,
+    Estimate,
+    Estimator,
+    Schedule,
+    at_least,
+    categorical_kl,
+    positive,
+    temperature_at,
+)
 from estimators.relaxations import (
     concrete_log_sample,
     exp_concrete_log_density,
@@ -39,22 +48,11 @@ class GumbelSoftmax(Estimator):
         prior_temperature: float = 0.5,
     ) -> None:
         super().__init__()
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be >= 1, got {num_samples}")
-        if not (math.isfinite(prior_temperature) and prior_temperature > 0):
-            raise ValueError(f"prior_temperature must be > 0 and finite, got {prior_temperature}")
         self.temperature = temperature
-        self.num_samples = num_samples
+        self.num_samples = at_least("num_samples", num_samples, 1)
         self.kl = kl
-        self.prior_temperature = prior_temperature
-        self.temperature_at(0)
-
-    def temperature_at(self, step: int) -> float:
-        """tau at `step`, refused unless it can be divided by."""
-        temperature = self.temperature(step)
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
-        return temperature
+        self.prior_temperature = positive("prior_temperature", prior_temperature)
+        temperature_at(temperature, 0)
 
     def draw(self, log_y: Tensor) -> Tensor:
         """The class vectors [S, B, K] that f sees, from relaxed log y [S, B, K]."""
@@ -63,7 +61,7 @@ class GumbelSoftmax(Estimator):
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        temperature = self.temperature_at(step)
+        temperature = temperature_at(self.temperature, step)
         gumbels = gumbel((self.num_samples, *logits.shape), generator=generator)
         log_y = concrete_log_sample(logits, gumbels, temperature)
         y = self.draw(log_y)

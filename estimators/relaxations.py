@@ -48,6 +48,17 @@ def concrete_log_sample(logits: Tensor, gumbels: Tensor, temperature: float) -> 
     return torch.log_softmax((log_probabilities(logits) + gumbels) / temperature, dim=-1)
 
 
+def conditional_perturbed(logits: Tensor, y: Tensor, gumbels: Tensor) -> Tensor:
+    """log pi + G given that one-hot y [..., K] is its argmax, from fresh standard Gumbels [..., K], differentiable.
+
+    Where y_i = 1 it is g_i, the largest of log pi + G being a standard Gumbel; elsewhere
+    -log(exp(-g_k) / pi_k + exp(-g_i)) (Tucker et al. 2017, appendix C; Maddison & Tarlow 2014).
+    """
+    top = (y * gumbels).sum(dim=-1, keepdim=True)
+    below = -torch.logaddexp(-gumbels - log_probabilities(logits), -top)
+    return torch.where(y > 0, top, below)
+
+
 def straight_through(soft: Tensor) -> Tensor:
     """one_hot(argmax soft) forward, the gradient of `soft` backward (Jang et al. 2017, section 2.2)."""
     hard = one_hot(soft.argmax(dim=-1), soft.shape[-1])
@@ -73,3 +84,31 @@ def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) 
 def concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """log density of y itself under Concrete(pi, tau) on the simplex (Maddison et al. 2017, eq. 10), at log y."""
     return exp_concrete_log_density(log_y, logits, temperature) - log_y.sum(dim=-1)
+
+
+def logistic(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
+    """Standard logistic noise, the difference of two Gumbels, always finite, on the generator's device."""
+    return gumbel(shape, generator=generator) - gumbel(shape, generator=generator)
+
+
+def binary_concrete_logit_sample(logit: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """logit y of a relaxed binary draw, y ~ BinConcrete (Maddison et al. 2017, B.1, eq. 16): (logit pi + L) / tau.
+
+    P(y > 1/2) = pi at every temperature. With K = 2 classes it is logit y_1 of `concrete_log_sample`.
+    """
+    return (logit + noise) / temperature
+
+
+def binary_concrete_logit_log_density(y_logit: Tensor, logit: Tensor, temperature: float) -> Tensor:
+    """log density of logit y under BinConcrete(pi, tau) (Maddison et al. 2017, C.3.2), [...] from [...]:
+
+    log tau + s - 2 softplus(s),  s = logit pi - tau logit y.
+    """
+    score = logit - temperature * y_logit
+    return math.log(temperature) + score - 2 * torch.nn.functional.softplus(score)
+
+
+def binary_concrete_log_density(y_logit: Tensor, logit: Tensor, temperature: float) -> Tensor:
+    """log density of y itself on (0, 1) under BinConcrete(pi, tau) (Maddison et al. 2017, eq. 17), at logit y."""
+    log_jacobian = torch.nn.functional.softplus(y_logit) + torch.nn.functional.softplus(-y_logit)
+    return binary_concrete_logit_log_density(y_logit, logit, temperature) + log_jacobian

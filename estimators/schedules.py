@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 
-
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be > 0 and finite, got {value}")
+from estimators.contract import at_least, positive
 
 
 def constant(step: int, *, value: float) -> float:
     """tau(t) = value. Raises ValueError unless value > 0."""
-    _positive("value", value)
-    return value
+    return positive("value", value)
 
 
 def exponential(step: int, *, rate: float, minimum: float, every: int) -> float:
@@ -23,9 +19,8 @@ def exponential(step: int, *, rate: float, minimum: float, every: int) -> float:
     """
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"rate must be >= 0 and finite, got {rate}")
-    _positive("minimum", minimum)
-    if every < 1:
-        raise ValueError(f"every must be >= 1, got {every}")
+    positive("minimum", minimum)
+    at_least("every", every, 1)
     return max(minimum, math.exp(-rate * (step // every * every)))
 
 
@@ -40,8 +35,7 @@ def cosine(step: int, *, start: float, end: float, steps: int) -> float:
 
 
 def _progress(step: int, start: float, end: float, steps: int) -> float:
-    _positive("start", start)
-    _positive("end", end)
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    positive("start", start)
+    positive("end", end)
+    at_least("steps", steps, 1)
     return min(step / steps, 1.0)

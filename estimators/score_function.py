@@ -1,31 +1,44 @@
-"""The score-function estimator (REINFORCE, Williams 1992) and its baselines."""
+"""Score-function estimators (REINFORCE, Williams 1992): baselines that need no relaxation, and MuProp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from estimators.contract import CostFunction, Estimate, Estimator, categorical_kl, with_gradient_of
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, with_gradient_of
 from estimators.relaxations import gumbel, gumbel_max, log_probabilities
 
 
-class NoBaseline(nn.Module):
-    """b = 0."""
+class Baseline(nn.Module):
+    """What is subtracted from a cost. It never contains that cost, and its state changes in training mode alone."""
 
     minimum_samples = 1
 
-    def forward(self, costs: Tensor) -> Tensor:
+    def prepare(self, context_size: int, num_classes: int) -> None:
+        """Makes networks of its own, if it has any."""
+
+    def forward(self, costs: Tensor, context: Tensor) -> Tensor:
+        """b for costs [S, B] of the images in `context` [B, ...], broadcastable to the costs.
+
+        Where b depends on parameters they are fitted to the costs by least squares.
+        """
+        raise TypeError(f"{type(self).__name__} must define forward(costs, context)")
+
+
+class NoBaseline(Baseline):
+    """b = 0."""
+
+    def forward(self, costs: Tensor, context: Tensor) -> Tensor:
         return torch.zeros_like(costs)
 
 
-class MovingAverage(nn.Module):
+class MovingAverage(Baseline):
     """b = the exponential moving average of earlier minibatches' mean cost (Mnih & Gregor 2014, section 2.3.1).
 
     The cost that it is subtracted from is never in it: the average is updated after it is used. Raises ValueError
     unless 0 <= decay < 1.
     """
 
-    minimum_samples = 1
     average: Tensor
     weight: Tensor
 
@@ -37,8 +50,7 @@ class MovingAverage(nn.Module):
         self.register_buffer("average", torch.zeros(()))
         self.register_buffer("weight", torch.zeros(()))
 
-    def forward(self, costs: Tensor) -> Tensor:
-        """Baseline for costs [S, B], broadcastable; updates its state in training mode."""
+    def forward(self, costs: Tensor, context: Tensor) -> Tensor:
         tiny = torch.finfo(self.weight.dtype).tiny
         baseline = (self.average / self.weight.clamp(min=tiny)).clone()
         if self.training:
@@ -47,12 +59,33 @@ class MovingAverage(nn.Module):
         return baseline
 
 
-class LeaveOneOut(nn.Module):
+class LearnedBaseline(Baseline):
+    """b(x) = c + a network of x, c a moving average: NVIL (Mnih & Gregor 2014, eqs. 6-8), least squares in eq. 9.
+
+    NVIL's division of the signal by its running deviation is left out: it rescales the gradient.
+    Raises ValueError for hidden < 1, or a decay outside [0, 1).
+    """
+
+    def __init__(self, hidden: int = 100, decay: float = 0.99) -> None:
+        super().__init__()
+        self.hidden = at_least("hidden", hidden, 1)
+        self.centre = MovingAverage(decay)
+
+    def prepare(self, context_size: int, num_classes: int) -> None:
+        self.network = nn.Sequential(
+            nn.Flatten(), nn.Linear(context_size, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)
+        )
+
+    def forward(self, costs: Tensor, context: Tensor) -> Tensor:
+        return self.centre(costs, context) + self.network(context).float().squeeze(-1)
+
+
+class LeaveOneOut(Baseline):
     """b_s = the mean cost of the other S - 1 draws for the same image (Mnih & Rezende 2016; Kool et al. 2019)."""
 
     minimum_samples = 2
 
-    def forward(self, costs: Tensor) -> Tensor:
+    def forward(self, costs: Tensor, context: Tensor) -> Tensor:
         return (costs.sum(dim=0) - costs) / (costs.shape[0] - 1)
 
 
@@ -62,7 +95,7 @@ class ScoreFunction(Estimator):
     Raises ValueError for num_samples below 1, or below 2 with the leave-one-out baseline.
     """
 
-    def __init__(self, baseline: nn.Module, num_samples: int = 1) -> None:
+    def __init__(self, baseline: Baseline, num_samples: int = 1) -> None:
         super().__init__()
         minimum = getattr(baseline, "minimum_samples", 1)
         if num_samples < minimum:
@@ -72,16 +105,53 @@ class ScoreFunction(Estimator):
         self.baseline = baseline
         self.num_samples = num_samples
 
+    def prepare(self, context_size: int, num_classes: int) -> None:
+        self.baseline.prepare(context_size, num_classes)
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
         y = gumbel_max(logits.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
         costs = f(y)
         log_q = (y * log_probabilities(logits)).sum(dim=-1)
-        signal = costs.detach() - self.baseline(costs.detach())
+        baseline = self.baseline(costs.detach(), context)
+        signal = costs.detach() - baseline.detach()
         value = with_gradient_of(costs.mean(dim=0), (signal * log_q).mean(dim=0))
+        squared_error = (costs.detach() - baseline).square().mean()
+        auxiliary = squared_error if baseline.requires_grad else logits.new_zeros(())
         metrics: dict[str, Tensor | float] = {
             "evaluations": float(self.num_samples),
             "signal_variance": signal.var(correction=0),
         }
+        return Estimate(value, categorical_kl(logits), auxiliary, metrics)
+
+
+class MuProp(Estimator):
+    """The score function with the mean-field Taylor expansion of f as its baseline: unbiased (Gu et al. 2016, eq. 3).
+
+    grad = mean_s [(f(y_s) - f(q) - f'(q)(y_s - q)) grad log q(y_s) + grad f(y_s)] + f'(q) grad q,  y_s ~ q,
+
+    with f continued to the simplex, at S + 1 calls of f. Raises ValueError for num_samples < 1.
+    """
+
+    def __init__(self, num_samples: int = 1) -> None:
+        super().__init__()
+        self.num_samples = at_least("num_samples", num_samples, 1)
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        log_q = log_probabilities(logits)
+        mean = log_q.exp().detach().requires_grad_()
+        y = gumbel_max(logits.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
+        costs, at_mean = f(y), f(mean.unsqueeze(0)).squeeze(0)
+        (slope,) = torch.autograd.grad(at_mean.sum(), mean)
+        taylor = at_mean.detach() + (slope * (y - mean.detach())).sum(dim=-1)
+        signal = costs.detach() - taylor
+        surrogate = (signal * (y * log_q).sum(dim=-1)).mean(dim=0) + (slope * log_q.exp()).sum(dim=-1)
+        metrics: dict[str, Tensor | float] = {
+            "evaluations": float(self.num_samples + 1),
+            "signal_variance": signal.var(correction=0),
+        }
+        value = with_gradient_of(costs.mean(dim=0), surrogate)
         return Estimate(value, categorical_kl(logits), logits.new_zeros(()), metrics)

@@ -17,8 +17,19 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from estimators.contract import CostFunction, Estimate, Estimator
 from estimators.gumbel_softmax import KL, GumbelSoftmax, StraightThroughGumbelSoftmax
 from estimators.marginalization import Marginalization
+from estimators.partial_enumeration import SumAndSample, UnorderedSet
+from estimators.relaxed_control import REBAR, RELAX
 from estimators.schedules import constant
-from estimators.score_function import LeaveOneOut, MovingAverage, NoBaseline, ScoreFunction
+from estimators.score_function import (
+    Baseline,
+    LearnedBaseline,
+    LeaveOneOut,
+    MovingAverage,
+    MuProp,
+    NoBaseline,
+    ScoreFunction,
+)
+from estimators.straight_through import GappedStraightThrough, GumbelRao, ReinMax, StraightThrough
 
 at_one = partial(constant, value=1.0)
 
@@ -28,8 +39,20 @@ class Case:
     name: str
     make: Callable[[], Estimator]
     unbiased: bool  # the mean gradient is the exact one
-    discrete: bool  # f sees one-hot vectors alone
+    discrete: bool  # the value is f's at one-hot vectors, which its first call is given
     evaluations: int | None  # calls of f per image; None: one a class, without randomness
+
+    def build(self, num_classes: int) -> Estimator:
+        """With parameters of its own away from where they start, where a wrong term could hide behind a zero."""
+        estimator = self.make()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            estimator.prepare(CONTEXT_SIZE, num_classes)
+        generator = seeded(4)
+        with torch.no_grad():
+            for parameter in estimator.parameters():
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+        return estimator
 
 
 CASES = [
@@ -40,6 +63,18 @@ CASES = [
     Case("moving_average", lambda: ScoreFunction(MovingAverage(0.9)), True, True, 1),
     Case("leave_one_out_2", lambda: ScoreFunction(LeaveOneOut(), num_samples=2), True, True, 2),
     Case("leave_one_out_4", lambda: ScoreFunction(LeaveOneOut(), num_samples=4), True, True, 4),
+    Case("learned", lambda: ScoreFunction(LearnedBaseline(hidden=3), num_samples=2), True, True, 2),
+    Case("muprop", lambda: MuProp(), True, True, 2),
+    Case("muprop_3", lambda: MuProp(num_samples=3), True, True, 4),
+    Case("rebar", REBAR, True, True, 3),
+    Case("rebar_2", lambda: REBAR(num_samples=2), True, True, 6),
+    Case("relax", lambda: RELAX(hidden=3), True, True, 3),
+    Case("straight_through", lambda: StraightThrough(at_one), False, True, 1),
+    Case("reinmax", lambda: ReinMax(at_one, num_samples=2), False, True, 2),
+    Case("gumbel_rao", lambda: GumbelRao(at_one, num_conditional=3), False, True, 1),
+    Case("gapped_straight_through", lambda: GappedStraightThrough(at_one), False, True, 1),
+    Case("sum_and_sample_1", lambda: SumAndSample(num_exact=1), True, True, 2),
+    Case("unordered_set_2", lambda: UnorderedSet(num_samples=2), True, True, 2),
 ]
 
 
@@ -54,6 +89,7 @@ RELAXED = [GumbelSoftmax, StraightThroughGumbelSoftmax]
 
 CLASSES = [2, 3, 10]
 SHAPES = ["flat", "moderate", "nearly_one_hot"]
+CONTEXT_SIZE = 2
 DRAWS = 2**17  # > 1e5
 ROUNDING = 1e-6  # what float32 may add to a mean; standard errors here are about 1e-3
 
@@ -89,7 +125,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def estimate(estimator: Estimator, f: CostFunction, logits: Tensor, *, seed: int = 0, step: int = 0) -> Estimate:
-    context = torch.zeros(len(logits), 1)
+    context = torch.linspace(-1, 1, len(logits)).unsqueeze(-1).expand(-1, CONTEXT_SIZE)
     result = estimator(f, logits, step=step, context=context, generator=seeded(seed))
     assert isinstance(result, Estimate)
     return result
@@ -161,24 +197,24 @@ def small_batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("num_classes", CLASSES)
 @each(UNBIASED)
 def test_mean_gradient_is_exact(case: Case, num_classes: int, shape: str) -> None:
-    assert max(gradient_z(case.make(), shape, num_classes).values()) < 4
+    assert max(gradient_z(case.build(num_classes), shape, num_classes).values()) < 4
 
 
 @each(UNBIASED)
 def test_mean_gradient_is_exact_in_evaluation_mode(case: Case) -> None:
-    assert max(gradient_z(case.make().eval(), "moderate", 3).values()) < 4
+    assert max(gradient_z(case.build(3).eval(), "moderate", 3).values()) < 4
 
 
 @pytest.mark.parametrize("num_classes", CLASSES)
 @each(BIASED)
 def test_biased_estimators_fail_the_test_of_unbiasedness(case: Case, num_classes: int) -> None:
-    assert gradient_z(case.make(), "moderate", num_classes)["logits"] > 4
+    assert gradient_z(case.build(num_classes), "moderate", num_classes)["logits"] > 4
 
 
-class OwnCostInBaseline(nn.Module):
+class OwnCostInBaseline(Baseline):
     """Wrong: the mean over draws contains the cost that it is subtracted from."""
 
-    def forward(self, costs: Tensor) -> Tensor:
+    def forward(self, costs: Tensor, context: Tensor) -> Tensor:
         return costs.mean(dim=0)
 
 
@@ -228,7 +264,7 @@ def test_every_marginalized_gradient_is_exact(num_classes: int, shape: str) -> N
 @each([case for case in CASES if case.discrete])
 def test_mean_value_of_discrete_draws_is_exact(case: Case, num_classes: int, shape: str) -> None:
     logits, weight = make_logits(shape, num_classes), make_weight(num_classes)
-    assert worst_z(draws_of(case.make(), logits, weight).value, exact(logits, weight).value) < 4
+    assert worst_z(draws_of(case.build(num_classes), logits, weight).value, exact(logits, weight).value) < 4
 
 
 @pytest.mark.parametrize("num_classes", CLASSES)
@@ -243,7 +279,7 @@ def test_mean_relaxed_value_is_exact_only_in_the_limit_of_low_temperature(num_cl
 @each(CASES)
 def test_shapes_of_the_estimate(case: Case) -> None:
     logits, weight = small_batch()
-    result = estimate(case.make(), cost(weight), logits)
+    result = estimate(case.build(4), cost(weight), logits)
     assert (result.value.shape, result.kl.shape, result.auxiliary.shape) == ((5,), (5,), ())
 
 
@@ -251,20 +287,20 @@ def test_shapes_of_the_estimate(case: Case) -> None:
 def test_f_sees_valid_class_vectors(case: Case) -> None:
     logits, weight = small_batch()
     spy = Spy(cost(weight))
-    estimate(case.make(), spy, logits)
+    estimate(case.build(4), spy, logits)
     assert spy.seen
     for y in spy.seen:
         assert y.shape[1:] == logits.shape
         assert (y >= 0).all()
         torch.testing.assert_close(y.sum(dim=-1), torch.ones(y.shape[:-1]))
-        assert bool(((y == 0) | (y == 1)).all()) == case.discrete
+    assert bool(((spy.seen[0] == 0) | (spy.seen[0] == 1)).all()) == case.discrete
 
 
 @each(CASES)
 def test_evaluations_are_the_calls_of_f_per_image(case: Case) -> None:
     logits, weight = small_batch()
     spy = Spy(cost(weight))
-    metrics = estimate(case.make(), spy, logits).metrics
+    metrics = estimate(case.build(4), spy, logits).metrics
     expected = case.evaluations or logits.shape[-1]
     assert metrics["evaluations"] == sum(len(y) for y in spy.seen) == expected
 
@@ -309,7 +345,7 @@ class Leaky(Estimator):
 
 @each(CASES)
 def test_value_and_auxiliary_keep_to_their_own_parameters(case: Case) -> None:
-    assert leaks(case.make()) == []
+    assert leaks(case.build(4)) == []
 
 
 def test_leaks_are_found() -> None:
@@ -319,7 +355,7 @@ def test_leaks_are_found() -> None:
 @each(CASES)
 def test_value_and_kl_reach_the_model(case: Case) -> None:
     logits, weight = small_batch()
-    result = estimate(case.make(), cost(weight), logits)
+    result = estimate(case.build(4), cost(weight), logits)
     assert reaches(result.value.sum(), [logits])
     assert reaches(result.value.sum(), [weight])
     assert reaches(result.kl.sum(), [logits])
@@ -344,7 +380,7 @@ def assert_same_with_gradient(found: Tensor, expected: Tensor, at: tuple[Tensor,
 def test_analytic_kl_is_the_default(case: Case) -> None:
     logits, weight = small_batch()
     same = logits.detach().double().requires_grad_()
-    result = estimate(case.make(), cost(weight), logits)
+    result = estimate(case.build(4), cost(weight), logits)
     assert_same_with_gradient(result.kl, analytic_kl(same), (logits, same))
 
 
@@ -457,10 +493,11 @@ def test_moving_average_at_batch_size_one_holds_earlier_costs_alone() -> None:
 
 def test_moving_average_rests_in_evaluation_mode() -> None:
     baseline = MovingAverage(0.5)
-    baseline(torch.tensor([[4.0, 8.0]]))
+    context = torch.zeros(2, CONTEXT_SIZE)
+    baseline(torch.tensor([[4.0, 8.0]]), context)
     baseline.eval()
-    assert baseline(torch.tensor([[100.0]])) == 6
-    assert baseline(torch.tensor([[0.0]])) == 6
+    assert baseline(torch.tensor([[100.0]]), context) == 6
+    assert baseline(torch.tensor([[0.0]]), context) == 6
 
 
 def test_moving_average_travels_in_the_state_dict() -> None:
@@ -485,7 +522,7 @@ def bits(case: Case, seed: int) -> list[Tensor]:
     """All that an estimator gives for a minibatch: y, value, kl, and the gradients."""
     logits, weight = small_batch()
     spy = Spy(cost(weight))
-    result = estimate(case.make(), spy, logits, seed=seed)
+    result = estimate(case.build(4), spy, logits, seed=seed)
     gradients = torch.autograd.grad((result.value + result.kl).sum(), (logits, weight))
     return [*spy.seen, result.value, result.kl, *gradients]
 
@@ -554,7 +591,7 @@ def test_everything_stays_finite(case: Case, precision: str) -> None:
     logits = torch.tensor(HARD_LOGITS, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     logits.requires_grad_()
     weight = make_weight(3).repeat(len(HARD_LOGITS), 1, 1).requires_grad_()
-    estimator = case.make()
+    estimator = case.build(3)
     for seed in range(3):
         spy = Spy(cost(weight))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -569,7 +606,7 @@ def test_everything_stays_finite(case: Case, precision: str) -> None:
 @each([case for case in CASES if case.discrete and case.evaluations])
 def test_a_class_of_probability_zero_is_never_drawn(case: Case) -> None:
     spy = Spy(lambda y: y.sum(dim=-1))
-    estimate(case.make(), spy, torch.tensor([0.0, -INFINITY, 1.0]).repeat(1000, 1))
+    estimate(case.build(3), spy, torch.tensor([0.0, -INFINITY, 1.0]).repeat(1000, 1))
     assert spy.seen[0].sum(dim=(0, 1))[1] == 0
 
 

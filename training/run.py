@@ -18,7 +18,7 @@ from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, evaluation_data, training_data
 from data.datasets import load
 from data.splits import Split, draw_split
-from estimators.contract import Schedule
+from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.networks import ImageShape
 from models.objective import Weights
@@ -50,7 +50,8 @@ class Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
-            self.estimator = build(config.estimator, "estimator")
+            self.estimator: Estimator = build(config.estimator, "estimator")
+            self.estimator.prepare(shape.size, source.num_classes)
         self.model.to(memory_format=torch.channels_last)
         self.parameters = [*self.model.parameters(), *self.estimator.parameters()]
         self.optimizer = build_optimizer(config, self.parameters)

@@ -1,0 +1,141 @@
+"""Between enumeration and sampling: a few classes exactly, and at most one draw for the rest."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, with_gradient_of
+from estimators.relaxations import LOG_ZERO, TINY, gumbel, log_probabilities, one_hot
+
+
+class SumAndSample(Estimator):
+    """The `num_exact` most probable classes C summed, and a draw v ~ q(. | not C): unbiased (Liu et al. 2019).
+
+    grad = sum_{k in C} (f_k - b) grad q_k + q(not C) (f(v) - b) grad log q(v), and sum_{k in C} q_k grad f_k
+    + q(not C) grad f(v) for f's own parameters (their eq. 5 with the score function for the rest).
+
+    Ours: b, the mean cost of the summed classes, which is no function of v and so leaves the mean as it is
+    (sum_k grad q_k = 0). With num_exact = K it is exact. Raises ValueError for num_exact < 1.
+    """
+
+    def __init__(self, num_exact: int = 1) -> None:
+        super().__init__()
+        self.num_exact = at_least("num_exact", num_exact, 1)
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        num_classes = logits.shape[-1]
+        num_exact = min(self.num_exact, num_classes)
+        log_q = log_probabilities(logits)
+        summed = log_q.detach().topk(num_exact, dim=-1).indices.T
+        classes = one_hot(summed, num_classes)
+        rest = 1 - classes.sum(dim=0)
+        if num_exact < num_classes:
+            noise = gumbel(tuple(logits.shape), generator=generator)
+            drawn = (log_q.detach() + noise).masked_fill(rest == 0, -math.inf).argmax(dim=-1)
+            classes = torch.cat([classes, one_hot(drawn, num_classes).unsqueeze(0)])
+        costs = f(classes)
+        q = (classes * log_q.exp()).sum(dim=-1)
+        weight = q.detach().clone()
+        weight[num_exact:] = (rest * log_q.detach().exp()).sum(dim=-1)
+        fixed = costs.detach()
+        baseline = (weight * fixed)[:num_exact].sum(dim=0) / weight[:num_exact].sum(dim=0)
+        centred = fixed - baseline
+        surrogate = (centred * q)[:num_exact].sum(dim=0)
+        if num_exact < num_classes:
+            surrogate = surrogate + weight[-1] * centred[-1] * (classes[-1] * log_q).sum(dim=-1)
+        value = with_gradient_of((weight * costs).sum(dim=0), surrogate)
+        return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(len(classes))})
+
+
+class UnorderedSet(Estimator):
+    """`num_samples` different classes, drawn without replacement: unbiased (Kool et al. 2020).
+
+    value = sum_{s in S} q(s) R(S, s) f(s) (their eq. 11), and with their built-in baseline (eq. 17)
+    grad = sum_{s in S} R(S, s) grad q(s) (f(s) - sum_{s' in S} q(s') R^{-s}(S, s') f(s')),
+
+    R(S, s) = P(S | s is drawn first) / P(S), and R^{-s} the same among the classes without s, where R^{-s}(S, s) = 1.
+    With num_samples = K it is exact. Costs 2^num_samples small sums. Raises ValueError for num_samples < 2.
+    """
+
+    def __init__(self, num_samples: int = 2) -> None:
+        super().__init__()
+        self.num_samples = at_least("num_samples", num_samples, 2)
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        num_classes = logits.shape[-1]
+        size = min(self.num_samples, num_classes)
+        log_q = log_probabilities(logits)
+        fixed = log_q.detach().double()
+        noise = gumbel(tuple(logits.shape), generator=generator)
+        drawn = (log_q.detach() + noise).topk(size, dim=-1).indices
+        costs = f(one_hot(drawn.T, num_classes))
+        members = fixed.gather(-1, drawn).T
+        first, second = ratios(members, fixed.scatter(-1, drawn, -math.inf).logsumexp(dim=-1))
+        log_weight = members + first
+        baseline = ((members + second).exp() * costs.detach()).sum(dim=1)
+        signal = log_weight.exp() * (costs.detach() - baseline)
+        surrogate = (signal.float() * log_q.gather(-1, drawn).T).sum(dim=0)  # R grad q = q R grad log q
+        value = with_gradient_of((log_weight.exp().float() * costs).sum(dim=0), surrogate)
+        return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(size)})
+
+
+def ratios(members: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
+    """log R(S, s) [k, B] and log R^{-s}(S, s') [k, k, B] (Kool et al. 2020, eqs. 10 and 16), by s, then s'.
+
+    From log q of the members of S [k, B] and of all other classes together [B] (-inf where there are none). Let V(A)
+    be the probability that draws without replacement, once they have taken A, go on to complete S: V(S) = 1 and
+    V(A) = sum_{a in S \\ A} q(a) / (1 - q(A)) V(A + a). Then R(S, s) = V({s}) / V({}) and
+    R^{-s}(S, s') = V({s, s'}) / V({s}).
+    """
+    everyone = frozenset(range(len(members)))
+    log_v = {everyone: torch.zeros_like(log_rest)}
+    for size in reversed(range(len(members))):
+        for taken in map(frozenset, combinations(everyone, size)):
+            left = sorted(everyone - taken)
+            remaining = torch.stack([*members[left], log_rest]).logsumexp(dim=0)
+            onward = torch.stack([members[a] + log_v[taken | {a}] for a in left]).logsumexp(dim=0)
+            log_v[taken] = onward - remaining
+    first = torch.stack([log_v[frozenset({s})] - log_v[frozenset()] for s in everyone])
+    rows = [[log_v[frozenset({s, t})] - log_v[frozenset({s})] for t in everyone] for s in everyone]
+    return first, torch.stack([torch.stack(row) for row in rows])
+
+
+class SparsemaxSum(Estimator):
+    """E_p[f] for p = sparsemax(logits), summed over p's support alone (Correia et al. 2020, section 3).
+
+    Exact for p, whose KL it reports; but evaluation takes softmax(logits) for q(y|x), and against that it is biased.
+    f is called as often as the largest support among the images has classes; `support` is the mean size.
+    """
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        p = sparsemax(logits)
+        support = (p > 0).sum(dim=-1)
+        calls = int(support.max())  # the one place where an estimator waits for the device
+        weight, order = p.sort(dim=-1, descending=True)
+        costs = f(one_hot(order[:, :calls].T, logits.shape[-1]))
+        kl = (p * p.clamp(min=TINY).log()).sum(dim=-1) + math.log(logits.shape[-1])
+        metrics: dict[str, Tensor | float] = {"evaluations": float(calls), "support": support.float().mean()}
+        return Estimate((weight[:, :calls].T * costs).sum(dim=0), kl, logits.new_zeros(()), metrics)
+
+
+def sparsemax(logits: Tensor) -> Tensor:
+    """The point of the simplex closest to logits [..., K] (Martins & Astudillo 2016, algorithm 1), in float32.
+
+    p_k = max(0, l_k - t), t = (sum of the m largest logits - 1) / m, m the number of classes with p > 0.
+    """
+    shifted = (logits.float() - logits.float().max(dim=-1, keepdim=True).values).clamp(min=LOG_ZERO)
+    descending = shifted.sort(dim=-1, descending=True).values
+    sums = descending.cumsum(dim=-1) - 1
+    count = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
+    size = (count * descending > sums).sum(dim=-1, keepdim=True)
+    return (shifted - sums.gather(-1, size - 1) / size).clamp(min=0)
