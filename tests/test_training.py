@@ -456,12 +456,48 @@ def test_truncated_checkpoint(copied: Callable[[str], Path], finished: Finished)
     newest = checkpoints.stored(folder)[-1]
     (folder / "result.json").unlink()
     newest.write_bytes(newest.read_bytes()[:-1000])
-    words = (str(newest), "cannot be read", "delete it to go on from the one before")
+    words = (str(newest), "cannot be read", f"delete it to go on from {checkpoints.stored(folder)[-2].name}")
     assert_one_sentence(resume(folder, code=2), *words)
     assert_one_sentence(command(evaluate.main, str(folder)), *words)
     newest.unlink()  # what the sentence says
     resume(folder)
     assert equal(checkpoint(finished(line)), checkpoint(folder))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(copied: Callable[[str], Path]) -> None:
+    folder = copied(golden.line("gumbel_softmax"))
+    newest = checkpoints.stored(folder)[-1]
+    content, whole = newest.read_bytes(), checkpoints.load(folder, torch.device("cpu"))
+    refused = 0
+    for bit in torch.randint(8 * len(content), (200,), generator=torch.Generator().manual_seed(0)).tolist():
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        newest.write_bytes(damaged)
+        try:
+            assert equal(checkpoints.load(folder, torch.device("cpu")), whole)
+        except checkpoints.CheckpointError:
+            refused += 1
+    assert refused > 150
+
+
+class Malicious:
+    """Unpickled by Python's own pickle, it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(copied: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copied(golden.line("gumbel_softmax"))
+    newest, made = checkpoints.stored(folder)[-1], tmp_path / "made by the pickle"
+    torch.save(torch.load(newest, weights_only=True) | {"model": Malicious(made)}, newest)
+    assert_one_sentence(resume(folder, "train.steps=20", code=2), str(newest), "cannot be read")
+    assert not made.exists()
+    torch.load(newest, weights_only=False)  # the proof that it bites
+    assert made.exists()
 
 
 def test_checkpoint_of_another_format(copied: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,27 @@ def stored(folder: Path) -> list[Path]:
 
 
 def load(folder: Path, device: torch.device) -> dict[str, Any]:
-    """The newest checkpoint of a run folder. Raises CheckpointError."""
+    """The newest checkpoint of a run folder, nothing in it unpickled but tensors and plain containers.
+
+    Raises CheckpointError if there is none, or if it is damaged, foreign or of another format version.
+    """
     paths = stored(folder)
     if not paths:
         raise CheckpointError(f"{folder} has no checkpoint in checkpoints/; is it a run folder?")
+    path = paths[-1]
+    way_out = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
     try:
-        state: dict[str, Any] = torch.load(paths[-1], map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged archive fails in many ways, and each means the same to a person
+        reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
+        raise CheckpointError(f"{path} cannot be read ({reason}); {way_out}") from error
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{paths[-1]} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "delete it to go on from the one before"
-        ) from error
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{paths[-1]} has format version {state.get('format_version')}, this program reads {FORMAT_VERSION}"
+            f"{path} has format version {version}, and this program reads {FORMAT_VERSION}; {way_out}"
         )
-    return state
+    return dict(state)
