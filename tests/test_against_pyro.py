@@ -1,0 +1,349 @@
+"""Holds the bounds, J, its gradients and the unbiased estimators to Pyro, a reference that nobody here wrote.
+
+M2 is written here once more as a Pyro program and its guide; Pyro enumerates y and weighs densities. The networks are
+the only thing that both sides share.
+
+Where y is enumerated, Pyro takes log q(z|x,y) - log p(z) at the draw of z instead of KL(q(z|x,y) || p(z)). That
+difference is quadratic in z's noise and has no products of two coordinates, so over noise vectors whose mean is 0 and
+mean square is 1 in each coordinate its mean *is* the KL. Every image here comes NODES times, with such noise
+(`matched`), and both sides then agree to rounding, with no integral left to approximate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from data.batches import EvaluationData
+from estimators.contract import Estimator
+from estimators.marginalization import Marginalization
+from models.evaluation import evaluate, importance_weighted
+from models.networks import ImageShape, conv, mlp
+from models.objective import Objective, Weights, objective
+from models.vae import SemiSupervisedVAE
+from tests.test_estimators import BIASED, UNBIASED, Case, each
+
+K = 4
+Z = 2
+SHAPE = ImageShape(1, 6, 5)
+LABELLED, UNLABELLED, NODES = 2, 3, 3
+WEIGHTS = Weights(labelled=0.7, unlabelled=1.3, alpha=5.0)
+REPEATS, COPIES = 100, 128  # gradients of an estimator, and draws of y in each for every image and noise vector
+ROUNDING = 2e-5  # what float32 may add to a mean gradient
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def matched(images: int, seed: int) -> Tensor:
+    """Noise [NODES * images, Z] whose mean is 0 and mean square 1 over each image's NODES rows."""
+    noise = torch.randn(NODES, images, Z, generator=seeded(seed), dtype=torch.float64)
+    noise -= noise.mean(dim=0)
+    noise /= noise.square().mean(dim=0).sqrt()
+    return noise.float().flatten(0, 1)
+
+
+@dataclass
+class Batch:
+    """Labelled and unlabelled images [N, 1, 6, 5], their noise [N, Z], and one-hot labels [N, K]."""
+
+    x_labelled: Tensor
+    y_labelled: Tensor
+    x_unlabelled: Tensor
+    noise: tuple[Tensor, Tensor]
+
+    def rows(self, image: int) -> Batch:
+        """The NODES rows of one image of each kind."""
+        labelled, unlabelled = slice(image % LABELLED, None, LABELLED), slice(image, None, UNLABELLED)
+        return Batch(
+            self.x_labelled[labelled],
+            self.y_labelled[labelled],
+            self.x_unlabelled[unlabelled],
+            (self.noise[0][labelled], self.noise[1][unlabelled]),
+        )
+
+    def copies(self, count: int) -> Batch:
+        return Batch(
+            self.x_labelled,
+            self.y_labelled,
+            self.x_unlabelled.repeat(count, 1, 1, 1),
+            (self.noise[0], self.noise[1].repeat(count, 1)),
+        )
+
+
+def images(count: int, seed: int) -> Tensor:
+    return torch.rand(count, SHAPE.channels, SHAPE.height, SHAPE.width, generator=seeded(seed)).round()
+
+
+BATCH = Batch(
+    images(LABELLED, 0).repeat(NODES, 1, 1, 1),
+    torch.eye(K)[[2, 0]].repeat(NODES, 1),
+    images(UNLABELLED, 1).repeat(NODES, 1, 1, 1),
+    (matched(LABELLED, 2), matched(UNLABELLED, 3)),
+)
+
+
+def make_mlp() -> SemiSupervisedVAE:
+    return randomised(SemiSupervisedVAE(mlp(SHAPE, K, latent_size=Z, hidden=5, dropout=0.0, scale="softplus")))
+
+
+def make_conv() -> SemiSupervisedVAE:
+    networks = conv(SHAPE, K, latent_size=Z, channels=3, hidden=5, dropout=0.0, scale="exp")
+    return randomised(SemiSupervisedVAE(networks))
+
+
+def randomised(model: SemiSupervisedVAE) -> SemiSupervisedVAE:
+    """With weights so large that classes, images and z matter; evaluation mode, where an image is on its own."""
+    generator = seeded(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return model.eval()
+
+
+on_each_model = pytest.mark.parametrize("make", [make_mlp, make_conv], ids=["mlp", "conv"])
+Make = Callable[[], SemiSupervisedVAE]
+
+
+# --- M2 in Pyro
+
+
+def p(model: SemiSupervisedVAE, name: str, x: Tensor, y: Tensor | None = None) -> None:
+    """p(y) p(z) p(x|y,z), with x and, where it is given, y observed."""
+    y = pyro.sample(f"y_{name}", dist.OneHotCategorical(probs=torch.full((K,), 1 / K)), obs=y)
+    z = pyro.sample(f"z_{name}", dist.Normal(torch.zeros(Z), torch.ones(Z)).to_event(1))
+    logits = model.generator(with_samples(y), with_samples(z)).reshape(*z.shape[:-1], SHAPE.size)
+    pyro.sample(f"x_{name}", dist.Bernoulli(logits=logits).to_event(1), obs=x.flatten(1))
+
+
+def q_of_y(model: SemiSupervisedVAE, x: Tensor) -> Any:
+    return dist.OneHotCategorical(logits=model.classifier(x))
+
+
+def q_of_z(model: SemiSupervisedVAE, name: str, x: Tensor, y: Tensor) -> None:
+    loc, scale = model.inference(model.inference.features(x), with_samples(y))
+    shape = (*torch.broadcast_shapes(y.shape[:-1], (len(x),)), Z)
+    pyro.sample(f"z_{name}", dist.Normal(loc.reshape(shape), scale.reshape(shape)).to_event(1))
+
+
+def with_samples(y: Tensor) -> Tensor:
+    """[S, B, ...] as the networks take it, where Pyro has no axis to the left of the images unless it enumerates."""
+    return y.reshape(-1, *y.shape[-2:])
+
+
+def labelled_program(model: SemiSupervisedVAE, x: Tensor, y: Tensor) -> None:
+    with pyro.plate("labelled", len(x)):
+        p(model, "labelled", x, y)
+
+
+def labelled_guide(model: SemiSupervisedVAE, x: Tensor, y: Tensor) -> None:
+    with pyro.plate("labelled", len(x)):
+        q_of_z(model, "labelled", x, y)
+
+
+def unlabelled_program(model: SemiSupervisedVAE, x: Tensor) -> None:
+    with pyro.plate("unlabelled", len(x)):
+        p(model, "unlabelled", x)
+
+
+def unlabelled_guide(model: SemiSupervisedVAE, x: Tensor) -> None:
+    with pyro.plate("unlabelled", len(x)):
+        y = pyro.sample("y_unlabelled", q_of_y(model, x), infer={"enumerate": "parallel"})
+        q_of_z(model, "unlabelled", x, y)
+
+
+def program(model: SemiSupervisedVAE, batch: Batch, weights: Weights) -> None:
+    """J: both bounds and, as one more observation, the label given the image."""
+    labelled, unlabelled = len(batch.x_labelled), len(batch.x_unlabelled)
+    with pyro.poutine.scale(scale=weights.labelled / labelled):
+        labelled_program(model, batch.x_labelled, batch.y_labelled)
+    with pyro.poutine.scale(scale=weights.unlabelled / unlabelled):
+        unlabelled_program(model, batch.x_unlabelled)
+    with pyro.plate("classified", labelled), pyro.poutine.scale(scale=weights.alpha / labelled):
+        pyro.sample("label", q_of_y(model, batch.x_labelled), obs=batch.y_labelled)
+
+
+def guide(model: SemiSupervisedVAE, batch: Batch, weights: Weights) -> None:
+    with pyro.poutine.scale(scale=weights.labelled / len(batch.x_labelled)):
+        labelled_guide(model, batch.x_labelled, batch.y_labelled)
+    with pyro.poutine.scale(scale=weights.unlabelled / len(batch.x_unlabelled)):
+        unlabelled_guide(model, batch.x_unlabelled)
+
+
+class WithNoise(Messenger):
+    """Makes each z of a guide loc + scale * noise, of the next noise; it stays differentiable, and densities count."""
+
+    def __init__(self, *noise: Tensor) -> None:
+        super().__init__()
+        self.noise: Iterator[Tensor] = cycle(noise)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"].startswith("z"):
+            normal = msg["fn"].base_dist
+            msg["value"] = normal.loc + normal.scale * next(self.noise)
+
+
+def gradient(value: Tensor, module: nn.Module) -> Tensor:
+    """With respect to all parameters of a module, in one vector."""
+    inputs = list(module.parameters())
+    found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return torch.cat([one.flatten() for one in found])
+
+
+def pyro_bound(elbo: Any, program: Any, guide: Any, *arguments: Any, noise: tuple[Tensor, ...]) -> Tensor:
+    """The evidence's lower bound by Pyro, which keeps no parameters and draws nothing here."""
+    before = torch.get_rng_state()
+    loss: Tensor = elbo.differentiable_loss(program, WithNoise(*noise)(guide), *arguments)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not list(pyro.get_param_store())
+    return -loss
+
+
+def pyro_j(model: SemiSupervisedVAE) -> Tensor:
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    return pyro_bound(elbo, program, guide, model, BATCH, WEIGHTS, noise=BATCH.noise)
+
+
+def ours(
+    model: SemiSupervisedVAE, batch: Batch, estimator: Estimator, monkeypatch: pytest.MonkeyPatch, seed: int = 0
+) -> Objective:
+    noise = torch.cat(batch.noise)
+    monkeypatch.setattr(model, "draw_noise", lambda x, generator: noise)
+    return objective(
+        model,
+        estimator,
+        WEIGHTS,
+        batch.x_labelled,
+        batch.y_labelled,
+        batch.x_unlabelled,
+        step=0,
+        generator=seeded(seed),
+    )
+
+
+def assert_same(actual: Tensor, expected: Tensor, model: SemiSupervisedVAE, *, classified: bool = True) -> None:
+    """The same value and gradient, in float32; the gradient is nonzero in each network, or all but the classifier."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+    for name, network in model.named_children():
+        found, truth = gradient(actual, network), gradient(expected, network)
+        largest = float(truth.abs().max())
+        assert (largest > 0.01) == (classified or name != "classifier")
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=2e-5 * largest)
+
+
+# --- the bounds, J, and evaluation
+
+
+@on_each_model
+@pytest.mark.parametrize("image", range(UNLABELLED))
+def test_unlabelled_bound_is_the_one_that_pyro_enumerates(
+    make: Make, image: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows = make(), BATCH.rows(image)
+    actual = ours(model, rows, Marginalization(), monkeypatch).terms["unlabelled_bound"]
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    expected = pyro_bound(elbo, unlabelled_program, unlabelled_guide, model, rows.x_unlabelled, noise=rows.noise[1:])
+    assert_same(actual, expected / NODES, model)
+
+
+@on_each_model
+@pytest.mark.parametrize("image", range(LABELLED))
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO], ids=["at_draws", "closed_form_kl"])
+def test_labelled_bound_is_pyro_s(make: Make, image: int, elbo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = make(), BATCH.rows(image)
+    actual = ours(model, rows, Marginalization(), monkeypatch).terms["labelled_bound"]
+    arguments = model, rows.x_labelled, rows.y_labelled
+    expected = pyro_bound(elbo(), labelled_program, labelled_guide, *arguments, noise=rows.noise[:1])
+    assert_same(actual, expected / NODES, model, classified=False)
+
+
+@on_each_model
+def test_j_is_one_pyro_program(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    result = ours(model, BATCH, Marginalization(), monkeypatch)
+    expected = pyro_j(model)
+    assert_same(result.terms["J"], expected, model)
+    assert_same(result.loss, -expected, model)
+
+
+def test_evaluation_measures_pyro_s_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_mlp()
+    monkeypatch.setattr(model, "draw_noise", lambda x, generator: BATCH.noise[1])
+    x = BATCH.x_unlabelled
+    data = EvaluationData((255 * x).to(torch.uint8), torch.zeros(len(x), dtype=torch.long))
+    actual = evaluate(model, data, binarization="none", batch_size=len(x)).bound
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    expected = pyro_bound(elbo, unlabelled_program, unlabelled_guide, model, x, noise=BATCH.noise[1:])
+    assert actual == pytest.approx(expected.item() / len(x), rel=1e-5)
+
+
+def test_log_weights_give_pyro_s_bound_at_any_noise() -> None:
+    """sum_y q(y|x) log [p(x|y,z) p(z) / q(z|x,y)] - KL(q(y|x) || p(y)), at noise of no particular moments."""
+    model, x = make_mlp(), BATCH.x_unlabelled
+    noise = torch.randn(len(x), Z, generator=seeded(5))
+    classes = torch.eye(K).unsqueeze(1).expand(-1, len(x), -1)
+    weights = model.log_weight(x, model.inference.features(x), classes, noise)
+    estimate = Marginalization()(lambda y: weights, model.classifier(x), step=0, context=x, generator=seeded(0))
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    expected = pyro_bound(elbo, unlabelled_program, unlabelled_guide, model, x, noise=(noise,))
+    assert_same((estimate.value - estimate.kl).sum(), expected, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [1, 5])
+def test_importance_weighted_estimate_is_pyro_s(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pyro's importance-weighted bound of log p(x, y), class by class: a sum over y is all that is added to it."""
+    model = make_mlp()
+    noise = list(torch.randn(samples, UNLABELLED, Z, generator=seeded(6)))
+    draws = iter(noise)
+    monkeypatch.setattr(model, "draw_noise", lambda x, generator: next(draws))
+    actual = importance_weighted(model, BATCH.x_unlabelled[:UNLABELLED], samples, seeded(0))
+    elbo = RenyiELBO(alpha=0, num_particles=samples)
+    for image in range(UNLABELLED):
+        x = BATCH.x_unlabelled[image : image + 1]
+        joint = []
+        for k in range(K):
+            fixed = WithNoise(*(one[image : image + 1] for one in noise))
+            joint.append(-elbo.loss(labelled_program, fixed(labelled_guide), model, x, torch.eye(K)[k : k + 1]))
+        expected = torch.tensor(joint).logsumexp(dim=0)
+        torch.testing.assert_close(actual[image], expected, rtol=1e-5, atol=0)
+
+
+# --- estimators inside the model: their mean gradient is the one that Pyro enumerates
+
+
+def gradient_z(case: Case, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """|mean gradient of J - Pyro's| in standard errors, for every parameter of the model, over REPEATS minibatches."""
+    model, batch, estimator = make_mlp(), BATCH.copies(COPIES), case.make()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        estimator.prepare(SHAPE.size, K)
+        with torch.no_grad():
+            for parameter in estimator.parameters():  # away from zero, where a wrong term could hide
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    losses = (ours(model, batch, estimator, monkeypatch, seed).loss for seed in range(REPEATS))
+    found = -torch.stack([gradient(loss, model) for loss in losses]).double()
+    error = found.std(dim=0) / math.sqrt(len(found)) + ROUNDING
+    return (found.mean(dim=0) - gradient(pyro_j(model), model)).abs() / error
+
+
+@each(UNBIASED)
+def test_mean_gradient_of_j_is_pyro_s(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gradient_z(case, monkeypatch).max() < 4
+
+
+@each(BIASED)
+def test_biased_estimators_are_found_out(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gradient_z(case, monkeypatch).max() > 4
