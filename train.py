@@ -37,7 +37,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
     from training.divergence import FiniteGuard, raise_unless_finite
     from training.interruption import Interruption
 
-    settings = run.config.train
+    settings, diagnose_every = run.config.train, run.config.diagnostics.every
     guard = FiniteGuard(run.optimizer, run.device)
     with Interruption() as interruption:
         for step in range(run.step, settings.steps):
@@ -62,6 +62,9 @@ def train(run: Run, report: Report, folder: Path) -> int:
                     measured = run.evaluate(run.validation)
                     raise_unless_finite("the validation bound", measured.bound, done)
                     report.validation(done, measured)
+            if diagnose_every and (done % diagnose_every == 0 or last):
+                with report.paused():
+                    report.diagnostics(done, run.diagnose())
             if done % settings.checkpoint_every == 0 or last or interruption.exit_code:
                 guard.raise_if_diverged()
                 with report.paused():

@@ -93,8 +93,8 @@ def check(config: Config) -> None:
 def _check_kind(node: Any, key: str, built: Any, kind: type) -> None:
     if not isinstance(built, kind):
         name = f"{kind.__module__}.{kind.__name__}"
-        target, made = node["_target_"], type(built).__name__
-        raise ConfigError(f"{key}._target_ must make a {name}, got {target}: it makes a {made}")
+        target, made, article = node["_target_"], type(built).__name__, "an" if name[0] in "aeiou" else "a"
+        raise ConfigError(f"{key}._target_ must make {article} {name}, got {target}: it makes a {made}")
 
 
 def build_optimizer(config: Config, parameters: list[Any]) -> Any:

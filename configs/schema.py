@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -102,6 +102,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class DiagnosticsConfig:
+    """The running estimator's gradient against the exact one; defaults, so that runs from before have the section."""
+
+    every: int = 0  # steps; 0 is never
+    draws: int = 20  # gradients of the estimator
+    batch_size: int = 50  # unlabelled training images, the same each time
+
+    def __post_init__(self) -> None:
+        _at_least(0, diagnostics__every=self.every)
+        _at_least(3, diagnostics__draws=self.draws)
+        _at_least(1, diagnostics__batch_size=self.batch_size)
+
+
+@dataclass
 class Config:
     """`model`, `estimator` and `optimizer` name their class in `_target_`, so that any importable one can be used."""
 
@@ -112,6 +126,7 @@ class Config:
     objective: ObjectiveConfig = MISSING
     train: TrainConfig = MISSING
     evaluation: EvaluationConfig = MISSING
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     lr_factor: Any = MISSING  # a schedule that multiplies optimizer.lr
     seed: int = 0
     device: Device = Device.auto

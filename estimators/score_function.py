@@ -59,17 +59,16 @@ class MovingAverage(Baseline):
         return baseline
 
 
-class LearnedBaseline(Baseline):
-    """b(x) = c + a network of x, c a moving average: NVIL (Mnih & Gregor 2014, eqs. 6-8), least squares in eq. 9.
+class LearnedBaseline(MovingAverage):
+    """b(x) = c + a network of x, c the moving average: NVIL (Mnih & Gregor 2014, eqs. 6-8), least squares in eq. 9.
 
     NVIL's division of the signal by its running deviation is left out: it rescales the gradient.
     Raises ValueError for hidden < 1, or a decay outside [0, 1).
     """
 
     def __init__(self, hidden: int = 100, decay: float = 0.99) -> None:
-        super().__init__()
+        super().__init__(decay)
         self.hidden = at_least("hidden", hidden, 1)
-        self.centre = MovingAverage(decay)
 
     def prepare(self, context_size: int, num_classes: int) -> None:
         self.network = nn.Sequential(
@@ -77,7 +76,7 @@ class LearnedBaseline(Baseline):
         )
 
     def forward(self, costs: Tensor, context: Tensor) -> Tensor:
-        return self.centre(costs, context) + self.network(context).float().squeeze(-1)
+        return super().forward(costs, context) + self.network(context).float().squeeze(-1)
 
 
 class LeaveOneOut(Baseline):

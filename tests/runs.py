@@ -38,12 +38,25 @@ MLP = SMALL + "model=mlp model.hidden=16 model.dropout=0 "
 CONV = SMALL + "model=conv model.channels=2 model.hidden=8 model.dropout=0.5 "
 ANNEALED = " estimator.temperature.rate=0.05 estimator.temperature.every=4 estimator.temperature.minimum=0.5"
 SCORE = "estimator=score_function estimator/baseline="
+CONTROL = " estimator.temperature=0.5 estimator.scale=1.0"
 ESTIMATORS = {
     "marginalization": "estimator=marginalization",
     "gumbel_softmax": "estimator=gumbel_softmax" + ANNEALED,
     "st_gumbel_softmax": "estimator=st_gumbel_softmax" + ANNEALED,
+    "concrete": "estimator=concrete estimator.temperature.value=0.7 estimator.prior_temperature=0.4",
+    "straight_through": "estimator=straight_through estimator.temperature.value=1.0",
+    "reinmax": "estimator=reinmax estimator.temperature.value=1.0",
+    "gumbel_rao": "estimator=gumbel_rao estimator.num_conditional=10" + ANNEALED,
+    "gapped_straight_through": "estimator=gapped_straight_through estimator.gap=1.0" + ANNEALED,
+    "sum_and_sample": "estimator=sum_and_sample estimator.num_exact=1",
+    "unordered_set": "estimator=unordered_set estimator.num_samples=2",
+    "sparsemax": "estimator=sparsemax",
+    "muprop": "estimator=muprop",
+    "rebar": "estimator=rebar" + CONTROL,
+    "relax": "estimator=relax estimator.hidden=10" + CONTROL,
     "score_function/none": SCORE + "none",
     "score_function/moving_average": SCORE + "moving_average estimator.baseline.decay=0.99",
+    "score_function/learned": SCORE + "learned estimator.baseline.hidden=10 estimator.baseline.decay=0.99",
     "score_function/leave_one_out": SCORE + "leave_one_out estimator.num_samples=2",
 }
 STEPS = 12

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -778,19 +779,19 @@ def test_estimator_from_outside_learns_its_own_parameter(tmp_path: Path, monkeyp
 
 
 def test_trainer_knows_no_estimator() -> None:
-    import estimators.gumbel_softmax
-    import estimators.marginalization
-    import estimators.score_function  # noqa: F401
+    for path in (ROOT / "estimators").glob("*.py"):
+        importlib.import_module(f"estimators.{path.stem}")
 
     def family(kind: type) -> set[str]:
         children: list[type] = kind.__subclasses__()
         own = {child.__name__ for child in children if child.__module__.startswith("estimators.")}
         return own.union(*map(family, children))
 
+    plain_words = {"none", "learned"}
     assert family(Estimator) >= {"Marginalization", "GumbelSoftmax", "StraightThroughGumbelSoftmax", "ScoreFunction"}
     for path in [ROOT / "train.py", *(ROOT / "training").glob("*.py"), *(ROOT / "models").glob("*.py")]:
         text = path.read_text()
-        for name in {*family(Estimator), *choices("estimator"), *choices("estimator/baseline")} - {"none"}:
+        for name in {*family(Estimator), *choices("estimator"), *choices("estimator/baseline")} - plain_words:
             assert name not in text, f"{path.name} mentions {name}"
 
 
@@ -804,6 +805,7 @@ def read_keys(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[s
         schema.DataConfig: "data.",
         schema.TrainConfig: "train.",
         schema.EvaluationConfig: "evaluation.",
+        schema.DiagnosticsConfig: "diagnostics.",
         schema.ObjectiveConfig: "objective.",
     }
     keys: set[str] = set()
@@ -845,7 +847,8 @@ def test_every_key_of_the_schema_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     keys = schema_keys()
     assert {"seed", "resume", "train.steps", "data.binarization", "objective.alpha"} <= keys
     assert len(keys) >= 25
-    read = read_keys(f"{MLP} train.steps=2", tmp_path / "run", monkeypatch)
+    diagnostics = "diagnostics.every=1 diagnostics.draws=3 diagnostics.batch_size=2"
+    read = read_keys(f"{MLP} train.steps=2 {diagnostics}", tmp_path / "run", monkeypatch)
     # the optimizer's section is read by configs.check, which builds it
     assert keys - read == {"optimizer"}
 
@@ -855,7 +858,18 @@ def target_reads(target: Callable[..., Any], key: str) -> bool:
     if not inspect.isclass(target):
         return key in loaded_names(target)
     own = [kind for kind in target.__mro__ if kind.__module__ == target.__module__]
-    return f".{key}" in set().union(*map(loaded_names, own))
+    return f".{key}" in set().union(*map(loaded_names, own)) or any(becomes_another(kind, key) for kind in own)
+
+
+def becomes_another(kind: type, key: str) -> bool:
+    """Whether an attribute of another name is made from an argument: self.log_temperature = log(temperature)."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    others = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute) and node.targets[0].attr != key
+    ]
+    return any(isinstance(part, ast.Name) and part.id == key for value in others for part in ast.walk(value))
 
 
 def loaded_names(target: Any) -> set[str]:
@@ -869,6 +883,8 @@ def loaded_names(target: Any) -> set[str]:
 def test_every_key_of_a_target_is_read(group: str) -> None:
     for choice in choices(group):
         node = OmegaConf.load(ROOT / "configs" / group / f"{choice}.yaml")
+        if "_target_" not in node:  # it builds upon another choice
+            node = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / group / f"{node.defaults[0]}.yaml"), node)
         assert OmegaConf.is_dict(node)
         target: Any = pydoc.locate(node._target_)
         parameters = inspect.signature(target).parameters

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from models.evaluation import Evaluation
+from models.gradient_quality import Measurement
 from models.objective import Objective
 from training.run import Run, flat, plain
 from training.tensorboard import TensorBoard
@@ -89,6 +90,14 @@ class Report:
         self.bar.set_postfix(self.shown)
         rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
         log.info("step %d: %s, val bound %.2f", step, rest, measured.bound)
+
+    def diagnostics(self, step: int, measured: Measurement) -> None:
+        tags = {
+            f"diagnostics/{name}_{part}": value
+            for part, quality in measured.parts.items()
+            for name, value in asdict(quality).items()
+        }
+        self.board.scalars(tags, step)
 
     def final(self, values: dict[str, float]) -> None:
         self.board.scalars(values, self.run.step)

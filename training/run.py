@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from configs.check import build_optimizer, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
-from data.batches import Batches, Binarization, EvaluationData, evaluation_data, training_data
+from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
 from data.datasets import load
+from data.randomness import keyed_generator
 from data.splits import Split, draw_split
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
+from models.gradient_quality import Measurement, gradient_quality
 from models.networks import ImageShape
 from models.objective import Weights
 from models.vae import SemiSupervisedVAE
@@ -34,6 +37,7 @@ FREE_TO_CHANGE = {
     "train.checkpoint_every",
 }
 FREE_TO_CHANGE |= {"data.root", "evaluation.batch_size", "evaluation.importance_samples"}
+FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 
 class Run:
@@ -101,6 +105,17 @@ class Run:
         else:
             evaluation = self.evaluate(self.load_test(), self.config.evaluation.importance_samples)
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
+
+    def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:
+        """The first `size` unlabelled training images [B, C, H, W], or all; `seed` draws their binarization."""
+        generator = keyed_generator(self.device, seed, "unlabelled minibatch")
+        return binarize(self.batches.data.x_unlabelled[:size], self.binarization, generator)
+
+    def diagnose(self) -> Measurement:
+        """The estimator's gradient against the exact one, by new draws of y from the same images and z's noise."""
+        settings, seed = self.config.diagnostics, self.config.seed
+        x = self.unlabelled_minibatch(settings.batch_size, seed)
+        return gradient_quality(self.model, self.estimator, x, step=self.step, draws=settings.draws, seed=seed)
 
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint that `restore` goes on from to the bit."""
