@@ -118,7 +118,7 @@ def check_machine(config: Config) -> None:
     data = config.data
     try:
         draw_split(
-            _labels(data.name, data.root),
+            _labels(data.name, data.root, data.checksum),
             DATASETS[data.name].num_classes,
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
@@ -130,8 +130,8 @@ def check_machine(config: Config) -> None:
 
 
 @functools.cache
-def _labels(name: str, root: str) -> Indices:
-    return load(name, root, "train").labels
+def _labels(name: str, root: str, checksum: bool) -> Indices:
+    return load(name, root, "train", checksum).labels
 
 
 class CheckBeforeWork(Callback):

@@ -46,6 +46,7 @@ def _at_least(minimum: int, **values: int) -> None:
 class DataConfig:
     name: str = MISSING  # a key of data.datasets.DATASETS
     root: str = MISSING  # where files are kept, torchvision's layout
+    checksum: bool = True  # files other than those published are refused
     num_labelled: int = MISSING  # balanced over classes
     num_validation: int = MISSING
     split_seed: int = 0  # draws the split, and nothing else

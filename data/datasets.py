@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import struct
+import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,31 @@ DATASETS = {
     "digits": DatasetFacts(1_437, 10, (1, 8, 8)),
 }
 DIGITS_TEST_IMAGES = 360  # the last writers of the file, so that test digits come from hands not seen in training
+# of the files as they are published; of the unpacked ones where they are known
+MD5 = {
+    "mnist": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "fashion_mnist": {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+    "kmnist": {
+        "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+        "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+        "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+        "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+    },
+}
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -53,15 +80,19 @@ class Images:
     num_classes: int
 
 
-def load(name: str, root: str, part: str) -> Images:
-    """The `train` or `test` part of a dataset; torchvision downloads it on first use. Raises DataError."""
+def load(name: str, root: str, part: str, checksum: bool = True) -> Images:
+    """The `train` or `test` part of a dataset; torchvision downloads it on first use.
+
+    With `checksum`, files other than those published are refused. Raises DataError.
+    """
     if name == "digits":
         return _load_digits(part)
     raw = Path(root).expanduser() / DATASETS[name].folder / "raw"
-    paths = [raw / file for file in FILES[part]]
-    if not all(_present(path) for path in paths):
+    if not all(_stored(raw / file, {}) for file in FILES[part]):
         _download(name, Path(root).expanduser())
-    images, labels = (_read_idx(path) for path in paths)
+    md5 = MD5[name] if checksum else {}
+    paths = [_stored(raw / file, md5) or raw / file for file in FILES[part]]
+    images, labels = (_read_idx(path, md5.get(path.name)) for path in paths)
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise DataError(f"{paths[0]} and {paths[1]} do not belong together; delete {raw} to download it again")
     num_classes, highest = DATASETS[name].num_classes, labels.max(initial=0)
@@ -83,15 +114,24 @@ def _load_digits(part: str) -> Images:
     return Images(images[rows], labels[rows], 10)
 
 
-def _present(path: Path) -> bool:
-    return path.exists() or path.with_name(path.name + ".gz").exists()
+def _stored(path: Path, md5: dict[str, str]) -> Path | None:
+    """The file or its gzipped form, whichever is there; of both, the one whose checksum is known."""
+    packed = path.with_name(path.name + ".gz")
+    there = [file for file in (path, packed) if file.exists()]
+    return max(there, key=lambda file: file.name in md5, default=None)
 
 
 def _download(name: str, root: Path) -> None:
+    """Into a folder of its own, and moved into place file by file: a download that breaks off leaves nothing behind."""
     import torchvision.datasets  # seconds to import, and only a download needs it
 
+    folder = Path(DATASETS[name].folder, "raw")
     try:
-        getattr(torchvision.datasets, DATASETS[name].source)(str(root), download=True)
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="download-", dir=root) as own:
+            getattr(torchvision.datasets, DATASETS[name].source)(own, download=True)
+            for file in sorted(Path(own, folder).iterdir()):
+                file.replace(root / folder / file.name)
     except (RuntimeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -102,12 +142,17 @@ def _download(name: str, root: Path) -> None:
         ) from error
 
 
-def _read_idx(path: Path) -> Array:
-    """An unsigned-byte IDX file, plain or gzipped, as an array."""
-    packed = path.with_name(path.name + ".gz")
-    file = path if path.exists() else packed
+def _read_idx(file: Path, md5: str | None) -> Array:
+    """An unsigned-byte IDX file, plain or gzipped, as an array; other bytes than `md5` tells of are refused."""
     try:
-        content = gzip.decompress(file.read_bytes()) if file == packed else file.read_bytes()
+        content = file.read_bytes()
+        if md5 and hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+            raise DataError(
+                f"{file} is not the published file: its checksum differs; delete it to download it again, "
+                "or set data.checksum=false to use it as it is"
+            )
+        if file.suffix == ".gz":
+            content = gzip.decompress(content)
         zero, kind, rank = struct.unpack_from(">HBB", content)
         if zero != 0 or kind != 8:
             raise DataError(f"{file} is not an IDX file of unsigned bytes; delete it to download it again")

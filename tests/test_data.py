@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import datasets
 from data.batches import (
     Batches,
     Binarization,
@@ -304,7 +308,7 @@ def write(
 
 def refusal(root: Path) -> str:
     with pytest.raises(DataError) as caught:
-        load("mnist", str(root), "train")
+        load("mnist", str(root), "train", checksum=False)
     return str(caught.value)
 
 
@@ -314,7 +318,7 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, suffix: str) -> No
     if suffix:
         images, labels = gzip.compress(images), gzip.compress(labels)
     write(tmp_path, images, labels, suffix)
-    source = load("mnist", str(tmp_path), "train")
+    source = load("mnist", str(tmp_path), "train", checksum=False)
     assert np.array_equal(source.images, IMAGES[:, None])
     assert source.images.dtype == np.uint8
     assert source.labels.tolist() == [3, 1, 4, 1, 9]
@@ -388,7 +392,8 @@ def test_missing_dataset_without_network_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def no_network(root: str, download: bool) -> None:
-        assert (root, download) == (str(tmp_path), True)
+        assert Path(root).parent == tmp_path
+        assert download
         raise error
 
     monkeypatch.setattr("torchvision.datasets.MNIST", no_network)
@@ -396,6 +401,47 @@ def test_missing_dataset_without_network_says_what_to_do(
     for hint in ("data=mnist", str(tmp_path / "MNIST" / "raw"), "data.root", "CATVAE_DATA", "data=digits"):
         assert hint in message
     assert "\n" not in message
+
+
+class Site:
+    """Stands for torchvision's dataset: writes its files one by one, and may break off after some."""
+
+    def __init__(self, breaks_off_after: int = 2) -> None:
+        self.breaks_off_after = breaks_off_after
+
+    def __call__(self, root: str, download: bool) -> None:
+        raw = Path(root, "MNIST", "raw")
+        raw.mkdir(parents=True)
+        contents = idx(IMAGES), idx(SMALL_LABELS)
+        for number, (name, content) in enumerate(zip(TRAIN_FILES, contents, strict=True)):
+            if number == self.breaks_off_after:
+                (raw / name).write_bytes(content[:3])
+                raise OSError("connection reset")
+            (raw / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    monkeypatch.setattr("torchvision.datasets.MNIST", Site(breaks_off_after=after))
+    assert "could not be downloaded (connection reset)" in refusal(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    monkeypatch.setattr("torchvision.datasets.MNIST", Site())
+    assert load("mnist", str(tmp_path), "train", checksum=False).labels.tolist() == [3, 1, 4, 1, 9]
+
+
+def test_two_downloads_at_once_do_each_other_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(4)
+
+    def site(root: str, download: bool) -> None:
+        together.wait(timeout=10)
+        Site()(root, download)
+        together.wait(timeout=10)
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", site)
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(load, "mnist", str(tmp_path), "train", checksum=False) for _ in range(4)]
+    assert all(done.result().labels.tolist() == [3, 1, 4, 1, 9] for done in loads)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["MNIST", "raw", *TRAIN_FILES]
 
 
 def test_digits_need_no_files() -> None:
@@ -410,10 +456,13 @@ def test_digits_need_no_files() -> None:
     assert train.labels[:5].tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.skipif(
+needs_mnist = pytest.mark.skipif(
     not all((REAL_MNIST / "MNIST" / "raw" / name).exists() for name in TRAIN_FILES),
     reason="needs CATVAE_DATA to hold MNIST/raw",
 )
+
+
+@needs_mnist
 def test_real_mnist() -> None:
     train, test = (load("mnist", str(REAL_MNIST), part) for part in ("train", "test"))
     assert train.images.shape == (60_000, 1, 28, 28)
@@ -422,3 +471,36 @@ def test_real_mnist() -> None:
     assert test.labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert np.bincount(train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert abs(train.images.mean() / 255 - 0.1307) < 1e-4  # the mean that torchvision's examples subtract
+
+
+@needs_mnist
+@pytest.mark.parametrize("damage", ["a flipped bit", "truncated", "swapped"])
+def test_damaged_mnist_is_found_by_its_checksum(tmp_path: Path, damage: str) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    names = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+    contents = {name: (REAL_MNIST / "MNIST" / "raw" / name).read_bytes() for name in names}
+    images = contents[names[0]]
+    flipped = bytearray(images)
+    flipped[5_000_000] ^= 1
+    half = 16 + 5_000 * 784  # the first half of the images after the second
+    swapped = images[:16] + images[half:] + images[16:half]
+    contents[names[0]] = {"a flipped bit": bytes(flipped), "truncated": images[:-1], "swapped": swapped}[damage]
+    for name, content in contents.items():
+        (raw / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{names[0]} is not the published file"):
+        load("mnist", str(tmp_path), "test")
+    if damage != "truncated":
+        assert len(load("mnist", str(tmp_path), "test", checksum=False).labels) == 10_000
+
+
+def test_of_a_plain_and_a_packed_file_the_one_with_a_known_checksum_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = {name: gzip.compress(idx(array)) for name, array in zip(TRAIN_FILES, (IMAGES, SMALL_LABELS), strict=True)}
+    known = {f"{name}.gz": hashlib.md5(content).hexdigest() for name, content in packed.items()}
+    monkeypatch.setitem(datasets.MD5, "mnist", known)
+    plain = write(tmp_path, images=idx(IMAGES[::-1]))  # unpacked by a program that broke off, or worse
+    for name, content in packed.items():
+        plain[0].with_name(name + ".gz").write_bytes(content)
+    assert np.array_equal(load("mnist", str(tmp_path), "train").images, IMAGES[:, None])

@@ -178,7 +178,8 @@ def test_downloaded_data_trains_two_steps(name: str, tmp_path: Path) -> None:
         pixels = noise.integers(256, size=(number, 28, 28), dtype=np.uint8)
         (raw / images).write_bytes(struct.pack(">HBBIII", 0, 8, 3, *pixels.shape) + pixels.tobytes())
         (raw / labels).write_bytes(struct.pack(">HBBI", 0, 8, 1, number) + bytes(i % 10 for i in range(number)))
-    line = f"{CONV} data={name} data.root={tmp_path} data.num_labelled=20 data.num_validation=30 train.steps=2"
+    sizes = "data.num_labelled=20 data.num_validation=30 train.steps=2"
+    line = f"{CONV} data={name} data.root={tmp_path} data.checksum=false {sizes}"
     run(line, tmp_path / "run")
     assert_trained(tmp_path / "run", 2)
 

@@ -17,7 +17,7 @@ from configs.check import build_optimizer, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
-from data.datasets import load
+from data.datasets import Images, load
 from data.randomness import keyed_generator
 from data.splits import Split, draw_split
 from estimators.contract import Estimator, Schedule
@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {
     "train.validate_every",
     "train.checkpoint_every",
 }
-FREE_TO_CHANGE |= {"data.root", "evaluation.batch_size", "evaluation.importance_samples"}
+FREE_TO_CHANGE |= {"data.root", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 
@@ -48,7 +48,7 @@ class Run:
         self.step = 0
         self.device = choose_device(config.device.value)
         self.precision = choose_precision(config.precision.value, self.device)
-        source = load(config.data.name, config.data.root, "train")
+        source = self._load("train")
         self.split = self._draw_split(source.labels, source.num_classes)
         shape = ImageShape(*source.images.shape[1:])
         torch.manual_seed(config.seed)
@@ -82,9 +82,13 @@ class Run:
             labelled_in_unlabelled=data.labelled_in_unlabelled,
         )
 
+    def _load(self, part: str) -> Images:
+        data = self.config.data
+        return load(data.name, data.root, part, data.checksum)
+
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
-        return evaluation_data(load(self.config.data.name, self.config.data.root, "test"), slice(None), self.device)
+        return evaluation_data(self._load("test"), slice(None), self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
