@@ -3,7 +3,7 @@
     estimator(f, logits, step=..., context=..., generator=...) -> Estimate
 
 `f` maps class vectors y [S, B, K] to costs [S, B]; it is deterministic in y and does not close over `logits`.
-The estimator estimates E_{q(y|x)}[f(y)] and its gradient, for q(y|x) = Categorical(logits).
+The estimator estimates E_{q(y|x)}[f(y)] and its gradient, for q(y|x) = Categorical(logits). Gradients must be enabled.
 """
 
 from __future__ import annotations
@@ -72,9 +72,17 @@ def at_logits(logits: Tensor, gradient: Tensor) -> Tensor:
     return (log_probabilities(logits) * gradient.detach()).sum(dim=-1)
 
 
+def slope(costs: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
+    """The gradient of sum(costs) at a tensor that they were computed from; zero where they do not depend on it."""
+    if not costs.requires_grad:
+        return torch.zeros_like(at)
+    (gradient,) = torch.autograd.grad(costs.sum(), at, create_graph=create_graph, materialize_grads=True)
+    return gradient
+
+
 def only_to(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
     """`loss` as a number, with its gradient to `parameters` and to nothing else: an auxiliary loss."""
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     linear = sum((p * g).sum() for p, g in zip(parameters, gradients, strict=True))
     return with_gradient_of(loss.detach(), torch.as_tensor(linear))
 

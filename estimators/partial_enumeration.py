@@ -19,7 +19,8 @@ class SumAndSample(Estimator):
     + q(not C) grad f(v) for f's own parameters (their eq. 5 with the score function for the rest).
 
     Ours: b, the mean cost of the summed classes, which is no function of v and so leaves the mean as it is
-    (sum_k grad q_k = 0). With num_exact = K it is exact. Raises ValueError for num_exact < 1.
+    (sum_k grad q_k = 0). It takes away what the costs have in common, most of a bound; costs around zero vary less
+    without it. With num_exact = K it is exact. Raises ValueError for num_exact < 1.
     """
 
     def __init__(self, num_exact: int = 1) -> None:

@@ -16,9 +16,12 @@ from estimators.contract import (
     categorical_kl,
     only_to,
     positive,
+    slope,
     with_gradient_of,
 )
 from estimators.relaxations import conditional_perturbed, gumbel, log_probabilities, one_hot
+
+LOG_RANGE = math.log(1e3)  # of a learned temperature, from 1/1000 to 1000
 
 
 class REBAR(Estimator):
@@ -27,16 +30,18 @@ class REBAR(Estimator):
     y = one_hot(argmax z), z = log q + Gumbel, z' a draw of z given y, and c(z) = scale f(softmax(z / tau)). Both paths,
     through z and through z', are differentiated. `scale` and tau are learned: `auxiliary` is the mean squared norm
     of grad at the logits, whose gradient is that of the variance, because the mean depends on neither (their
-    section 3.3). tau stays in [1e-3, 1e3]. f is called 3 times a draw.
+    section 3.3). f is called 3 times a draw.
 
-    Raises ValueError for num_samples < 1, temperature <= 0 or a scale that is not finite.
+    Raises ValueError for num_samples < 1, a temperature outside [1e-3, 1e3] or a scale that is not finite.
     """
 
     def __init__(self, temperature: float = 0.5, scale: float = 1.0, num_samples: int = 1) -> None:
         super().__init__()
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(positive("temperature", temperature))))
+        if not abs(math.log(positive("temperature", temperature))) <= LOG_RANGE:
+            raise ValueError(f"temperature must be in [1e-3, 1e3], got {temperature}")
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.num_samples = at_least("num_samples", num_samples, 1)
 
@@ -53,12 +58,12 @@ class REBAR(Estimator):
         z = log_q + gumbel(shape, generator=generator)
         y = one_hot(z.argmax(dim=-1), z.shape[-1])
         conditional = conditional_perturbed(log_q, y, gumbel(shape, generator=generator))
-        temperature = self.log_temperature.exp().clamp(1e-3, 1e3)
+        temperature = self.log_temperature.clamp(-LOG_RANGE, LOG_RANGE).exp()
         relaxed = (torch.cat([z, conditional]) / temperature).softmax(dim=-1)
 
         costs = f(y)
         control, conditional_control = self.control(f(relaxed), relaxed, context).chunk(2)
-        (path,) = torch.autograd.grad((control - conditional_control).sum(), leaf, create_graph=self.training)
+        path = slope(control - conditional_control, leaf, create_graph=self.training)
         score = y - log_q.detach().exp()  # grad log q(y) at the logits
         signal = costs.detach() - conditional_control
         gradient = ((signal.unsqueeze(-1) * score).sum(dim=0) + path) / self.num_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, with_gradient_of
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, slope, with_gradient_of
 from estimators.relaxations import gumbel, gumbel_max, log_probabilities
 
 
@@ -110,12 +110,12 @@ class ScoreFunction(Estimator):
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        y = gumbel_max(logits.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
+        log_q = log_probabilities(logits)
+        y = gumbel_max(log_q.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
         costs = f(y)
-        log_q = (y * log_probabilities(logits)).sum(dim=-1)
         baseline = self.baseline(costs.detach(), context)
         signal = costs.detach() - baseline.detach()
-        value = with_gradient_of(costs.mean(dim=0), (signal * log_q).mean(dim=0))
+        value = with_gradient_of(costs.mean(dim=0), (signal * (y * log_q).sum(dim=-1)).mean(dim=0))
         squared_error = (costs.detach() - baseline).square().mean()
         auxiliary = squared_error if baseline.requires_grad else logits.new_zeros(())
         metrics: dict[str, Tensor | float] = {
@@ -142,12 +142,12 @@ class MuProp(Estimator):
     ) -> Estimate:
         log_q = log_probabilities(logits)
         mean = log_q.exp().detach().requires_grad_()
-        y = gumbel_max(logits.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
+        y = gumbel_max(log_q.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
         costs, at_mean = f(y), f(mean.unsqueeze(0)).squeeze(0)
-        (slope,) = torch.autograd.grad(at_mean.sum(), mean)
-        taylor = at_mean.detach() + (slope * (y - mean.detach())).sum(dim=-1)
+        slope_at_mean = slope(at_mean, mean)
+        taylor = at_mean.detach() + (slope_at_mean * (y - mean.detach())).sum(dim=-1)
         signal = costs.detach() - taylor
-        surrogate = (signal * (y * log_q).sum(dim=-1)).mean(dim=0) + (slope * log_q.exp()).sum(dim=-1)
+        surrogate = (signal * (y * log_q).sum(dim=-1)).mean(dim=0) + (slope_at_mean * log_q.exp()).sum(dim=-1)
         metrics: dict[str, Tensor | float] = {
             "evaluations": float(self.num_samples + 1),
             "signal_variance": signal.var(correction=0),

@@ -34,7 +34,7 @@ class StraightThrough(Estimator):
     ) -> Estimate:
         temperature = temperature_at(self.temperature, step)
         log_q = log_probabilities(logits)
-        y = gumbel_max(logits.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
+        y = gumbel_max(log_q.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
         soft = self.surrogate(log_q, y, temperature, generator)
         return Estimate(
             value=f(y + (soft - soft.detach())).mean(dim=0),

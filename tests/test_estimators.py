@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
-from estimators.contract import CostFunction, Estimate, Estimator
+from estimators.contract import CostFunction, Estimate, Estimator, Schedule
 from estimators.gumbel_softmax import KL, GumbelSoftmax, StraightThroughGumbelSoftmax
 from estimators.marginalization import Marginalization
-from estimators.partial_enumeration import SumAndSample, UnorderedSet
+from estimators.partial_enumeration import SparsemaxSum, SumAndSample, UnorderedSet
 from estimators.relaxed_control import REBAR, RELAX
 from estimators.schedules import constant
 from estimators.score_function import (
@@ -31,6 +32,8 @@ from estimators.score_function import (
 )
 from estimators.straight_through import GappedStraightThrough, GumbelRao, ReinMax, StraightThrough
 
+CostFamily = Callable[[Tensor], CostFunction]  # f from parameters W [B, K, H], some for each image
+
 at_one = partial(constant, value=1.0)
 
 
@@ -40,30 +43,33 @@ class Case:
     make: Callable[[], Estimator]
     unbiased: bool  # the mean gradient is the exact one
     discrete: bool  # the value is f's at one-hot vectors, which its first call is given
-    evaluations: int | None  # calls of f per image; None: one a class, without randomness
+    evaluations: int  # calls of f per image of `small_batch`
+    random: bool = True
+    softmax: bool = True  # q(y|x) is softmax(logits), and kl its KL
 
-    def build(self, num_classes: int) -> Estimator:
+    def build(self, num_classes: int, *, seed: int = 0) -> Estimator:
         """With parameters of its own away from where they start, where a wrong term could hide behind a zero."""
         estimator = self.make()
         with torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             estimator.prepare(CONTEXT_SIZE, num_classes)
-        generator = seeded(4)
+        generator = seeded(4 + seed)
         with torch.no_grad():
             for parameter in estimator.parameters():
-                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
         return estimator
 
 
 CASES = [
-    Case("marginalization", Marginalization, True, True, None),
+    Case("marginalization", Marginalization, True, True, 6, random=False),
     Case("gumbel_softmax", lambda: GumbelSoftmax(at_one), False, False, 1),
     Case("st_gumbel_softmax", lambda: StraightThroughGumbelSoftmax(at_one, num_samples=3), False, True, 3),
     Case("score_function", lambda: ScoreFunction(NoBaseline()), True, True, 1),
     Case("moving_average", lambda: ScoreFunction(MovingAverage(0.9)), True, True, 1),
     Case("leave_one_out_2", lambda: ScoreFunction(LeaveOneOut(), num_samples=2), True, True, 2),
     Case("leave_one_out_4", lambda: ScoreFunction(LeaveOneOut(), num_samples=4), True, True, 4),
-    Case("learned", lambda: ScoreFunction(LearnedBaseline(hidden=3), num_samples=2), True, True, 2),
+    Case("learned", lambda: ScoreFunction(LearnedBaseline(hidden=3)), True, True, 1),
+    Case("learned_2", lambda: ScoreFunction(LearnedBaseline(hidden=3), num_samples=2), True, True, 2),
     Case("muprop", lambda: MuProp(), True, True, 2),
     Case("muprop_3", lambda: MuProp(num_samples=3), True, True, 4),
     Case("rebar", REBAR, True, True, 3),
@@ -74,7 +80,11 @@ CASES = [
     Case("gumbel_rao", lambda: GumbelRao(at_one, num_conditional=3), False, True, 1),
     Case("gapped_straight_through", lambda: GappedStraightThrough(at_one), False, True, 1),
     Case("sum_and_sample_1", lambda: SumAndSample(num_exact=1), True, True, 2),
+    Case("sum_and_sample_3", lambda: SumAndSample(num_exact=3), True, True, 4),
     Case("unordered_set_2", lambda: UnorderedSet(num_samples=2), True, True, 2),
+    Case("unordered_set_3", lambda: UnorderedSet(num_samples=3), True, True, 3),
+    Case("unordered_set_4", lambda: UnorderedSet(num_samples=4), True, True, 4),
+    Case("sparsemax", SparsemaxSum, False, True, 2, random=False, softmax=False),
 ]
 
 
@@ -82,16 +92,20 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
 
 
-UNBIASED = [case for case in CASES if case.unbiased]
-BIASED = [case for case in CASES if not case.unbiased]
-RANDOM = [case for case in CASES if case.evaluations is not None]
-RELAXED = [GumbelSoftmax, StraightThroughGumbelSoftmax]
-
 CLASSES = [2, 3, 10]
 SHAPES = ["flat", "moderate", "nearly_one_hot"]
 CONTEXT_SIZE = 2
 DRAWS = 2**17  # > 1e5
 ROUNDING = 1e-6  # what float32 may add to a mean; standard errors here are about 1e-3
+
+UNBIASED = [case for case in CASES if case.unbiased]
+BIASED = [case for case in CASES if not case.unbiased]
+RANDOM = [case for case in CASES if case.random]
+SOFTMAX = [case for case in CASES if case.softmax]
+RELAXED = [GumbelSoftmax, StraightThroughGumbelSoftmax]
+THROUGH = [StraightThrough, ReinMax, GumbelRao, GappedStraightThrough]
+TEMPERED: list[Callable[[Schedule], Estimator]] = [*RELAXED, *THROUGH]
+UNUSABLE_TEMPERATURES = [0.0, -1.0, math.nan, math.inf]
 
 
 # A nonlinear f, its exact gradients, and an estimator's gradients draw by draw
@@ -140,19 +154,27 @@ class Moments:
     weight: Tensor
 
 
-def exact(logits: Tensor, weight: Tensor) -> Moments:
-    """By enumeration in float64, from logits [K] and W [K, 2]."""
+def exact(logits: Tensor, weight: Tensor, *, of: CostFamily = cost) -> Moments:
+    """By enumeration in float64, from logits [K] and W [K, H]."""
     logits, weight = logits.double().requires_grad_(), weight.double().requires_grad_()
     classes = torch.eye(len(logits), dtype=torch.float64).unsqueeze(1)
-    value = logits.softmax(dim=0) @ cost(weight.unsqueeze(0))(classes).squeeze(1)
+    value = logits.softmax(dim=0) @ of(weight.unsqueeze(0))(classes).squeeze(1)
     return Moments(value.detach(), *torch.autograd.grad(value, (logits, weight)))
 
 
-def draws_of(estimator: Estimator, logits: Tensor, weight: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Moments:
+def draws_of(
+    estimator: Estimator,
+    logits: Tensor,
+    weight: Tensor,
+    *,
+    of: CostFamily = cost,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Moments:
     """A batch of equal images, each with its own copy of logits and W: an image's gradient is one draw."""
     logits = logits.repeat(draws, 1).requires_grad_()
     weight = weight.repeat(draws, 1, 1).requires_grad_()
-    value = estimate(estimator, cost(weight), logits, seed=seed).value
+    value = estimate(estimator, of(weight), logits, seed=seed).value
     return Moments(value.detach(), *torch.autograd.grad(value.sum(), (logits, weight)))
 
 
@@ -163,13 +185,23 @@ def worst_z(draws: Tensor, expected: Tensor) -> float:
     return float(((draws.mean(dim=0) - expected).abs() / error).max())
 
 
-def gradient_z(estimator: Estimator, shape: str, num_classes: int) -> dict[str, float]:
-    """The test of unbiasedness: worst |z| of the mean gradient, against enumeration."""
+def z_scores(estimator: Estimator, shape: str, num_classes: int) -> dict[str, float]:
+    """The test of unbiasedness: worst |z| of the mean value and of its mean gradients, against enumeration."""
     logits, weight = make_logits(shape, num_classes), make_weight(num_classes)
     for seed in (1, 2, 3):  # earlier steps, so that a running baseline is not at its start
         draws_of(estimator, logits, weight, draws=8, seed=seed)
     found, truth = draws_of(estimator, logits, weight), exact(logits, weight)
-    return {"logits": worst_z(found.logits, truth.logits), "weight": worst_z(found.weight, truth.weight)}
+    return {name: worst_z(getattr(found, name), getattr(truth, name)) for name in ("value", "logits", "weight")}
+
+
+@cache
+def z_scores_of(case: Case, shape: str, num_classes: int) -> dict[str, float]:
+    """Of an estimator in training mode: drawn once, and read by several tests."""
+    return z_scores(case.build(num_classes), shape, num_classes)
+
+
+def worst_gradient(z: dict[str, float]) -> float:
+    return max(z["logits"], z["weight"])
 
 
 @dataclass
@@ -185,9 +217,9 @@ class Spy:
 
 
 def small_batch() -> tuple[Tensor, Tensor]:
-    """Logits [5, 4] and W [5, 4, 2] of five different images, both requiring a gradient."""
-    logits = 1.5 * torch.randn(5, 4, generator=seeded(2))
-    return logits.requires_grad_(), torch.randn(5, 4, 2, generator=seeded(3)).requires_grad_()
+    """Logits [5, 6] and W [5, 6, 2] of five different images, both requiring a gradient."""
+    logits = 1.5 * torch.randn(5, 6, generator=seeded(2))
+    return logits.requires_grad_(), torch.randn(5, 6, 2, generator=seeded(3)).requires_grad_()
 
 
 # Gradients: the mean is the exact one
@@ -197,18 +229,18 @@ def small_batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("num_classes", CLASSES)
 @each(UNBIASED)
 def test_mean_gradient_is_exact(case: Case, num_classes: int, shape: str) -> None:
-    assert max(gradient_z(case.build(num_classes), shape, num_classes).values()) < 4
+    assert worst_gradient(z_scores_of(case, shape, num_classes)) < 4
 
 
 @each(UNBIASED)
 def test_mean_gradient_is_exact_in_evaluation_mode(case: Case) -> None:
-    assert max(gradient_z(case.build(3).eval(), "moderate", 3).values()) < 4
+    assert worst_gradient(z_scores(case.build(3).eval(), "moderate", 3)) < 4
 
 
 @pytest.mark.parametrize("num_classes", CLASSES)
 @each(BIASED)
 def test_biased_estimators_fail_the_test_of_unbiasedness(case: Case, num_classes: int) -> None:
-    assert gradient_z(case.build(num_classes), "moderate", num_classes)["logits"] > 4
+    assert z_scores_of(case, "moderate", num_classes)["logits"] > 4
 
 
 class OwnCostInBaseline(Baseline):
@@ -231,17 +263,32 @@ class HalfThePathIntoF(ScoreFunction):
         return super().forward(half, logits, step=step, context=context, generator=generator)
 
 
+class OnePathDropped(REBAR):
+    """Wrong: the control is not differentiated through z (which = 0), or through z' (which = 1)."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__()
+        self.which = which
+
+    def control(self, relaxed_costs: Tensor, relaxed: Tensor, context: Tensor) -> Tensor:
+        control = list(super().control(relaxed_costs, relaxed, context).chunk(2))
+        control[self.which] = control[self.which].detach()
+        return torch.cat(control)
+
+
 @pytest.mark.parametrize("num_classes", CLASSES)
 @pytest.mark.parametrize(
     ("wrong", "where"),
     [
         (ScoreFunction(OwnCostInBaseline(), num_samples=4), "logits"),
         (HalfThePathIntoF(NoBaseline()), "weight"),
+        (OnePathDropped(0), "logits"),
+        (OnePathDropped(1), "logits"),
     ],
-    ids=["own_cost_in_baseline", "half_the_path_into_f"],
+    ids=["own_cost_in_baseline", "half_the_path_into_f", "rebar_without_the_path", "rebar_without_the_path_given_y"],
 )
 def test_wrong_estimators_fail_where_they_are_wrong(wrong: Estimator, where: str, num_classes: int) -> None:
-    z = gradient_z(wrong, "moderate", num_classes)
+    z = z_scores(wrong, "moderate", num_classes)
     assert z.pop(where) > 4
     assert max(z.values()) < 4
 
@@ -261,10 +308,9 @@ def test_every_marginalized_gradient_is_exact(num_classes: int, shape: str) -> N
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_classes", CLASSES)
-@each([case for case in CASES if case.discrete])
+@each([case for case in SOFTMAX if case.discrete])
 def test_mean_value_of_discrete_draws_is_exact(case: Case, num_classes: int, shape: str) -> None:
-    logits, weight = make_logits(shape, num_classes), make_weight(num_classes)
-    assert worst_z(draws_of(case.build(num_classes), logits, weight).value, exact(logits, weight).value) < 4
+    assert z_scores_of(case, shape, num_classes)["value"] < 4
 
 
 @pytest.mark.parametrize("num_classes", CLASSES)
@@ -279,15 +325,39 @@ def test_mean_relaxed_value_is_exact_only_in_the_limit_of_low_temperature(num_cl
 @each(CASES)
 def test_shapes_of_the_estimate(case: Case) -> None:
     logits, weight = small_batch()
-    result = estimate(case.build(4), cost(weight), logits)
+    result = estimate(case.build(6), cost(weight), logits)
     assert (result.value.shape, result.kl.shape, result.auxiliary.shape) == ((5,), (5,), ())
+
+
+@each(CASES)
+def test_metrics_are_plain_scalars(case: Case) -> None:
+    """A metric with a graph would keep the step's memory until it is logged."""
+    logits, weight = small_batch()
+    metrics = estimate(case.build(6), cost(weight), logits).metrics
+    assert "evaluations" in metrics
+    for metric in map(torch.as_tensor, metrics.values()):
+        assert metric.shape == ()
+        assert not metric.requires_grad
+
+
+@each(CASES)
+def test_f_may_hold_work_that_was_done_once(case: Case) -> None:
+    """What depends on x alone is computed before f is bound, and every call of f shares its graph."""
+    logits, weight = small_batch()
+    done_once = (2 * weight).tanh()
+    result = estimate(case.build(6), cost(done_once), logits)
+    found = torch.autograd.grad(result.value.sum() + result.auxiliary, weight)[0]
+    apart = done_once.detach().requires_grad_()
+    result = estimate(case.build(6), cost(apart), logits)
+    (through,) = torch.autograd.grad(result.value.sum(), apart)
+    torch.testing.assert_close(found, through * 2 * (1 - apart.detach().square()))
 
 
 @each(CASES)
 def test_f_sees_valid_class_vectors(case: Case) -> None:
     logits, weight = small_batch()
     spy = Spy(cost(weight))
-    estimate(case.build(4), spy, logits)
+    estimate(case.build(6), spy, logits)
     assert spy.seen
     for y in spy.seen:
         assert y.shape[1:] == logits.shape
@@ -300,9 +370,55 @@ def test_f_sees_valid_class_vectors(case: Case) -> None:
 def test_evaluations_are_the_calls_of_f_per_image(case: Case) -> None:
     logits, weight = small_batch()
     spy = Spy(cost(weight))
-    metrics = estimate(case.build(4), spy, logits).metrics
-    expected = case.evaluations or logits.shape[-1]
-    assert metrics["evaluations"] == sum(len(y) for y in spy.seen) == expected
+    metrics = estimate(case.build(6), spy, logits).metrics
+    assert metrics["evaluations"] == sum(len(y) for y in spy.seen) == case.evaluations
+
+
+# Sparsemax: exact for a q(y|x) of its own
+
+
+def projected(logits: Tensor) -> Tensor:
+    """The point of the simplex closest to logits [K], in float64: its threshold is found by bisection."""
+    low, high = logits.max() - 1, logits.max()
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (logits - middle).clamp(min=0).sum() > 1 else (low, middle)
+    return (logits - low).clamp(min=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 0.5, 2.0], ids=["all", "most", "some", "one"])
+@pytest.mark.parametrize("num_classes", CLASSES)
+def test_sparsemax_is_exact_for_the_projection_onto_the_simplex(num_classes: int, scale: float) -> None:
+    """Value, KL and their gradients, against bisection, enumeration and central differences in float64."""
+    logits = scale * torch.randn(num_classes, generator=seeded(6)) + 3.0
+    weight = make_weight(num_classes).double().requires_grad_()
+    costs = cost(weight.unsqueeze(0))(torch.eye(num_classes).double().unsqueeze(1)).squeeze(1)
+
+    def losses(logits: Tensor) -> Tensor:
+        p = projected(logits)
+        return torch.stack([p @ costs, torch.special.xlogy(p, p).sum() + math.log(num_classes)])
+
+    truth, step = losses(logits.double()), 1e-5
+    bumps = [losses(logits.double() + step * e) - losses(logits.double() - step * e) for e in torch.eye(num_classes)]
+    slopes = torch.stack(bumps, dim=1).detach() / (2 * step)
+    (slope_weight,) = torch.autograd.grad(truth[0], weight)
+
+    leaf, own_weight = logits.unsqueeze(0).requires_grad_(), weight.detach().float().unsqueeze(0).requires_grad_()
+    result = estimate(SparsemaxSum(), cost(own_weight), leaf)
+    torch.testing.assert_close(torch.cat([result.value, result.kl]), truth.float())
+    for loss, slope in zip((result.value, result.kl), slopes, strict=True):
+        (found,) = torch.autograd.grad(loss.sum(), leaf, retain_graph=True)
+        torch.testing.assert_close(found[0], slope.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(result.value.sum(), own_weight)[0][0], slope_weight.float())
+
+
+def test_sparsemax_calls_f_for_the_largest_support_alone() -> None:
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.9, -5.0], [-5.0, 2.0, 0.0, 2.0]])
+    spy = Spy(lambda y: y.sum(dim=-1))
+    metrics = estimate(SparsemaxSum(), spy, logits).metrics
+    assert metrics["evaluations"] == sum(len(y) for y in spy.seen) == 3
+    assert metrics["support"] == 2  # 1, 3 and 2
+    torch.testing.assert_close(spy.seen[0].sum(dim=0)[1], torch.tensor([1.0, 1.0, 1.0, 0.0]))
 
 
 # Isolation: the model and the estimator's own parameters learn from different losses
@@ -343,9 +459,10 @@ class Leaky(Estimator):
         return Estimate(value, self.scale * value, value.sum(), {"evaluations": 1.0})
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @each(CASES)
-def test_value_and_auxiliary_keep_to_their_own_parameters(case: Case) -> None:
-    assert leaks(case.build(4)) == []
+def test_value_and_auxiliary_keep_to_their_own_parameters(case: Case, training: bool) -> None:
+    assert leaks(case.build(6).train(training)) == []
 
 
 def test_leaks_are_found() -> None:
@@ -355,10 +472,96 @@ def test_leaks_are_found() -> None:
 @each(CASES)
 def test_value_and_kl_reach_the_model(case: Case) -> None:
     logits, weight = small_batch()
-    result = estimate(case.build(4), cost(weight), logits)
+    result = estimate(case.build(6), cost(weight), logits)
     assert reaches(result.value.sum(), [logits])
     assert reaches(result.value.sum(), [weight])
     assert reaches(result.kl.sum(), [logits])
+
+
+# The auxiliary loss of the estimators that learn
+
+LEARNING = [case for case in CASES if list(case.build(3).parameters())]
+
+
+def test_learning_estimators_are_those_with_a_baseline_or_a_control_that_learns() -> None:
+    assert [case.name for case in LEARNING] == ["learned", "learned_2", "rebar", "rebar_2", "relax"]
+
+
+@each(CASES)
+def test_auxiliary_reaches_every_parameter_of_the_estimators_own(case: Case) -> None:
+    logits, weight = small_batch()
+    estimator = case.build(6)
+    auxiliary = estimate(estimator, cost(weight), logits).auxiliary
+    if case in LEARNING:
+        assert all(reaches(auxiliary, [parameter]) for parameter in estimator.parameters())
+    else:
+        assert auxiliary == 0
+        assert not auxiliary.requires_grad
+
+
+@each(LEARNING)
+def test_auxiliary_is_what_is_to_be_small(case: Case) -> None:
+    """The squared error of a baseline, the squared norm of a controlled gradient: both seen in what value delivers."""
+    logits, weight = small_batch()
+    spy = Spy(cost(weight))
+    result = estimate(case.build(6), spy, logits)
+    (gradient,) = torch.autograd.grad(result.value.sum(), logits)
+    if case.name.startswith("learned"):
+        costs, score = spy.f(spy.seen[0]).detach(), spy.seen[0] - logits.detach().softmax(dim=-1)
+        without_baseline = (costs.unsqueeze(-1) * score).mean(dim=0)
+        baseline = ((without_baseline - gradient) / score.mean(dim=0))[:, 0]
+        expected = (costs - baseline).square().mean()
+    else:
+        expected = gradient.square().sum(dim=-1).mean()
+    torch.testing.assert_close(result.auxiliary, expected)
+
+
+def own_parameters() -> list[tuple[Case, str]]:
+    return [(case, name) for case in LEARNING for name, _ in case.build(6).named_parameters()]
+
+
+@pytest.mark.parametrize(("case", "name"), own_parameters(), ids=lambda part: getattr(part, "name", part))
+def test_gradient_of_auxiliary_is_that_of_its_number(case: Case, name: str) -> None:
+    """A fourth-order central difference at the same draws, along a random direction in one parameter."""
+    logits, weight = small_batch()
+
+    def auxiliary(shift: float) -> tuple[float, float]:
+        """As a number, and its derivative, at the parameter plus `shift` times the direction."""
+        estimator = case.build(6)
+        parameter = estimator.get_parameter(name)
+        direction = torch.randn(parameter.shape, generator=seeded(5)).sign()
+        with torch.no_grad():
+            parameter.add_(shift * direction)
+        loss = estimate(estimator, cost(weight), logits).auxiliary
+        (gradient,) = torch.autograd.grad(loss, parameter)
+        return loss.item(), (gradient * direction).sum().item()
+
+    step = 0.02
+    near, far = ((auxiliary(k * step)[0] - auxiliary(-k * step)[0]) / (2 * k * step) for k in (1, 2))
+    expected = (4 * near - far) / 3
+    assert abs(expected) > 1e-3
+    assert auxiliary(0)[1] == pytest.approx(expected, rel=2e-3, abs=2e-4)
+
+
+@each(LEARNING)
+def test_minimising_auxiliary_lowers_the_variance_of_the_gradient(case: Case) -> None:
+    logits, weight = make_logits("moderate", 3), make_weight(3)
+    estimator = case.build(3)
+
+    def variance() -> float:
+        return draws_of(estimator, logits, weight, draws=2**14, seed=1).logits.var(dim=0).sum().item()
+
+    estimator.eval()
+    before = variance()
+    estimator.train()
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=0.03)
+    for step in range(100):
+        auxiliary = estimate(estimator, cost(weight.repeat(64, 1, 1)), logits.repeat(64, 1), seed=10 + step).auxiliary
+        optimizer.zero_grad()
+        auxiliary.backward()
+        optimizer.step()
+    estimator.eval()
+    assert variance() < 0.75 * before
 
 
 # The KL of q(y|x) and its three losses
@@ -376,11 +579,11 @@ def assert_same_with_gradient(found: Tensor, expected: Tensor, at: tuple[Tensor,
     )
 
 
-@each(CASES)
+@each(SOFTMAX)
 def test_analytic_kl_is_the_default(case: Case) -> None:
     logits, weight = small_batch()
     same = logits.detach().double().requires_grad_()
-    result = estimate(case.build(4), cost(weight), logits)
+    result = estimate(case.build(6), cost(weight), logits)
     assert_same_with_gradient(result.kl, analytic_kl(same), (logits, same))
 
 
@@ -405,7 +608,7 @@ def test_kl_of_a_relaxed_draw_agrees_with_torch_distributions(kl: KL, temperatur
     noise = temperature * spy.seen[0].double().log() - same.detach()  # up to a constant, which cancels
     log_y = ((same + noise) / temperature).log_softmax(dim=-1)
     if kl == "sampled":
-        expected = (log_y.exp() * (same.log_softmax(dim=-1) + math.log(4))).sum(dim=-1)
+        expected = (log_y.exp() * (same.log_softmax(dim=-1) + math.log(6))).sum(dim=-1)
     else:
         posterior: Distribution = ExpRelaxedCategorical(torch.tensor(temperature), logits=same)
         prior: Distribution = ExpRelaxedCategorical(torch.tensor(0.7), logits=torch.zeros_like(same))
@@ -421,7 +624,7 @@ def test_straight_through_shares_the_relaxed_kl_of_its_relaxed_draw() -> None:
 
 def test_relaxed_kl_is_zero_where_posterior_and_prior_are_one() -> None:
     estimator = GumbelSoftmax(at_one, kl="relaxed", prior_temperature=1.0)
-    kl = estimate(estimator, lambda y: y.sum(dim=-1), torch.full((5, 4), 3.0)).kl
+    kl = estimate(estimator, lambda y: y.sum(dim=-1), torch.full((5, 6), 3.0)).kl
     torch.testing.assert_close(kl, torch.zeros(5))
 
 
@@ -435,7 +638,7 @@ def test_leave_one_out_has_no_variance_on_a_constant(num_samples: int) -> None:
     value = estimate(ScoreFunction(LeaveOneOut(), num_samples), lambda y: theta.expand(y.shape[:2]), logits).value
     gradient_logits, gradient_theta = torch.autograd.grad(value.sum(), (logits, theta))
     assert torch.equal(value, torch.full((5,), 2.0))
-    assert torch.equal(gradient_logits, torch.zeros(5, 4))
+    assert torch.equal(gradient_logits, torch.zeros(5, 6))
     assert gradient_theta == 5
 
 
@@ -500,31 +703,55 @@ def test_moving_average_rests_in_evaluation_mode() -> None:
     assert baseline(torch.tensor([[0.0]]), context) == 6
 
 
-def test_moving_average_travels_in_the_state_dict() -> None:
-    logits, weight = small_batch()
-    trained, resumed, fresh = (ScoreFunction(MovingAverage()) for _ in range(3))
-    estimate(trained, cost(weight), logits)
+# State
+
+STATEFUL = [case for case in CASES if case.build(3).state_dict()]
+
+
+def test_stateful_estimators_are_those_with_a_running_average_or_a_network() -> None:
+    assert [case.name for case in STATEFUL] == ["moving_average", *(case.name for case in LEARNING)]
+
+
+@each(CASES)
+def test_state_rests_in_evaluation_mode(case: Case) -> None:
+    estimator = case.build(6).eval()
+    before = deepcopy(estimator.state_dict())
+    bits(estimator, seed=7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in estimator.state_dict().items())
+
+
+@each(STATEFUL)
+def test_running_averages_alone_move_in_training_mode(case: Case) -> None:
+    """Parameters are the optimizer's."""
+    estimator = case.build(6)
+    before = deepcopy(estimator.state_dict())
+    bits(estimator, seed=7)
+    moved = {name for name, tensor in estimator.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name, _ in estimator.named_buffers()}
+
+
+@each(STATEFUL)
+def test_state_travels_in_the_state_dict(case: Case) -> None:
+    trained, resumed, fresh = case.build(6), case.build(6, seed=1), case.build(6, seed=1)
+    bits(trained, seed=7)
     resumed.load_state_dict(trained.state_dict())
-
-    def gradient(estimator: Estimator) -> Tensor:
-        value = estimate(estimator, cost(weight), logits, seed=1).value
-        return torch.autograd.grad(value.sum(), logits)[0]
-
-    expected = gradient(trained)
-    assert torch.equal(gradient(resumed), expected)
-    assert not torch.equal(gradient(fresh), expected)
+    expected, found, other = (bits(estimator, seed=8) for estimator in (trained, resumed, fresh))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(torch.cat([x.flatten() for x in other]), torch.cat([x.flatten() for x in expected]))
 
 
 # Randomness and the temperature
 
 
-def bits(case: Case, seed: int) -> list[Tensor]:
-    """All that an estimator gives for a minibatch: y, value, kl, and the gradients."""
+def bits(estimator: Estimator, seed: int) -> list[Tensor]:
+    """All that an estimator gives for a minibatch: y, value, kl, auxiliary, and the gradients."""
     logits, weight = small_batch()
     spy = Spy(cost(weight))
-    result = estimate(case.build(4), spy, logits, seed=seed)
-    gradients = torch.autograd.grad((result.value + result.kl).sum(), (logits, weight))
-    return [*spy.seen, result.value, result.kl, *gradients]
+    result = estimate(estimator, spy, logits, seed=seed)
+    gradients = torch.autograd.grad((result.value + result.kl).sum(), (logits, weight), retain_graph=True)
+    own = list(estimator.parameters()) if result.auxiliary.requires_grad else []
+    own_gradients = torch.autograd.grad(result.auxiliary, own) if own else ()
+    return [*spy.seen, result.value, result.kl, result.auxiliary, *gradients, *own_gradients]
 
 
 @each(CASES)
@@ -532,26 +759,37 @@ def test_generator_is_the_only_source_of_randomness(case: Case) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         before = torch.get_rng_state()
-        first = bits(case, seed=7)
+        first = bits(case.build(6), seed=7)
         assert torch.equal(torch.get_rng_state(), before)
         torch.manual_seed(2)
-        assert all(torch.equal(a, b) for a, b in zip(first, bits(case, seed=7), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, bits(case.build(6), seed=7), strict=True))
 
 
 @each(RANDOM)
 def test_another_seed_gives_other_draws(case: Case) -> None:
-    assert not torch.equal(bits(case, seed=7)[0], bits(case, seed=8)[0])
+    assert not torch.equal(bits(case.build(6), seed=7)[0], bits(case.build(6), seed=8)[0])
 
 
-@pytest.mark.parametrize("relaxed", RELAXED)
-def test_temperature_is_the_schedule_at_this_step(relaxed: type[GumbelSoftmax]) -> None:
-    logits, weight = small_batch()
-    annealed = relaxed(lambda step: 1 / (1 + step), kl="relaxed")
-    fixed = relaxed(partial(constant, value=0.25), kl="relaxed")
-    found, expected = (estimate(estimator, cost(weight), logits, step=3) for estimator in (annealed, fixed))
-    assert found.metrics["temperature"] == 0.25
-    assert torch.equal(found.kl, expected.kl)
-    assert not torch.equal(found.kl, estimate(annealed, cost(weight), logits, step=0).kl)
+@each([case for case in CASES if not case.random])
+def test_the_seed_is_nothing_to_those_that_do_not_draw(case: Case) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(bits(case.build(6), 7), bits(case.build(6), 8), strict=True))
+
+
+@pytest.mark.parametrize("make", TEMPERED)
+def test_temperature_is_the_schedule_at_this_step(make: Callable[[Schedule], Estimator]) -> None:
+    def found(temperature: Schedule, step: int) -> tuple[float | Tensor, Tensor]:
+        """The metric, and the gradient that the temperature shapes."""
+        logits, weight = small_batch()
+        result = estimate(make(temperature), cost(weight), logits, step=step)
+        return result.metrics["temperature"], torch.autograd.grad((result.value + result.kl).sum(), logits)[0]
+
+    def annealed(step: int) -> float:
+        return 1 / (1 + step)
+
+    metric, gradient = found(annealed, 3)
+    assert metric == 0.25
+    assert torch.equal(gradient, found(partial(constant, value=0.25), 0)[1])
+    assert not torch.equal(gradient, found(annealed, 0)[1])
 
 
 # Hard inputs
@@ -574,6 +812,29 @@ def relaxed_cases() -> list[Case]:
     ]
 
 
+def tempered_cases() -> list[Case]:
+    """All others with a temperature, near and far; those that learn theirs also just inside its bounds."""
+    through: list[Callable[[Schedule, int], Estimator]] = [
+        StraightThrough,
+        ReinMax,
+        partial(GumbelRao, num_conditional=3),
+        GappedStraightThrough,
+        partial(GappedStraightThrough, gap=0.0),
+        partial(GappedStraightThrough, gap=1e4),
+    ]
+    scheduled = [
+        Case(f"through_{number}-{tau}", partial(make, partial(constant, value=tau), 2), False, True, 2)
+        for number, make in enumerate(through)
+        for tau in (1e-3, 1.0, 1e3)
+    ]
+    learned = [
+        Case(f"{control.__name__}-{tau}", partial(control, tau, num_samples=2), True, True, 6)
+        for control in (REBAR, RELAX)
+        for tau in (1e-3, 4e-3, 1.0, 250.0, 1e3)
+    ]
+    return scheduled + learned
+
+
 INFINITY = math.inf
 HARD_LOGITS = [
     [1e4, -1e4, 0.0],
@@ -586,7 +847,7 @@ HARD_LOGITS = [
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@each(CASES + relaxed_cases())
+@each(CASES + relaxed_cases() + tempered_cases())
 def test_everything_stays_finite(case: Case, precision: str) -> None:
     logits = torch.tensor(HARD_LOGITS, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     logits.requires_grad_()
@@ -597,17 +858,20 @@ def test_everything_stays_finite(case: Case, precision: str) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             result = estimate(estimator, spy, logits, seed=seed)
             loss = (result.value + result.kl).sum() + result.auxiliary
-        gradients = torch.autograd.grad(loss, (logits, weight))
+        gradients = torch.autograd.grad(loss, (logits, weight, *estimator.parameters()))
         for tensor in (*spy.seen, result.value, result.kl, result.auxiliary, *gradients):
             assert tensor.isfinite().all()
         assert all(math.isfinite(metric) for metric in result.metrics.values())
 
 
-@each([case for case in CASES if case.discrete and case.evaluations])
+@each([case for case in RANDOM if case.discrete])
 def test_a_class_of_probability_zero_is_never_drawn(case: Case) -> None:
+    """Among enough others for the estimators that draw without replacement."""
     spy = Spy(lambda y: y.sum(dim=-1))
-    estimate(case.build(3), spy, torch.tensor([0.0, -INFINITY, 1.0]).repeat(1000, 1))
-    assert spy.seen[0].sum(dim=(0, 1))[1] == 0
+    estimate(case.build(6), spy, torch.tensor([0.0, -INFINITY, 1.0, -1.0, 0.5, -0.5]).repeat(1000, 1))
+    drawn = spy.seen[0].sum(dim=(0, 1))
+    assert drawn[1] == 0
+    assert (drawn > 0).sum() == 5
 
 
 @pytest.mark.parametrize(
@@ -618,6 +882,23 @@ def test_a_class_of_probability_zero_is_never_drawn(case: Case) -> None:
         ("num_samples", lambda: ScoreFunction(NoBaseline(), num_samples=0)),
         ("num_samples", lambda: ScoreFunction(MovingAverage(), num_samples=0)),
         ("num_samples", lambda: ScoreFunction(LeaveOneOut(), num_samples=1)),
+        *(("num_samples", partial(make, num_samples=0)) for make in (MuProp, REBAR, RELAX)),
+        *(("num_samples", partial(make, at_one, num_samples=0)) for make in THROUGH),
+        ("num_samples", lambda: UnorderedSet(num_samples=1)),
+        ("num_samples", lambda: ScoreFunction(LearnedBaseline(), num_samples=0)),
+        ("num_exact", lambda: SumAndSample(num_exact=0)),
+        ("num_conditional", lambda: GumbelRao(at_one, num_conditional=0)),
+        ("gap", lambda: GappedStraightThrough(at_one, gap=-0.1)),
+        ("gap", lambda: GappedStraightThrough(at_one, gap=math.nan)),
+        ("gap", lambda: GappedStraightThrough(at_one, gap=math.inf)),
+        ("hidden", lambda: LearnedBaseline(hidden=0)),
+        ("hidden", lambda: RELAX(hidden=0)),
+        *(("scale", partial(make, scale=scale)) for make in (REBAR, RELAX) for scale in (math.nan, math.inf)),
+        *(("temperature", partial(make, value)) for make in (REBAR, RELAX) for value in UNUSABLE_TEMPERATURES),
+        *(("temperature", partial(make, lambda step: 0.0)) for make in THROUGH),
+        *(("temperature", partial(make, lambda step: math.inf)) for make in THROUGH),
+        ("decay", lambda: LearnedBaseline(decay=1.0)),
+        ("decay", lambda: LearnedBaseline(decay=math.nan)),
         ("prior_temperature", lambda: GumbelSoftmax(at_one, prior_temperature=0.0)),
         ("prior_temperature", lambda: GumbelSoftmax(at_one, prior_temperature=-1.0)),
         ("prior_temperature", lambda: GumbelSoftmax(at_one, prior_temperature=math.nan)),
@@ -633,8 +914,9 @@ def test_unusable_settings_are_refused_by_name(name: str, make: Callable[[], nn.
         make()
 
 
-def test_a_schedule_that_falls_to_zero_is_refused_at_that_step() -> None:
+@pytest.mark.parametrize("make", TEMPERED)
+def test_a_schedule_that_falls_to_zero_is_refused_at_that_step(make: Callable[[Schedule], Estimator]) -> None:
     logits, weight = small_batch()
-    estimator = GumbelSoftmax(lambda step: 1.0 - step)
+    estimator = make(lambda step: 1.0 - step)
     with pytest.raises(ValueError, match=r"^temperature must be > 0 and finite, got 0\.0 at step 1$"):
         estimate(estimator, cost(weight), logits, step=1)
