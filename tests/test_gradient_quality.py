@@ -30,6 +30,7 @@ from models.gradient_quality import PARTS, Measurement, Quality, gradient_qualit
 from models.networks import ImageShape, conv, mlp
 from models.vae import SemiSupervisedVAE
 from scripts import gradient_quality as script
+from scripts import gradient_report as report
 from tests.runs import CONV, ESTIMATORS, MLP, Ended, checkpoint, command, curve, equal, events, resume, run
 from training.run import Run, plain, stored_run
 
@@ -533,7 +534,7 @@ def test_names_and_sections(trained_run: Run) -> None:
         assert script.own_name(nodes, own | {"num_samples": 7}) == name
     assert script.own_name(nodes, {"_target_": "mine.Mine"}) == script.OWN
     hot = "a(schedule@estimator.temperature=constant estimator.temperature.value=5)"
-    assert script.short(hot) == "a(temperature=constant temperature.value=5)"
+    assert report.short(hot) == "a(temperature=constant temperature.value=5)"
     assert script.split_names(" rebar,gumbel_softmax(a=[1,2] b=3),rebar") == ["rebar", "gumbel_softmax(a=[1,2] b=3)"]
 
 
@@ -597,12 +598,12 @@ def test_help_explains_each_key_without_importing_torch() -> None:
     ],
 )
 def test_numbers_with_their_errors(value: float, error: float, shown: tuple[str, str]) -> None:
-    assert script.plus_minus(value, error) == shown
+    assert report.plus_minus(value, error) == shown
 
 
 @pytest.mark.parametrize("heights", [[0.5] * 10, [0.0, 0.0, 1.0, 1.0], [0.9, 0.1, 0.5], []])
 def test_labels_do_not_overlap(heights: list[float]) -> None:
-    moved = script.spread(heights, gap=0.05)
+    moved = report.spread(heights, gap=0.05)
     assert all(b - a > 0.0499 for a, b in pairwise(sorted(moved)))
     assert all(0 <= height <= 1 for height in moved)
     if heights == [0.9, 0.1, 0.5]:
@@ -615,7 +616,7 @@ def test_picture_of_estimators_that_are_all_exact_or_without_measure() -> None:
         "exact": Measurement(dict.fromkeys(PARTS, exact), 10, 0.1),
         "none": Measurement(dict.fromkeys(PARTS, infinite), 1, 0.1),
     }
-    figure = script.picture(measured, "about")
+    figure = report.picture(measured, "about")
     figure.canvas.draw()
     assert [axes.get_title("right") for axes in figure.axes] == ["exact: exact"] * len(PARTS)
 
