@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.check import COMPOSING_ERRORS, refuse, typed
 from configs.resume import resume_arguments
-from configs.schema import ConfigError
+from configs.schema import Config, ConfigError
 from configs.wording import explain
 from data.datasets import DataError
 
@@ -70,19 +70,26 @@ def train(run: Run, report: Report, folder: Path) -> int:
                 with report.paused():
                     run.save(folder)
             if interruption.exit_code:
-                log.warning("stopped at step %d; go on with: uv run train.py %s", done, shlex.quote(f"resume={folder}"))
+                log.warning("stopped at step %d; go on with: uv run train.py %s", done, resume_argument(folder))
                 return interruption.exit_code
     return 0
 
 
 def run_job(config: DictConfig, folder: Path) -> int:
     """One run, from its configuration to result.json; returns the exit code."""
+    from training.run_folder import locked
+
+    with locked(folder):
+        return run_in(folder, typed(config))
+
+
+def run_in(folder: Path, checked: Config) -> int:
+    """A run in a folder that no other process trains in; returns the exit code."""
     from training.report import Report
     from training.result import finish, is_finished
     from training.run import Run
     from training.run_folder import SPLIT, write_json
 
-    checked = typed(config)
     run = Run(checked)
     if checked.resume:
         run.restore_newest(folder)
@@ -99,6 +106,18 @@ def run_job(config: DictConfig, folder: Path) -> int:
     return code
 
 
+def cannot_write(error: OSError, folder: Path) -> str:
+    """The sentence for an error of the file system, with the way on."""
+    way_on = "mend that and start again"
+    if any((folder / "checkpoints").glob("step_*.pt")):
+        way_on = f"what was saved is whole: mend that, and go on with: uv run train.py {resume_argument(folder)}"
+    return f"cannot use {error.filename or folder}: {error.strerror or error}; {way_on}"
+
+
+def resume_argument(folder: Path) -> str:
+    return shlex.quote(f"resume={folder}")
+
+
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def hydra_main(config: DictConfig) -> None:
     """Runs a job, and turns what a person can mend into one sentence and an exit code."""
@@ -112,6 +131,9 @@ def hydra_main(config: DictConfig) -> None:
     except (ConfigError, DataError, CheckpointError, Diverged) as error:
         code = 3 if isinstance(error, Diverged) else 2
         errors.error("catvae: %s", error)
+    except OSError as error:  # a full disk, a folder that may not be written to any more
+        code = 1
+        errors.error("catvae: %s", cannot_write(error, folder))
     except Exception:
         code = 1
         errors.exception("catvae: a fault of the program")
@@ -127,6 +149,7 @@ failures: list[int] = []
 def main() -> None:
     """The command. Exit codes: 0 done, 1 a fault, 2 unusable configuration or data, 3 diverged, 130/143 interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are explained here
+    logging.raiseExceptions = False  # a log that cannot be written is said once, by what else cannot be
     try:
         sys.argv[1:] = resume_arguments(sys.argv[1:])
         hydra_main()

@@ -68,6 +68,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     """One sentence for what Hydra, OmegaConf or YAML refuses in the command line `arguments`; ours are one already."""
     if isinstance(error, (ConfigError, DataError)):
         return str(error)
+    if isinstance(error.__cause__, OSError):  # such as a log file that logging cannot open
+        error = error.__cause__
     if isinstance(error, OverrideParseException):
         return f"{ARGUMENT}, got {error.override}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):

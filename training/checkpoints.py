@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from pathlib import Path
@@ -17,13 +18,18 @@ class CheckpointError(Exception):
     """A checkpoint is missing or unusable; the message says which and why."""
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls write(temporary file's path), then moves it into place: `path` is never seen half-written."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes another file and moves it into place: `path` is never seen half-written. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk every byte counts
+        raise
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -31,8 +37,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     path = checkpoints / f"step_{step:08d}.pt"
-    content = {"format_version": FORMAT_VERSION, "step": step, **state}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+    content = io.BytesIO()  # PyTorch's own file writer does not say why it cannot write
+    torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, content)
+    write_atomically(path, content.getvalue())
     for old in stored(folder)[:-KEPT]:
         old.unlink()
     return path

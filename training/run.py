@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from enum import Enum
@@ -28,6 +30,8 @@ from models.objective import Weights
 from models.vae import SemiSupervisedVAE
 from training import checkpoints
 
+log = logging.getLogger("catvae")
+ENOUGH = 5  # checkpoints that a disk should have room for
 # settings that change when a run stops or looks, and not what it computes
 FREE_TO_CHANGE = {
     "resume",
@@ -134,7 +138,11 @@ class Run:
         }
         if self.device.type == "cuda":
             state["random_state_cuda"] = torch.cuda.get_rng_state(self.device)
-        return checkpoints.save(folder, self.step, state)
+        path = checkpoints.save(folder, self.step, state)
+        free, size = shutil.disk_usage(folder).free, path.stat().st_size
+        if free < ENOUGH * size:
+            log.warning("%s has %.1f MB left, and a checkpoint takes %.1f MB", folder, free / 1e6, size / 1e6)
+        return path
 
     def set_learning_rate(self, step: int) -> None:
         """optimizer.lr times lr_factor(step)."""

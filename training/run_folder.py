@@ -5,19 +5,41 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from configs.schema import ConfigError
 from training.checkpoints import write_atomically
 
 RESULT = "result.json"
 SPLIT = "split.json"
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in `folder`. The system drops the lock when this one ends, however it ends.
+
+    Raises ConfigError if another process has it. Windows has no such lock, and there this does nothing.
+    """
+    with (folder / LOCK).open("a") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{folder} is in use: another process trains there; wait for it, or stop it"
+                raise ConfigError(message) from None
+        yield
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
