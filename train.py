@@ -85,6 +85,7 @@ def run_job(config: DictConfig, folder: Path) -> int:
 
 def run_in(folder: Path, checked: Config) -> int:
     """A run in a folder that no other process trains in; returns the exit code."""
+    from training.divergence import Diverged
     from training.report import Report
     from training.result import finish, is_finished
     from training.run import Run
@@ -100,18 +101,37 @@ def run_in(folder: Path, checked: Config) -> int:
         write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
         run.save(folder)
     with Report(run, folder) as report:
-        code = train(run, report, folder)
+        while True:
+            try:
+                code = train(run, report, folder)
+                break
+            except Diverged as diverged:
+                run.roll_back(folder, diverged)
+                report.roll_back(run.step)
         if code == 0:
             finish(run, report, folder)
     return code
 
 
-def cannot_write(error: OSError, folder: Path) -> str:
-    """The sentence for an error of the file system, with the way on."""
-    way_on = "mend that and start again"
-    if any((folder / "checkpoints").glob("step_*.pt")):
-        way_on = f"what was saved is whole: mend that, and go on with: uv run train.py {resume_argument(folder)}"
-    return f"cannot use {error.filename or folder}: {error.strerror or error}; {way_on}"
+def ended_by(error: Exception, folder: Path) -> int:
+    """Says in one sentence what ended a job, if a person can mend it, and returns the exit code."""
+    from training.checkpoints import CheckpointError
+    from training.divergence import Diverged
+
+    if isinstance(error, (ConfigError, DataError, CheckpointError, Diverged)):
+        errors.error("catvae: %s", error)
+        return 3 if isinstance(error, Diverged) else 2
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written to any more
+        way_on = "mend that and start again"
+        if any((folder / "checkpoints").glob("step_*.pt")):
+            way_on = f"what was saved is whole: mend that, and go on with: uv run train.py {resume_argument(folder)}"
+        errors.error("catvae: cannot use %s: %s; %s", error.filename or folder, error.strerror or error, way_on)
+        return 1
+    if isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
+        errors.error("catvae: deterministic must be false here: %s", str(error).split(", but you set")[0])
+        return 2
+    errors.error("catvae: a fault of the program", exc_info=error)
+    return 1
 
 
 def resume_argument(folder: Path) -> str:
@@ -120,23 +140,13 @@ def resume_argument(folder: Path) -> str:
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def hydra_main(config: DictConfig) -> None:
-    """Runs a job, and turns what a person can mend into one sentence and an exit code."""
-    from training.checkpoints import CheckpointError
-    from training.divergence import Diverged
-
+    """Runs a job, and turns what ended it into an exit code."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         code = run_job(config, folder)
-    except (ConfigError, DataError, CheckpointError, Diverged) as error:
-        code = 3 if isinstance(error, Diverged) else 2
-        errors.error("catvae: %s", error)
-    except OSError as error:  # a full disk, a folder that may not be written to any more
-        code = 1
-        errors.error("catvae: %s", cannot_write(error, folder))
-    except Exception:
-        code = 1
-        errors.exception("catvae: a fault of the program")
+    except Exception as error:
+        code = ended_by(error, folder)
     if code in (1, 2, 3) and in_sweep:  # the other jobs go on; the sweep's exit code tells of this one
         failures.append(code)
     elif code:

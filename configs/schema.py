@@ -36,6 +36,11 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class OnDivergence(Enum):
+    stop = "stop"
+    rollback = "rollback"
+
+
 def _at_least(minimum: int, **values: int) -> None:
     for key, value in values.items():
         if value < minimum:
@@ -133,6 +138,8 @@ class Config:
     device: Device = Device.auto
     precision: Precision = Precision.auto
     resume: str | None = None  # a run folder to go on with
+    on_divergence: OnDivergence = OnDivergence.stop  # or back to the last checkpoint, with half the learning rate
+    deterministic: bool = False  # same seed, same bits on a GPU too, or a refusal that names the operation
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import MLP, ROOT, checkpoint, equal, resume, run
+from tests.runs import MLP, ROOT, checkpoint, curve, equal, resume, run
 from training import checkpoints
 from training.run_folder import LOCK
 
@@ -112,3 +112,104 @@ def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
     state = checkpoints.load(folder, torch.device("cpu"))
     resume(folder, f"train.steps={state['step'] + 2}")
     assert checkpoint(folder)["step"] == state["step"] + 2
+
+
+# ---- bad numbers ----
+
+FLAWED = '''
+import torch
+from estimators.marginalization import Marginalization
+
+FAILURES = []
+
+
+class Flawed(Marginalization):
+    """Gives a value that is not finite at step 5, `times` times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def forward(self, f, logits, *, step, context, generator):
+        estimate = super().forward(f, logits, step=step, context=context, generator=generator)
+        if step == 5 and len(FAILURES) < self.times:
+            FAILURES.append(step)
+            estimate.value = estimate.value * float("inf")
+        return estimate
+
+
+class NotDeterministic(Marginalization):
+    def forward(self, f, logits, *, step, context, generator):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        return super().forward(f, logits, step=step, context=context, generator=generator)
+'''
+
+
+@pytest.fixture
+def flawed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The start of a command line with an estimator that fails."""
+    (tmp_path / "flawed_plugin.py").write_text(FLAWED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flawed_plugin", raising=False)
+    return f"{FEW} estimator=marginalization train.steps=8 train.checkpoint_every=2 estimator._target_=flawed_plugin."
+
+
+def test_divergence_stops_by_default(flawed: str, tmp_path: Path) -> None:
+    said = one_line(run(f"{flawed}Flawed +estimator.times=1", tmp_path / "run", code=3).err)
+    assert said == "catvae: unlabelled_bound is -inf at step 5"
+    assert checkpoint(tmp_path / "run")["step"] == 4
+
+
+def test_rollback_goes_on_from_the_last_checkpoint_with_half_the_step(flawed: str, tmp_path: Path) -> None:
+    ended = run(f"{flawed}Flawed +estimator.times=2 on_divergence=rollback", tmp_path / "run")
+    assert ended.said.count("unlabelled_bound is -inf at step 5; back to step 4") == 2
+    rates = curve(tmp_path / "run", "train/learning_rate")
+    assert [step for step, _ in rates] == list(range(1, 9))
+    assert [rate / rates[0][1] for _, rate in rates] == pytest.approx([1.0] * 4 + [0.25] * 4)
+    assert checkpoint(tmp_path / "run")["rollbacks"] == 2
+    resume(tmp_path / "run", "train.steps=10")
+    assert curve(tmp_path / "run", "train/learning_rate")[-1][1] == pytest.approx(rates[0][1] / 4)
+
+
+def test_rollback_is_tried_a_bounded_number_of_times(flawed: str, tmp_path: Path) -> None:
+    ended = run(f"{flawed}Flawed +estimator.times=1000 on_divergence=rollback", tmp_path / "run", code=3)
+    assert ended.said.count("back to step 4") == 5
+    assert one_line(ended.err) == "catvae: unlabelled_bound is -inf at step 5"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "code"),
+    [
+        ("adam", 1e-30, 0),
+        ("sgd", 1e-30, 0),
+        ("adam", 1e3, 0),
+        ("sgd", 1e3, 3),
+        ("adam", 1e30, 3),
+        ("sgd", 1e30, 3),
+        ("adam", 1e38, 3),
+        ("sgd", 1e38, 3),
+    ],
+)
+def test_an_absurd_learning_rate_never_ends_in_a_silent_nan(
+    tmp_path: Path, optimizer: str, rate: float, code: int
+) -> None:
+    """All that is kept is finite, and a run that diverged says where."""
+    line = f"{FEW} train.steps=6 train.validate_every=100 optimizer={optimizer} optimizer.lr={rate}"
+    ended = run(line, tmp_path / "run", code=code)
+    assert (" at step " in one_line(ended.err)) if code else not ended.err
+    for path in checkpoints.stored(tmp_path / "run"):
+        for name, value in torch.load(path, weights_only=True)["model"].items():
+            assert value.isfinite().all(), name
+
+
+def test_an_operation_that_is_not_deterministic_is_named(flawed: str, tmp_path: Path) -> None:
+    run(f"{flawed}NotDeterministic", tmp_path / "without")
+    said = one_line(run(f"{flawed}NotDeterministic deterministic=true", tmp_path / "with", code=2).err)
+    assert said == "catvae: deterministic must be false here: put_ does not have a deterministic implementation"
+
+
+def test_deterministic_runs_train(tmp_path: Path) -> None:
+    run(f"{FEW} deterministic=true", tmp_path / "run")
+    run(FEW, tmp_path / "without")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert equal(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "without"))

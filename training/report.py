@@ -27,6 +27,7 @@ class Report:
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run = run
+        self.folder = folder
         self.start = run.step
         self.board = TensorBoard(folder, run.step, flat(plain(run.config)))
         self.sums: dict[str, Tensor] = {}
@@ -49,7 +50,7 @@ class Report:
             )
         )
         self.stack.enter_context(logging_redirect_tqdm())
-        self.stack.callback(self.board.close)
+        self.stack.callback(lambda: self.board.close())  # the one there is then
         log.info("%s\n%s", self.run.describe(), self.run.describe_objective())
         self.board.text("objective", self.run.describe_objective())
         self.ticking_since = time.perf_counter()
@@ -98,6 +99,14 @@ class Report:
             for name, value in asdict(quality).items()
         }
         self.board.scalars(tags, step)
+
+    def roll_back(self, step: int) -> None:
+        """Goes on from an earlier step, and drops what was logged past it."""
+        self.board.close()
+        self.board = TensorBoard(self.folder, step, flat(plain(self.run.config)))
+        self.sums, self.summed, self.logged_at = {}, 0, self.seconds
+        self.bar.n = step
+        self.bar.refresh()
 
     def final(self, values: dict[str, float]) -> None:
         self.board.scalars(values, self.run.step)

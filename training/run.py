@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -29,8 +30,10 @@ from models.networks import ImageShape
 from models.objective import Weights
 from models.vae import SemiSupervisedVAE
 from training import checkpoints
+from training.divergence import Diverged, raise_unless_finite
 
 log = logging.getLogger("catvae")
+ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 ENOUGH = 5  # checkpoints that a disk should have room for
 # settings that change when a run stops or looks, and not what it computes
 FREE_TO_CHANGE = {
@@ -39,6 +42,7 @@ FREE_TO_CHANGE = {
     "train.log_every",
     "train.validate_every",
     "train.checkpoint_every",
+    "on_divergence",
 }
 FREE_TO_CHANGE |= {"data.root", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
@@ -50,8 +54,11 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.step = 0
+        self.rollbacks = 0
         self.device = choose_device(config.device.value)
         self.precision = choose_precision(config.precision.value, self.device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
+        torch.use_deterministic_algorithms(config.deterministic)
         source = self._load("train")
         self.split = self._draw_split(source.labels, source.num_classes)
         shape = ImageShape(*source.images.shape[1:])
@@ -126,8 +133,11 @@ class Run:
         return gradient_quality(self.model, self.estimator, x, step=self.step, draws=settings.draws, seed=seed)
 
     def save(self, folder: Path) -> Path:
-        """Writes a checkpoint that `restore` goes on from to the bit."""
+        """Writes a checkpoint that `restore` goes on from to the bit. Raises Diverged rather than keep a bad number."""
+        for name, value in [*self.model.state_dict().items(), *self.estimator.state_dict().items()]:
+            raise_unless_finite(name, value.double().sum().item(), self.step)
         state = {
+            "rollbacks": self.rollbacks,
             "config": plain(self.config),
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
@@ -145,9 +155,18 @@ class Run:
         return path
 
     def set_learning_rate(self, step: int) -> None:
-        """optimizer.lr times lr_factor(step)."""
+        """optimizer.lr times lr_factor(step), halved by each rollback."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.optimizer.defaults["lr"] * self.lr_factor(step)
+            group["lr"] = self.optimizer.defaults["lr"] * self.lr_factor(step) * 0.5**self.rollbacks
+
+    def roll_back(self, folder: Path, diverged: Diverged) -> None:
+        """Takes up the newest checkpoint, with half the learning rate; raises `diverged` if it may not."""
+        if self.config.on_divergence.value != "rollback" or self.rollbacks == ROLLBACKS:
+            raise diverged
+        rollbacks = self.rollbacks + 1
+        self.restore_newest(folder)
+        self.rollbacks = rollbacks
+        log.warning("%s; back to step %d, with the learning rate times %g", diverged, self.step, 0.5**rollbacks)
 
     def restore_newest(self, folder: Path) -> None:
         """Takes up the newest checkpoint of a run folder. Raises CheckpointError, ConfigError."""
@@ -169,6 +188,7 @@ class Run:
         torch.set_rng_state(state["random_state"].cpu())
         if "random_state_cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_state_cuda"].cpu(), self.device)
+        self.rollbacks = state.get("rollbacks", 0)  # runs from before have none
         self.step = state["step"]
 
     def describe(self) -> str:
