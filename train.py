@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
             if done % settings.checkpoint_every == 0 or last or interruption.exit_code:
                 guard.raise_if_diverged()
                 with report.paused():
+                    report.flush()  # a run that goes on from here does not log it again
                     run.save(folder)
             if interruption.exit_code:
                 log.warning("stopped at step %d; go on with: uv run train.py %s", done, resume_argument(folder))
@@ -123,7 +125,7 @@ def ended_by(error: Exception, folder: Path) -> int:
         return 3 if isinstance(error, Diverged) else 2
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to any more
         way_on = "mend that and start again"
-        if any((folder / "checkpoints").glob("step_*.pt")):
+        if is_saved(folder):
             way_on = f"what was saved is whole: mend that, and go on with: uv run train.py {resume_argument(folder)}"
         errors.error("catvae: cannot use %s: %s; %s", error.filename or folder, error.strerror or error, way_on)
         return 1
@@ -132,6 +134,10 @@ def ended_by(error: Exception, folder: Path) -> int:
         return 2
     errors.error("catvae: a fault of the program", exc_info=error)
     return 1
+
+
+def is_saved(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step_*.pt"))
 
 
 def resume_argument(folder: Path) -> str:
@@ -147,6 +153,10 @@ def hydra_main(config: DictConfig) -> None:
         code = run_job(config, folder)
     except Exception as error:
         code = ended_by(error, folder)
+    except (KeyboardInterrupt, SystemExit):  # outside the training loop, which would have taken a checkpoint first
+        if is_saved(folder):
+            log.warning("stopped; go on with: uv run train.py %s", resume_argument(folder))
+        raise
     if code in (1, 2, 3) and in_sweep:  # the other jobs go on; the sweep's exit code tells of this one
         failures.append(code)
     elif code:
@@ -160,6 +170,7 @@ def main() -> None:
     """The command. Exit codes: 0 done, 1 a fault, 2 unusable configuration or data, 3 diverged, 130/143 interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are explained here
     logging.raiseExceptions = False  # a log that cannot be written is said once, by what else cannot be
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.argv[1:] = resume_arguments(sys.argv[1:])
         hydra_main()

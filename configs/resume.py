@@ -22,6 +22,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     recorded = folder / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
         raise ConfigError(f"resume must be a run folder, got {folder}: it has no .hydra/overrides.yaml")
+    if not any((folder / "checkpoints").glob("step_*.pt")):
+        raise ConfigError(f"resume must be a run folder, got {folder}: it has no checkpoint in checkpoints/")
     try:
         before = [str(override) for override in OmegaConf.load(recorded)]
     except (OSError, UnicodeDecodeError, YAMLError) as error:

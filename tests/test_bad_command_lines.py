@@ -176,6 +176,8 @@ def run_folder(folder: Path) -> Path:
     """A folder as a run leaves it, as far as resume= looks."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("[data=digits, train.steps=5]")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step_00000001.pt").touch()
     return folder
 
 

@@ -111,6 +111,10 @@ class Report:
     def final(self, values: dict[str, float]) -> None:
         self.board.scalars(values, self.run.step)
 
+    def flush(self) -> None:
+        """Waits until all that was reported is in its file."""
+        self.board.writer.flush()
+
     def say(self, message: str) -> None:
         log.info(message)
 

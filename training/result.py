@@ -36,9 +36,10 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "versions": versions(),
         "config": flat(plain(run.config)),
     }
-    write_json(folder / RESULT, result)
     # the last step's validation is logged already
     report.final({n.replace("_", "/", 1): value for n, value in measured.items() if n.startswith("test_")})
+    report.flush()  # a finished run is not resumed
+    write_json(folder / RESULT, result)
     report.say(
         f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
         f"log p(x) >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
