@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.check import COMPOSING_ERRORS, refuse, typed
 from configs.resume import resume_arguments
 from configs.schema import Config, ConfigError
-from configs.wording import explain
+from configs.wording import explain, explain_group
 from data.datasets import DataError
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
@@ -176,6 +176,10 @@ def main() -> None:
         hydra_main()
     except (*COMPOSING_ERRORS, ConfigError) as error:  # a job's own errors do not come here
         refuse(explain(error, sys.argv[1:]))
+    except TypeError:  # how Hydra ends on a group that is given something else than names
+        if sentence := explain_group(sys.argv[1:]):
+            refuse(sentence)
+        raise
     except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
         print("catvae: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -77,17 +77,30 @@ def check(config: Config) -> None:
     facts = DATASETS[config.data.name]
     model = build(config.model, "model", ImageShape(*facts.shape), facts.num_classes)
     estimator = build(config.estimator, "estimator")
-    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.zeros(1))])
+    on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
+    parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
+    optimizer = build_optimizer(config, [parameter])
     build(config.lr_factor, "lr_factor")(0)
     _check_kind(config.model, "model", model, Networks)
     _check_kind(config.estimator, "estimator", estimator, Estimator)
     _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
+    _try_step(config, optimizer, parameter)
     try:
         inspect.signature(estimator.forward).bind("f", "logits", step=0, context=None, generator=None)
     except TypeError:
         call = "(f, logits, *, step, context, generator)"
         got = config.estimator["_target_"]
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
+
+
+def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:
+    """Some optimizers refuse their settings, or to be called without a closure, only at the first step."""
+    parameter.grad = parameter.detach().clone()
+    try:
+        optimizer.step()
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        reason, got = " ".join(str(error).split()), config.optimizer["_target_"]
+        raise ConfigError(f"optimizer must be able to take a step, got {got}: {reason}") from error
 
 
 def _check_kind(node: Any, key: str, built: Any, kind: type) -> None:

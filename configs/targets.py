@@ -7,13 +7,10 @@ import traceback
 import types
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, Union
 
 from configs.schema import ConfigError
-from configs.wording import allowed, shown, unknown_key
-
-CONFIGS = Path(__file__).parent
+from configs.wording import CONFIGS, allowed, shown, unknown_key
 
 
 def build(node: Any, key: str, *arguments: Any) -> Any:

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -30,6 +31,7 @@ from data.datasets import DataError
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}
 
+CONFIGS = Path(__file__).parent
 ARGUMENT = "an argument must be key=value or group=choice, with quotes around special characters"
 # what Hydra says on one line, and what is said instead
 HYDRA_SAYS = (
@@ -85,7 +87,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if isinstance(error, YAMLError):
         return f"cannot read a configuration file: {text}"
     if "group override" in text:
-        return _explain_group(arguments) or text
+        return explain_group(arguments) or text
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         override = re.search(r"(?: use \+|merging override )(.+)", text)
@@ -106,15 +108,16 @@ def _explain_key(error: OmegaConfBaseException, override: str) -> str:
     return f"{key} must be {allowed(annotation)}, got {got}"
 
 
-def _explain_group(arguments: Sequence[str]) -> str | None:
+def explain_group(arguments: Sequence[str]) -> str | None:
     """The sentence for the argument that gives a group something else than the name of a choice."""
     texts = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     for override in OverridesParser.create().parse_overrides(texts):
         key, value = override.key_or_group, override.value()
-        is_group = "." not in key and _annotation(key) not in (int, str | None)
+        is_group = (CONFIGS / key.partition("@")[0]).is_dir()
+        is_choice = isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
         if not key:
             return f"{ARGUMENT}, got {override.input_line}"
-        if is_group and not isinstance(value, (str, list)):
+        if is_group and not is_choice:
             return f"{key} must be the name of a choice, got {shown(value)}"
     return None
 

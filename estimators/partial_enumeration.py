@@ -121,7 +121,7 @@ class SparsemaxSum(Estimator):
     ) -> Estimate:
         p = sparsemax(logits)
         support = (p > 0).sum(dim=-1)
-        calls = int(support.max())  # the one place where an estimator waits for the device
+        calls = max(1, int(support.max()))  # the one place where an estimator waits for the device
         weight, order = p.sort(dim=-1, descending=True)
         costs = f(one_hot(order[:, :calls].T, logits.shape[-1]))
         kl = (p * p.clamp(min=TINY).log()).sum(dim=-1) + math.log(logits.shape[-1])
@@ -138,5 +138,5 @@ def sparsemax(logits: Tensor) -> Tensor:
     descending = shifted.sort(dim=-1, descending=True).values
     sums = descending.cumsum(dim=-1) - 1
     count = torch.arange(1, logits.shape[-1] + 1, device=logits.device)
-    size = (count * descending > sums).sum(dim=-1, keepdim=True)
+    size = (count * descending > sums).sum(dim=-1, keepdim=True).clamp(min=1)  # at least 1 but for NaN, left as it is
     return (shifted - sums.gather(-1, size - 1) / size).clamp(min=0)

@@ -62,7 +62,7 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     probabilities = []
     with evaluating(model):
-        for index, images in enumerate(data.x.split(batch_size)):
+        for index, images in enumerate(data.x.split(min(batch_size, len(data.x)))):
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
             q, measured = _exact_terms(model, x, generator)

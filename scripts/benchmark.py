@@ -27,8 +27,7 @@ def compose_run(overrides: list[str], estimator: str) -> Run:
     from hydra import compose, initialize_config_dir
 
     from configs.check import COMPOSING_ERRORS, typed
-    from configs.targets import CONFIGS
-    from configs.wording import explain
+    from configs.wording import CONFIGS, explain
     from training.run import Run
 
     try:

@@ -22,8 +22,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
-from configs.targets import CONFIGS
-from configs.wording import unknown_key
+from configs.wording import CONFIGS, unknown_key
 from scripts.command import refusing_bad_input
 from scripts.gradient_report import picture, table, write_csv
 
