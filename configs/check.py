@@ -80,7 +80,10 @@ def check(config: Config) -> None:
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
     optimizer = build_optimizer(config, [parameter])
-    build(config.lr_factor, "lr_factor")(0)
+    factor = build(config.lr_factor, "lr_factor")(0)
+    if not isinstance(factor, (int, float)):
+        got = f"{config.lr_factor['_target_']}: it gives a {type(factor).__name__}"
+        raise ConfigError(f"lr_factor._target_ must make a schedule, which gives a number at each step, got {got}")
     _check_kind(config.model, "model", model, Networks)
     _check_kind(config.estimator, "estimator", estimator, Estimator)
     _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)

@@ -127,6 +127,13 @@ BAD = [
     ("model._target_=os.getcwd", "model.latent_size=8 is not a key", "os.getcwd has none"),
     ("estimator._target_=torch.nn.Linear", "is not a key", "torch.nn.Linear has in_features"),
     ("estimator=marginalization estimator._target_=torch.nn.Identity", "estimator._target_ must make an estimator"),
+    ("lr_factor=constant lr_factor._target_=torch.nn.Identity", "lr_factor._target_ must make a schedule", "number"),
+    ("lr_factor=[1.5]", "lr_factor must be the name of a choice", "got [1.5]"),
+    (
+        "optimizer=sgd optimizer._target_=torch.optim.LBFGS ~optimizer.momentum ~optimizer.weight_decay ~optimizer.fused",
+        "optimizer must be able to take a step",
+        "closure",
+    ),
     ("estimator=marginalization estimator._target_=builtins.dict", "estimator._target_", "got builtins.dict"),
     # sweeps: no job is started
     ("-m seed=1,-2", "seed must be >= 0", "got -2", "(in the job seed=-2)"),
