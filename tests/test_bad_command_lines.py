@@ -130,7 +130,8 @@ BAD = [
     ("lr_factor=constant lr_factor._target_=torch.nn.Identity", "lr_factor._target_ must make a schedule", "number"),
     ("lr_factor=[1.5]", "lr_factor must be the name of a choice", "got [1.5]"),
     (
-        "optimizer=sgd optimizer._target_=torch.optim.LBFGS ~optimizer.momentum ~optimizer.weight_decay ~optimizer.fused",
+        "optimizer=sgd optimizer._target_=torch.optim.LBFGS "
+        "~optimizer.momentum ~optimizer.weight_decay ~optimizer.fused",
         "optimizer must be able to take a step",
         "closure",
     ),
