@@ -23,6 +23,7 @@ from configs.wording import explain, explain_group
 from data.datasets import DataError
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
+    from training.interruption import Interruption
     from training.report import Report
     from training.run import Run
 
@@ -35,12 +36,18 @@ def train(run: Run, report: Report, folder: Path) -> int:
     """Trains from the run's step to its last; returns 0, or 128 + the number of the signal that stopped it."""
     from data.randomness import keyed_generator
     from models.objective import objective
-    from training.divergence import FiniteGuard, raise_unless_finite
+    from training.divergence import FiniteGuard
     from training.interruption import Interruption
 
-    settings, diagnose_every = run.config.train, run.config.diagnostics.every
-    guard = FiniteGuard(run.optimizer, run.device)
+    settings = run.config.train
+    guard = FiniteGuard(run.optimizer, run.parameters, run.device)
     with Interruption() as interruption:
+        if run.unlooked:
+            look(run, report, interruption)
+            report.flush()
+            run.save(folder)
+            if interruption.exit_code:
+                return stopped(run, folder, interruption)
         for step in range(run.step, settings.steps):
             generator = keyed_generator(run.device, run.config.seed, "step", step)
             batch = run.batches(step, generator)
@@ -48,7 +55,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
                 result = objective(run.model, run.estimator, run.weights, *batch, step=step, generator=generator)
             run.optimizer.zero_grad(set_to_none=True)
             result.loss.backward()
-            guard.before_update(step, result.terms, run.parameters)
+            guard.before_update(step, result.terms)
             run.set_learning_rate(step)
             run.optimizer.step()
             run.step = done = step + 1
@@ -58,23 +65,52 @@ def train(run: Run, report: Report, folder: Path) -> int:
             if done % settings.log_every == 0 or last:
                 guard.raise_if_diverged()
                 report.log_step(done)
-            if done % settings.validate_every == 0 or last:
-                with report.paused():
-                    measured = run.evaluate(run.validation)
-                    raise_unless_finite("the validation bound", measured.bound, done)
-                    report.validation(done, measured)
-            if diagnose_every and (done % diagnose_every == 0 or last):
-                with report.paused():
-                    report.diagnostics(done, run.diagnose())
+            if any(looks_due(run)):
+                look(run, report, interruption)
             if done % settings.checkpoint_every == 0 or last or interruption.exit_code:
                 guard.raise_if_diverged()
                 with report.paused():
                     report.flush()  # a run that goes on from here does not log it again
                     run.save(folder)
             if interruption.exit_code:
-                log.warning("stopped at step %d; go on with: uv run train.py %s", done, resume_argument(folder))
-                return interruption.exit_code
+                return stopped(run, folder, interruption)
     return 0
+
+
+def stopped(run: Run, folder: Path, interruption: Interruption) -> int:
+    """Says how to go on, and returns the exit code."""
+    log.warning("stopped at step %d; go on with: uv run train.py %s", run.step, resume_argument(folder))
+    return interruption.exit_code or 0
+
+
+def looks_due(run: Run) -> tuple[bool, bool]:
+    """Whether validation and diagnostics are due at the run's step."""
+    every, diagnose_every = run.config.train.validate_every, run.config.diagnostics.every
+    last = run.step == run.config.train.steps
+    return run.step % every == 0 or last, diagnose_every > 0 and (run.step % diagnose_every == 0 or last)
+
+
+def look(run: Run, report: Report, interruption: Interruption) -> None:
+    """Validation and diagnostics where they are due. A signal puts them off to when the run is resumed."""
+    from training.divergence import raise_unless_finite
+    from training.interruption import Interrupted
+
+    validate, diagnose = looks_due(run)
+    run.unlooked = True
+    with report.paused():
+        try:
+            if validate:
+                measured = run.evaluate(run.validation, after_batch=interruption.check)
+            if diagnose:
+                diagnosed = run.diagnose(after_draw=interruption.check)
+        except Interrupted:
+            return
+        if validate:
+            raise_unless_finite("the validation bound", measured.bound, run.step)
+            report.validation(run.step, measured)
+        if diagnose:
+            report.diagnostics(run.step, diagnosed)
+    run.unlooked = False
 
 
 def run_job(config: DictConfig, folder: Path) -> int:
@@ -87,6 +123,7 @@ def run_job(config: DictConfig, folder: Path) -> int:
 
 def run_in(folder: Path, checked: Config) -> int:
     """A run in a folder that no other process trains in; returns the exit code."""
+    from training.checkpoints import prune
     from training.divergence import Diverged
     from training.report import Report
     from training.result import finish, is_finished
@@ -96,6 +133,7 @@ def run_in(folder: Path, checked: Config) -> int:
     run = Run(checked)
     if checked.resume:
         run.restore_newest(folder)
+        prune(folder)  # a run that was killed right after saving has one too many
         if is_finished(folder, checked):
             log.info("%s is finished already, and stays as it is", folder)
             return 0

@@ -122,7 +122,11 @@ def build_optimizer(config: Config, parameters: list[Any]) -> Any:
                 raise ConfigError(f"optimizer.{name} must be {limit}, got {shown(value)}")
         except TypeError:  # not a number: building the optimizer says so
             continue
-    return build(config.optimizer, "optimizer", parameters)
+    settings = config.optimizer
+    if isinstance(settings, dict) and isinstance(settings.get("betas"), list):  # torch refuses [0, 0], integers
+        betas = [float(beta) if isinstance(beta, int) else beta for beta in settings["betas"]]
+        settings = settings | {"betas": betas}
+    return build(settings, "optimizer", parameters)
 
 
 def check_machine(config: Config) -> None:

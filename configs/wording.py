@@ -55,7 +55,7 @@ HYDRA_SAYS = (
         r"(Ambiguous value for argument|Sweep parameters) '(?P<given>.+?)'( 1\. To use| requires)",
         "{given} is several values; add -m to run a sweep over them, or write a list as [1,2]",
     ),
-    (r"Could not delete.* '(?P<key>\S+)'( does not exist|\. No match)", "{key} is not a key, got ~{key}"),
+    (r"Could not delete.* '(?P<key>\S+)'( does not exist|\. No match)", "{key} is not a key with a value, got ~{key}"),
     (
         r"Could not delete.* value of '(?P<key>\S+)' is .* and not (?P<given>.+)\.",
         "{key} is not {given}, got ~{key}",
@@ -78,6 +78,9 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = f"one of {', '.join(error.options)}" if error.options else "the name of a choice"
         return f"{group} must be {choices}, got {choice}"
+    nameless = [argument for argument in arguments if re.fullmatch(r"([+~]*=.*|[+~]+)", argument)]
+    if nameless:
+        return f"{ARGUMENT}, got {nameless[0]}"
     text = " ".join(str(error).split())
     for pattern, sentence in HYDRA_SAYS:
         if said := re.search(pattern, text):
@@ -101,6 +104,8 @@ def _explain_key(error: OmegaConfBaseException, override: str) -> str:
         root = OmegaConf.to_container(error.parent_node._get_root(), throw_on_missing=False)
         known = [other for other in keys(root) if other.startswith("hydra") == key.startswith("hydra")]
         return unknown_key(override or key, key, known)
+    if key == "_dummy_":  # where Hydra looks up the ${...} in the name of a choice
+        return f"the name of a choice cannot be used: {first_line}"
     annotation = _annotation(key)
     if isinstance(error, InterpolationResolutionError) or annotation is None:
         return f"{key} cannot be used: {first_line}" + (f", got {override}" if override else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,9 +42,11 @@ def evaluating(model: SemiSupervisedVAE) -> Iterator[None]:
     """Without gradients and in evaluation mode, so that looking leaves the model (batch statistics too) as it was."""
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def evaluate(
@@ -54,10 +56,12 @@ def evaluate(
     binarization: Binarization,
     batch_size: int,
     importance_samples: int = 0,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Accuracy, exact bound and calibration in float32; with `importance_samples` > 0 also log p(x).
 
     The bound is U(x) = sum_y q(y|x) b(x, y) - KL(q(y|x) || p(y)), exact in y, with one draw of z an image.
+    An exception of `after_batch` ends it.
     """
     sums: dict[str, Tensor] = {}
     probabilities = []
@@ -71,6 +75,7 @@ def evaluate(
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             probabilities.append(q)
+            after_batch()
     q = torch.cat(probabilities)
     return Evaluation(
         accuracy=(q.argmax(dim=-1) == data.labels).double().mean().item(),

@@ -145,3 +145,18 @@ def events(folder: Path) -> EventAccumulator:
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
     """(step, value) of a scalar, as TensorBoard shows it."""
     return [(event.step, event.value) for event in events(folder).Scalars(tag)]
+
+
+def assert_same_events(whole: Path, halves: Path) -> None:
+    """The curves of a run that never stopped: nothing missing, nothing twice; but the test part of each end."""
+    one, other = events(whole), events(halves)
+    assert one.Tags()["scalars"] == other.Tags()["scalars"]
+    for tag in one.Tags()["scalars"]:
+        a, b = ([(event.step, event.value) for event in read.Scalars(tag)] for read in (one, other))
+        if tag == "train/steps_per_second":
+            a, b = [(step, 0) for step, _ in a], [(step, 0) for step, _ in b]
+        assert a == (b[-1:] if tag.startswith("test/") else b), tag
+        assert len({step for step, _ in b}) == len(b), tag
+    for tag in one.Tags()["images"]:
+        a_images, b_images = ([(e.step, e.encoded_image_string) for e in read.Images(tag)] for read in (one, other))
+        assert a_images == b_images

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from configs.schema import Config
+from data.batches import Batches
+from tests.runs import ESTIMATORS, MLP, run
 from training.divergence import Diverged, FiniteGuard
+from training.run import Run
 
 CPU = torch.device("cpu")
 PARTS = ("labelled_bound", "unlabelled_bound", "classification", "kl_y", "kl_z", "reconstruction", "entropy_y")
@@ -26,8 +33,9 @@ class Loop:
 
     def __init__(self, optimizer: str = "adam", deferred: bool = False) -> None:
         self.parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+        self.named = dict(zip(("first", "second"), self.parameters, strict=True))
         self.optimizer = OPTIMIZERS[optimizer](self.parameters)
-        self.guard = FiniteGuard(self.optimizer, CPU)
+        self.guard = FiniteGuard(self.optimizer, self.named, CPU)
         assert not self.guard.deferred  # on a CPU, looking is free
         self.guard.deferred = deferred
 
@@ -39,7 +47,7 @@ class Loop:
         last[1, 1] = gradient
         values = {"J": -120.0} | {name: float(i) for i, name in enumerate(PARTS)} | bad_terms
         terms = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
-        self.guard.before_update(step, terms, self.parameters)
+        self.guard.before_update(step, terms)
         self.optimizer.step()
 
     def state(self) -> list[Tensor]:
@@ -94,9 +102,27 @@ def test_one_bad_gradient_stops_before_the_update(bad: float) -> None:
     loop.step(0)
     before = loop.state()
     norm = abs(bad)  # nan or inf
-    with pytest.raises(Diverged, match=f"^the gradient is {norm} at step 1$"):
+    with pytest.raises(Diverged, match=f"^the gradient of second is {norm} at step 1$"):
         loop.step(1, gradient=bad)
     assert same(before, loop.state())
+
+
+@each_mode
+@each_bad_value
+def test_a_bad_parameter_is_named_before_the_terms_that_it_spoils(deferred: bool, bad: float) -> None:
+    loop = Loop(deferred=deferred)
+    loop.step(0)
+    with torch.no_grad():
+        loop.parameters[0][2] = bad
+    before = loop.state()
+
+    def step_and_look() -> None:
+        loop.step(1, J=float("nan"), kl_z=float("nan"), gradient=float("nan"))
+        loop.guard.raise_if_diverged()
+
+    with pytest.raises(Diverged, match=f"^first is {bad} at step 1$"):
+        step_and_look()
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(before, loop.state(), strict=True))
 
 
 def test_the_part_to_blame_is_named_rather_than_j_or_the_gradient() -> None:
@@ -106,8 +132,8 @@ def test_the_part_to_blame_is_named_rather_than_j_or_the_gradient() -> None:
 
 def test_parameters_without_a_gradient_are_no_divergence() -> None:
     loop = Loop()
-    loop.parameters.append(nn.Parameter(torch.ones(1)))
-    loop.guard.before_update(0, {"J": torch.zeros(())}, loop.parameters)
+    loop.named["third"] = nn.Parameter(torch.ones(1))
+    loop.step(0)
 
 
 def test_high_step_numbers_are_named_exactly() -> None:
@@ -122,8 +148,8 @@ def test_high_step_numbers_are_named_exactly() -> None:
 def test_guard_defers_on_a_gpu_where_the_optimizer_can_switch_its_update_off() -> None:
     parameters = [nn.Parameter(torch.ones(3))]
     gpu = torch.device("cuda")
-    assert FiniteGuard(torch.optim.Adam(parameters, fused=True), gpu).deferred
-    assert not FiniteGuard(torch.optim.Adam(parameters), gpu).deferred
+    assert FiniteGuard(torch.optim.Adam(parameters, fused=True), {}, gpu).deferred
+    assert not FiniteGuard(torch.optim.Adam(parameters), {}, gpu).deferred
 
 
 @each_bad_value
@@ -147,7 +173,7 @@ def test_deferred_guard_blocks_a_bad_gradient_at_the_very_first_step(optimizer: 
     loop.step(0, gradient=float("nan"))
     loop.step(1, kl_z=float("inf"))
     assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in loop.parameters)
-    with pytest.raises(Diverged, match=r"^the gradient is nan at step 0$"):
+    with pytest.raises(Diverged, match=r"^the gradient of second is nan at step 0$"):
         loop.guard.raise_if_diverged()
 
 
@@ -166,3 +192,61 @@ def test_deferred_guard_is_silent_while_all_is_finite() -> None:
     for step in range(3):
         loop.step(step)
         loop.guard.raise_if_diverged()
+
+
+# --- planted in each place of a real run
+
+
+def planted_run(tmp_path: Path, plant: Callable[[Run], None]) -> str:
+    """Trains the smallest model with `plant` called before the third step, and returns what it diverged of."""
+    original = Batches.__call__
+
+    def batches(self: Batches, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        if step == 2:
+            plant(made[0])
+        return original(self, step, generator)
+
+    made: list[Run] = []
+    make = Run.__init__
+
+    def remember(self: Run, config: Config) -> None:
+        make(self, config)
+        made.append(self)
+
+    with mock.patch.object(Batches, "__call__", batches), mock.patch.object(Run, "__init__", remember):
+        line = f"{MLP} {ESTIMATORS['score_function/learned']} train.steps=4 train.log_every=100"
+        ended = run(line, tmp_path / "run", code=3)
+    return ended.err.removeprefix("catvae: ").strip()
+
+
+def names(tmp_path: Path) -> list[str]:
+    found: list[str] = []
+
+    def plant(run: Run) -> None:
+        found.extend(run.parameters)
+        poison(run.parameters[found[0]])
+
+    planted_run(tmp_path, plant)
+    return found
+
+
+def poison(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.view(-1)[-1] = float("nan")
+
+
+def test_nan_in_every_parameter_and_every_gradient_is_named(tmp_path: Path) -> None:
+    everyone = names(tmp_path / "names")
+    assert {name.partition(".")[0] for name in everyone} == {"classifier", "inference", "generator", "estimator"}
+    for index, name in enumerate(everyone):
+
+        def poison_parameter(run: Run, name: str = name) -> None:
+            poison(run.parameters[name])
+
+        assert planted_run(tmp_path / f"parameter {index}", poison_parameter) == f"{name} is nan at step 2"
+
+        def poison_gradient(run: Run, name: str = name) -> None:
+            run.parameters[name].register_hook(lambda gradient: gradient * float("inf"))
+
+        said = planted_run(tmp_path / f"gradient {index}", poison_gradient)
+        assert re.fullmatch(f"the gradient of {re.escape(name)} is (nan|inf) at step 2", said), said

@@ -40,9 +40,14 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     content = io.BytesIO()  # PyTorch's own file writer does not say why it cannot write
     torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, content)
     write_atomically(path, content.getvalue())
+    prune(folder)
+    return path
+
+
+def prune(folder: Path) -> None:
+    """Deletes all checkpoints but the newest two."""
     for old in stored(folder)[:-KEPT]:
         old.unlink()
-    return path
 
 
 def stored(folder: Path) -> list[Path]:

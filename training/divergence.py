@@ -18,25 +18,28 @@ def raise_unless_finite(name: str, value: float, step: int) -> None:
 
 
 class FiniteGuard:
-    """Looks at J's terms and the gradient norm before each update.
+    """Looks at J's terms and every parameter's gradient before each update.
 
     Where looking is free (CPU) it raises at once. Where it would wait for the device, the update is switched off on
     the device by the optimizer's own `found_inf`, and stays off, until `raise_if_diverged` is called on a logging step.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], device: torch.device
+    ) -> None:
         self.optimizer = optimizer
+        self.parameters = parameters
         self.deferred = device.type == "cuda" and bool(optimizer.defaults.get("fused"))
         self.names: list[str] = []
-        self.first_bad: Tensor | None = None  # [step, terms...] of the first bad step; step -1 before
+        self.first_bad: Tensor | None = None  # [step, terms and norms...] of the first bad step; step -1 before
 
-    def before_update(self, step: int, terms: dict[str, Tensor], parameters: list[nn.Parameter]) -> None:
+    def before_update(self, step: int, terms: dict[str, Tensor]) -> None:
         """Raises Diverged, or on a device that runs ahead, blocks this and all later updates."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self.names = [*terms, "the gradient"]
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
+        self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
         # float64, in which the step's number is exact
-        values = torch.stack([*(term.detach().double() for term in terms.values()), norm.double()])
+        values = torch.stack([value.detach().double() for value in (*terms.values(), *norms)])
         row = torch.cat([values.new_full((1,), step), values])
         if self.first_bad is None:
             self.first_bad = torch.full_like(row, -1.0)
@@ -52,7 +55,15 @@ class FiniteGuard:
             return
         step, *values = self.first_bad.tolist()
         if step >= 0:
-            bad = [(n, v) for n, v in zip(self.names, values, strict=True) if not abs(v) < float("inf")]
+            for name, parameter in self.parameters.items():  # not updated since: it was so before the terms were
+                raise_unless_finite(name, _bad_or_zero(parameter), int(step))
+            bad = [(n, v) for n, v in zip(self.names, values, strict=True) if not math.isfinite(v)]
             # J is the sum of the others: name a part of it where one is to blame
             name, value = next((pair for pair in bad if pair[0] != "J"), bad[0])
             raise Diverged(f"{name} is {value} at step {int(step)}")
+
+
+def _bad_or_zero(tensor: Tensor) -> float:
+    """The first non-finite number of a tensor, 0 if there is none."""
+    bad = tensor.detach()[~tensor.isfinite()]
+    return bad[0].item() if len(bad) else 0.0

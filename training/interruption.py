@@ -8,6 +8,10 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class Interrupted(Exception):
+    """Work was left off because of a signal."""
+
+
 class Interruption:
     """While entered, remembers the first SIGINT or SIGTERM instead of dying of it."""
 
@@ -26,6 +30,11 @@ class Interruption:
         self.signal = number
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Interrupted if there was a signal: for work that takes longer than a person waits."""
+        if self.signal is not None:
+            raise Interrupted
 
     @property
     def exit_code(self) -> int | None:

@@ -23,15 +23,14 @@ log = logging.getLogger("catvae")
 
 
 class Report:
-    """Means of J's terms since the last logging step, kept on the device until they are asked for."""
+    """The bar, the log and the events of one command: a resumed run has a new one."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run = run
         self.folder = folder
         self.start = run.step
         self.board = TensorBoard(folder, run.step, flat(plain(run.config)))
-        self.sums: dict[str, Tensor] = {}
-        self.summed = 0
+        self.steps = 0  # timed since the last logging step
         self.metrics: dict[str, Tensor | float] = {}
         self.shown: dict[str, str] = {}
         self.seconds = 0.0  # spent training, without evaluation and writing
@@ -61,17 +60,16 @@ class Report:
 
     def add(self, result: Objective) -> None:
         """Takes in a step's terms, without waiting for the device."""
-        for name, term in result.terms.items():
-            self.sums[name] = self.sums.get(name, 0) + term.detach()
-        self.summed += 1
+        self.run.add(result)
+        self.steps += 1
         self.metrics = result.metrics
         self.bar.update()
 
     def log_step(self, step: int) -> None:
         """Writes the means since the last call."""
-        values = {f"train/{name}": (total / self.summed).item() for name, total in self.sums.items()}
+        values = {f"train/{name}": mean for name, mean in self.run.take_means().items()}
         self._count()
-        values["train/steps_per_second"] = self.summed / (self.seconds - self.logged_at)
+        values["train/steps_per_second"] = self.steps / (self.seconds - self.logged_at)
         values["train/learning_rate"] = self.run.optimizer.param_groups[0]["lr"]
         for name, metric in self.metrics.items():
             tag = "train/temperature" if name == "temperature" else f"estimator/{name}"
@@ -81,7 +79,7 @@ class Report:
         if "train/temperature" in values:
             self.shown["temperature"] = f"{values['train/temperature']:.3f}"
         self.bar.set_postfix(self.shown)
-        self.sums, self.summed, self.logged_at = {}, 0, self.seconds
+        self.steps, self.logged_at = 0, self.seconds
 
     def validation(self, step: int, measured: Evaluation) -> None:
         values = {name: value for name, value in asdict(measured).items() if value is not None}
@@ -104,7 +102,7 @@ class Report:
         """Goes on from an earlier step, and drops what was logged past it."""
         self.board.close()
         self.board = TensorBoard(self.folder, step, flat(plain(self.run.config)))
-        self.sums, self.summed, self.logged_at = {}, 0, self.seconds
+        self.steps, self.logged_at = 0, self.seconds
         self.bar.n = step
         self.bar.refresh()
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from enum import Enum
@@ -27,7 +28,7 @@ from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
 from models.networks import ImageShape
-from models.objective import Weights
+from models.objective import Objective, Weights
 from models.vae import SemiSupervisedVAE
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
@@ -55,6 +56,9 @@ class Run:
         self.config = config
         self.step = 0
         self.rollbacks = 0
+        self.unlooked = False  # a signal cut short the looks that were due at `step`
+        self.sums: dict[str, Tensor] = {}  # of J's terms since the last logging step, on the device
+        self.summed = 0
         self.device = choose_device(config.device.value)
         self.precision = choose_precision(config.precision.value, self.device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
@@ -68,8 +72,9 @@ class Run:
             self.estimator: Estimator = build(config.estimator, "estimator")
             self.estimator.prepare(shape.size, source.num_classes)
         self.model.to(memory_format=torch.channels_last)
-        self.parameters = [*self.model.parameters(), *self.estimator.parameters()]
-        self.optimizer = build_optimizer(config, self.parameters)
+        self.parameters = dict(self.model.named_parameters())
+        self.parameters |= {f"estimator.{name}": p for name, p in self.estimator.named_parameters()}
+        self.optimizer = build_optimizer(config, list(self.parameters.values()))
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
         self.binarization: Binarization = config.data.binarization.value
@@ -104,13 +109,16 @@ class Run:
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def evaluate(self, data: EvaluationData, importance_samples: int = 0) -> Evaluation:
+    def evaluate(
+        self, data: EvaluationData, importance_samples: int = 0, after_batch: Callable[[], None] = lambda: None
+    ) -> Evaluation:
         return evaluate(
             self.model,
             data,
             binarization=self.binarization,
             batch_size=self.config.evaluation.batch_size,
             importance_samples=importance_samples,
+            after_batch=after_batch,
         )
 
     def measure(self, part: Literal["val", "test"]) -> dict[str, float]:
@@ -126,11 +134,31 @@ class Run:
         generator = keyed_generator(self.device, seed, "unlabelled minibatch")
         return binarize(self.batches.data.x_unlabelled[:size], self.binarization, generator)
 
-    def diagnose(self) -> Measurement:
+    def add(self, result: Objective) -> None:
+        """Takes in a step's terms, without waiting for the device."""
+        for name, term in result.terms.items():
+            self.sums[name] = self.sums.get(name, 0) + term.detach()
+        self.summed += 1
+
+    def take_means(self) -> dict[str, float]:
+        """Means of J's terms since the last call, however often the run was resumed in between."""
+        means = {name: (total / self.summed).item() for name, total in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return means
+
+    def diagnose(self, after_draw: Callable[[], None] = lambda: None) -> Measurement:
         """The estimator's gradient against the exact one, by new draws of y from the same images and z's noise."""
         settings, seed = self.config.diagnostics, self.config.seed
         x = self.unlabelled_minibatch(settings.batch_size, seed)
-        return gradient_quality(self.model, self.estimator, x, step=self.step, draws=settings.draws, seed=seed)
+        return gradient_quality(
+            self.model,
+            self.estimator,
+            x,
+            step=self.step,
+            draws=settings.draws,
+            seed=seed,
+            after_draw=after_draw,
+        )
 
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint that `restore` goes on from to the bit. Raises Diverged rather than keep a bad number."""
@@ -138,6 +166,9 @@ class Run:
             raise_unless_finite(name, value.double().sum().item(), self.step)
         state = {
             "rollbacks": self.rollbacks,
+            "unlooked": self.unlooked,
+            "sums": self.sums,
+            "summed": self.summed,
             "config": plain(self.config),
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
@@ -188,7 +219,10 @@ class Run:
         torch.set_rng_state(state["random_state"].cpu())
         if "random_state_cuda" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_state_cuda"].cpu(), self.device)
-        self.rollbacks = state.get("rollbacks", 0)  # runs from before have none
+        # runs from before have none of these
+        self.rollbacks = state.get("rollbacks", 0)
+        self.unlooked = state.get("unlooked", False)
+        self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
         self.step = state["step"]
 
     def describe(self) -> str:

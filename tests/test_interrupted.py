@@ -1,0 +1,111 @@
+"""A signal at any moment of the training loop: the run stops in time, and resumed it is as if it had never stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from data.batches import Batches
+from models import evaluation, gradient_quality
+from tests.runs import MLP, assert_same_events, checkpoint, equal, resume, run
+from training import checkpoints
+
+LINE = f"{MLP} train.steps=12 diagnostics.every=6 diagnostics.draws=3 diagnostics.batch_size=4 "
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run that never stopped."""
+    folders: dict[str, Path] = {}
+
+    def find(line: str) -> Path:
+        if line not in folders:
+            folders[line] = tmp_path_factory.mktemp("whole") / "run"
+            run(line, folders[line])
+        return folders[line]
+
+    return find
+
+
+def signalling(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """`function`, sending SIGTERM to this process at its call number `call`."""
+    calls = 0
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **keywords)
+
+    return signalled
+
+
+MOMENTS = {
+    "a step": (Batches, "__call__", 7),
+    "the first batch of a validation": (evaluation, "_exact_terms", 1),
+    "the last batch of a validation": (evaluation, "_exact_terms", 4),
+    "the validation of the last step": (evaluation, "_exact_terms", 5),
+    "diagnostics": (gradient_quality, "_joined", 2),
+    "diagnostics of the last step": (gradient_quality, "_joined", 6),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_signal_at_any_moment(moment: str, log_every: int, whole: Callable[[str], Path], tmp_path: Path) -> None:
+    line, folder = f"{LINE} train.log_every={log_every} evaluation.batch_size=50", tmp_path / "run"
+    owner, name, call = MOMENTS[moment]
+    with mock.patch.object(owner, name, signalling(getattr(owner, name), call)):
+        run(line, folder, code=143)
+    assert not (folder / "result.json").exists()
+    assert checkpoint(folder)["unlooked"] == (moment != "a step")
+    resume(folder)
+    assert equal(checkpoint(whole(line)), checkpoint(folder))
+    assert_same_events(whole(line), folder)
+
+
+def test_a_second_signal_in_the_missed_validation(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    line, folder = f"{LINE} evaluation.batch_size=50", tmp_path / "run"
+    for _ in range(2):
+        with mock.patch.object(evaluation, "_exact_terms", signalling(evaluation._exact_terms, 2)):
+            if checkpoints.stored(folder):
+                resume(folder, code=143)
+            else:
+                run(line, folder, code=143)
+        assert checkpoint(folder)["step"] == 6
+    resume(folder)
+    assert equal(checkpoint(whole(line)), checkpoint(folder))
+    assert_same_events(whole(line), folder)
+
+
+def test_a_long_validation_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """A validation of 10 s, as of a large model on a slow machine, is left off after the batch in hand."""
+    original = evaluation._exact_terms
+    signalled = signalling(original, 3)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return signalled(*arguments)
+
+    with mock.patch.object(evaluation, "_exact_terms", slow):
+        started = time.monotonic()
+        run(f"{LINE} evaluation.batch_size=10", tmp_path / "run", code=143)
+    assert time.monotonic() - started < 5
+
+
+def test_a_run_killed_right_after_saving_keeps_two_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with mock.patch.object(checkpoints, "prune"):
+        run(LINE, folder)
+    (folder / "result.json").unlink()
+    assert len(checkpoints.stored(folder)) > 2
+    resume(folder)
+    assert [path.name for path in checkpoints.stored(folder)] == ["step_00000008.pt", "step_00000012.pt"]
