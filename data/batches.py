@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import Images
-from data.randomness import keyed_generator
+from data.randomness import keyed_generator, random_int16
 from data.splits import Indices, Split
 
 Binarization = Literal["dynamic", "threshold", "none"]
@@ -51,15 +51,22 @@ def evaluation_data(source: Images, rows: Indices | slice, device: torch.device)
 def binarize(images: Tensor, binarization: Binarization, generator: torch.Generator) -> Tensor:
     """Pixels in [0, 1] as float, from uint8.
 
-    `dynamic` draws each pixel anew, Bernoulli(intensity / 255) (Salakhutdinov & Murray 2008); `threshold` is 1 above
-    half intensity; `none` keeps the intensity.
+    `dynamic` draws each pixel anew, Bernoulli(intensity / 255) (Salakhutdinov & Murray 2008), its probability exact at
+    0 and 255 and within 2^-16 between; `threshold` is 1 above half intensity; `none` keeps the intensity.
     """
-    intensity = images.float() / 255
     if binarization == "dynamic":
-        return torch.bernoulli(intensity, generator=generator)
+        uniform = random_int16(images.shape, generator).clamp_(min=1 - 2**15)
+        return (uniform <= _highest_that_lights(images)).float()
+    intensity = images.float() / 255
     if binarization == "threshold":
         return (intensity > 0.5).float()
     return intensity
+
+
+def _highest_that_lights(images: Tensor) -> Tensor:
+    """257 v - 2^15 as int16 for v in 0..255, from the lowest int16 to the highest, without overflow on the way."""
+    intensity = images.to(torch.int16)
+    return (intensity - 128).mul_(256).add_(intensity)
 
 
 class ShuffledIndices:
@@ -110,7 +117,7 @@ class Batches:
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         labelled, unlabelled = self.labelled(step), self.unlabelled(step)
         return (
-            binarize(self.data.x_labelled[labelled], self.binarization, generator),
-            self.data.y_labelled[labelled],
-            binarize(self.data.x_unlabelled[unlabelled], self.binarization, generator),
+            binarize(self.data.x_labelled.index_select(0, labelled), self.binarization, generator),
+            self.data.y_labelled.index_select(0, labelled),
+            binarize(self.data.x_unlabelled.index_select(0, unlabelled), self.binarization, generator),
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import torch
+from torch import Tensor
 
 
 def keyed_generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> torch.Generator:
@@ -15,3 +17,10 @@ def keyed_generator(device: torch.device, seed: int, purpose: str, index: int = 
     """
     key = zlib.crc32(f"{seed}/{purpose}".encode()) + index * 0x9E3779B1
     return torch.Generator(device).manual_seed(key % 2**32)
+
+
+def random_int16(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Uniform over all int16, on the generator's device: a quarter of the random words that one number a draw takes."""
+    number = math.prod(shape)
+    words = torch.empty(-(-number // 4), dtype=torch.int64, device=generator.device)
+    return words.random_(-(2**63), None, generator=generator).view(torch.int16)[:number].view(shape)

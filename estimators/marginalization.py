@@ -4,17 +4,72 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from estimators.contract import CostFunction, Estimate, Estimator, categorical_kl
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl
+
+FEW = 16  # classes, which are always evaluated at once, without asking what that takes
+KEPT_BYTES = 512 * 2**20  # on a CPU, of what f keeps for its gradient; on a GPU, an eighth of its memory
 
 
 class Marginalization(Estimator):
-    """E_q[f] = sum_k q_k f(e_k) (Kingma et al. 2014, eq. 7): exact, at K calls of f per image."""
+    """E_q[f] = sum_k q_k f(e_k) (Kingma et al. 2014, eq. 7): exact, at K calls of f per image.
+
+    `chunk` classes are evaluated at once; with fewer than K, f is evaluated once more in the backward pass instead of
+    being kept, so that memory grows with `chunk` and not with K. Null is all of them if they are few or what f keeps
+    is small, and else as many as keep it small. Raises ValueError for chunk < 1.
+    """
+
+    def __init__(self, chunk: int | None = None) -> None:
+        super().__init__()
+        self.chunk = None if chunk is None else at_least("chunk", chunk, 1)
+        self._affordable: dict[torch.Size, int] = {}
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
         batch, num_classes = logits.shape
         classes = torch.eye(num_classes, device=logits.device).unsqueeze(1).expand(-1, batch, -1)
-        value = (logits.float().softmax(dim=-1).T * f(classes)).sum(dim=0)
+        if logits.shape not in self._affordable:
+            self._affordable[logits.shape] = self.chunk or affordable_chunk(f, classes)
+        chunk = self._affordable[logits.shape]
+        if chunk >= num_classes:
+            costs = f(classes)
+        else:
+            costs = torch.cat(
+                [
+                    checkpoint(f, part, use_reentrant=False, preserve_rng_state=False)  # f draws nothing
+                    for part in classes.split(chunk)
+                ]
+            )
+        value = (logits.float().softmax(dim=-1).T * costs).sum(dim=0)
         return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(num_classes)})
+
+
+def affordable_chunk(f: CostFunction, classes: Tensor) -> int:
+    """How many of the classes [K, B, K] can be evaluated at once, from what f keeps for one and for two of them.
+
+    All of them if they are few or that is at most KEPT_BYTES; else half of what that allows, as the backward pass needs as much again.
+    """
+    num_classes, limit = len(classes), KEPT_BYTES
+    if num_classes <= FEW:
+        return num_classes
+    if classes.device.type == "cuda":
+        limit = torch.cuda.get_device_properties(classes.device).total_memory // 8
+    each = kept_bytes(f, classes[:2]) - kept_bytes(f, classes[:1])
+    return num_classes if each * num_classes <= limit else max(1, limit // (2 * each))
+
+
+def kept_bytes(f: CostFunction, y: Tensor) -> int:
+    """Bytes that f(y) keeps for its gradient."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
+        costs = f(y)  # held until all is counted, so that no storage is counted twice
+    del costs
+    return sum(storages.values())

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.randomness import random_int16
+
 ScaleFunction = Literal["softplus", "exp"]
 MINIMUM_SCALE = 1e-4
 
@@ -34,20 +36,23 @@ class ImageShape:
 
 
 class Dropout(nn.Module):
-    """Inverted dropout whose mask comes from the generator that it is given; without one it is the identity."""
+    """Inverted dropout whose mask comes from the generator that it is given; without one it is the identity.
+
+    The probability is rounded to a multiple of 2^-16, and the scale is that of the rounded one.
+    """
 
     def __init__(self, probability: float) -> None:
         super().__init__()
         if not 0 <= probability < 1:
             raise ValueError(f"dropout must be in [0, 1), got {probability}")
         self.probability = probability
+        self.kept = max(1, round((1 - probability) * 2**16))  # of 2^16
 
     def forward(self, input: Tensor, generator: torch.Generator | None) -> Tensor:
-        if generator is None or self.probability == 0:
+        if generator is None or self.kept == 2**16:
             return input
-        keep = 1 - self.probability
-        mask = torch.empty(input.shape, device=input.device, dtype=input.dtype)
-        return input * mask.bernoulli_(keep, generator=generator).div_(keep)
+        mask = random_int16(input.shape, generator) < self.kept - 2**15
+        return input * mask.to(input.dtype).mul_(2**16 / self.kept)
 
 
 def joined_linear(first: int, num_classes: int, out: int) -> tuple[nn.Linear, nn.Linear]:
@@ -61,6 +66,15 @@ def joined_linear(first: int, num_classes: int, out: int) -> tuple[nn.Linear, nn
     for parameter in (layers[0].weight, layers[0].bias, layers[1].weight):
         nn.init.uniform_(parameter, -limit, limit)
     return layers
+
+
+def once_if_shared(y: Tensor) -> Tensor:
+    """y [S, 1, K] instead of y [S, B, K] where all images are given the same classes, as in an enumeration.
+
+    What depends on y alone is then computed once, and enumeration costs as many steps as there are classes, not their
+    square.
+    """
+    return y[:, :1] if y.stride(1) == 0 else y
 
 
 class GaussianHead(nn.Module):
@@ -105,7 +119,7 @@ class MLPInference(nn.Module):
         return self.from_image(x.flatten(1))
 
     def forward(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(F.relu(features + self.from_class(y)))
+        return self.head(F.relu(features + self.from_class(once_if_shared(y))))
 
 
 class MLPGenerator(nn.Module):
@@ -117,7 +131,7 @@ class MLPGenerator(nn.Module):
         self.pixels = nn.Linear(hidden, shape.size)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.pixels(F.relu(self.from_class(y) + self.from_latent(z)))
+        return self.pixels(F.relu(self.from_class(once_if_shared(y)) + self.from_latent(z)))
 
 
 def _halved(side: int) -> int:
@@ -192,7 +206,7 @@ class ConvInference(nn.Module):
         return self.from_image(self.trunk(x))
 
     def forward(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(F.relu(features + self.from_class(y)))
+        return self.head(F.relu(features + self.from_class(once_if_shared(y))))
 
 
 class ConvGenerator(nn.Module):
@@ -218,7 +232,9 @@ class ConvGenerator(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         samples, batch, _ = z.shape
         channels, height, width = self.grid
-        hidden = (self.from_class(y) + self.from_latent(z)).view(samples * batch, height, width, channels)
+        hidden = (self.from_class(once_if_shared(y)) + self.from_latent(z)).view(
+            samples * batch, height, width, channels
+        )
         hidden = hidden.permute(0, 3, 1, 2)  # channels last in memory, which convolutions are faster on
         for layer in self.layers:
             hidden = layer(F.relu(hidden))

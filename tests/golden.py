@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from data.randomness import random_int16
 from tests.runs import ESTIMATORS, MLP, STEPS, curve, run
 
 FILE = Path(__file__).with_name("golden.json")
@@ -28,7 +29,7 @@ def draws() -> list[float]:
     kinds = (
         torch.empty(20, 10).exponential_(generator=generator),
         torch.randn(20, 2, generator=generator),
-        torch.bernoulli(torch.full((20, 64), 0.3), generator=generator),
+        random_int16(torch.Size([20, 63]), generator).double(),
     )
     permutation = torch.randperm(50, generator=generator)
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from data.batches import (
     training_data,
 )
 from data.datasets import Array, DataError, Images, load
+from data.randomness import random_int16
 from data.splits import Split, draw_split
 
 CPU = torch.device("cpu")
@@ -256,6 +257,19 @@ def test_dynamic_binarization_is_bernoulli_of_the_intensity() -> None:
     assert ((x.double().mean(dim=0) - p).abs() <= 4 * deviation).all()  # 0 and 255 exactly
     correlation = torch.corrcoef(x[:, 1:-1].T) - torch.eye(5)
     assert correlation.abs().max() < 5 / draws**0.5
+
+
+def test_random_int16_is_uniform_in_both_of_its_bytes() -> None:
+    number = 200_003  # not a multiple of the four that come from one word
+    drawn = random_int16(torch.Size([number]), generator())
+    assert drawn.dtype == torch.int16
+    for byte in (drawn.to(torch.int64) & 255, (drawn.to(torch.int64) >> 8) + 128):
+        counts = torch.bincount(byte, minlength=256).double()
+        chi_squared = ((counts - number / 256).square() / (number / 256)).sum().item()
+        assert abs(chi_squared - 255) < 4 * (2 * 255) ** 0.5
+    neighbours = torch.corrcoef(torch.stack([drawn[:-1], drawn[1:]]).double())[0, 1]
+    assert neighbours.abs() < 4 / number**0.5
+    assert random_int16(torch.Size([3, 0, 2]), generator()).shape == (3, 0, 2)
 
 
 def test_threshold_is_one_above_half_intensity() -> None:

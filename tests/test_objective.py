@@ -398,6 +398,19 @@ def test_log_likelihood_agrees_with_torch_and_is_finite_at_extreme_logits() -> N
         torch.testing.assert_close(actual, Bernoulli(logits=logits, validate_args=False).log_prob(x))
 
 
+def test_log_likelihood_s_written_gradient_is_its_gradient_twice_over() -> None:
+    random = generator()
+    logits = torch.randn(3, 2, 5, generator=random, dtype=torch.double, requires_grad=True)
+    x = torch.rand(2, 5, generator=random, dtype=torch.double)
+
+    def written(logits: Tensor) -> Tensor:  # the value is taken in float32, the gradient is not
+        return torch.autograd.grad(bernoulli_log_likelihood(logits, x).sum(), logits, create_graph=True)[0]
+
+    expected = torch.autograd.grad((x * logits - torch.nn.functional.softplus(logits)).sum(), logits)[0]
+    torch.testing.assert_close(written(logits), expected)
+    assert torch.autograd.gradcheck(written, logits)
+
+
 def test_log_likelihood_is_summed_over_pixels_in_float32() -> None:
     random = generator()
     logits, x = torch.randn(3, 2, 784, generator=random), torch.rand(2, 784, generator=random).round()
