@@ -12,7 +12,12 @@ from models.vae import SemiSupervisedVAE
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Images [N, C, H, W] in [0, 1], row by row on a grey ground, as uint8 [C, rows (H + gap) + gap, ...]."""
+    """Images [N, C, H, W] in [0, 1], row by row on a grey ground, as uint8 [C, rows (H + gap) + gap, ...].
+
+    Images of other than 1 or 3 channels are drawn as the mean over their channels.
+    """
+    if images.shape[1] not in (1, 3):
+        images = images.mean(dim=1, keepdim=True)
     number, channels, height, width = images.shape
     rows = -(-number // columns)
     sheet = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 0.5)

@@ -44,7 +44,7 @@ FREE_TO_CHANGE = {
     "train.checkpoint_every",
     "on_divergence",
 }
-FREE_TO_CHANGE |= {"data.root", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
+FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 
@@ -60,7 +60,7 @@ class Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         source = self._load("train")
-        self.split = self._draw_split(source.labels, source.num_classes)
+        self.split = self._draw_split(source)
         shape = ImageShape(*source.images.shape[1:])
         torch.manual_seed(config.seed)
         with self.device:
@@ -82,20 +82,21 @@ class Run:
         )
         self.validation = evaluation_data(source, self.split.validation, self.device)
 
-    def _draw_split(self, labels: Any, num_classes: int) -> Split:
+    def _draw_split(self, source: Images) -> Split:
         data = self.config.data
         return draw_split(
-            labels,
-            num_classes,
+            source.labels,
+            source.num_classes,
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
             split_seed=data.split_seed,
             labelled_in_unlabelled=data.labelled_in_unlabelled,
+            digest=source.digest,
         )
 
     def _load(self, part: str) -> Images:
         data = self.config.data
-        return load(data.name, data.root, part, data.checksum)
+        return load(data.name, data.root, part, data.checksum, data.path)
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
