@@ -33,6 +33,7 @@ from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
 
 log = logging.getLogger("catvae")
+Part = Literal["val", "test", "labelled", "unlabelled"]
 ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 ENOUGH = 5  # checkpoints that a disk should have room for
 # settings that change when a run stops or looks, and not what it computes
@@ -114,12 +115,20 @@ class Run:
             importance_samples=importance_samples,
         )
 
-    def measure(self, part: Literal["val", "test"]) -> dict[str, float]:
-        """Evaluation of a part under the names of result.json; only the test part has log p(x)."""
-        if part == "val":
-            evaluation = self.evaluate(self.validation)
+    def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
+        """Training images with their true labels, -1 where there is none: to look at, never to train with."""
+        return evaluation_data(self._load("train"), getattr(self.split, part), self.device)
+
+    def measure(self, part: Part, importance_samples: int | None = None) -> dict[str, float]:
+        """Evaluation of a part under the names of result.json.
+
+        log p(x) is by `importance_samples`, None for the configuration's on the test part and without it elsewhere.
+        """
+        if part == "test":
+            data, samples = self.load_test(), self.config.evaluation.importance_samples
         else:
-            evaluation = self.evaluate(self.load_test(), self.config.evaluation.importance_samples)
+            data, samples = self.validation if part == "val" else self.load_training(part), 0
+        evaluation = self.evaluate(data, samples if importance_samples is None else importance_samples)
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:
@@ -175,7 +184,7 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up a checkpoint. Raises ConfigError if it belongs to another experiment."""
-        before, now = flat(state["config"]), flat(plain(self.config))
+        before, now = {"deterministic": False} | flat(state["config"]), flat(plain(self.config))  # older runs lack it
         changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
         changed = sorted(set(changed) - FREE_TO_CHANGE)
         if changed:
@@ -245,12 +254,13 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def stored_run(folder: Path) -> Run:
-    """The run in `folder` as its newest checkpoint left it, configuration included, for scripts.
+def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
+    """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
     Raises CheckpointError, ConfigError, DataError.
     """
-    state = checkpoints.load(folder, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
     run = Run(typed(OmegaConf.create(state["config"])))
     run.restore(state)
     return run
