@@ -81,8 +81,12 @@ def parts(labels: Indices, num_classes: int, has_test: bool) -> tuple[Indices, I
 def _found(path: str | None) -> Path:
     if not path:
         raise DataError(f"{WANTED}; got nothing")
-    file = Path(path).expanduser()
-    if not file.exists():
+    try:
+        file = Path(path).expanduser()
+        there = file.exists()
+    except (OSError, RuntimeError):  # such as a name that is too long, or the home of nobody
+        there = False
+    if not there:
         raise DataError(f"{WANTED}; got {path}, which does not exist")
     return file
 
@@ -226,18 +230,25 @@ def _unreadable(file: Path, error: Exception) -> DataError:
 
 def _listed(folder: Path) -> tuple[list[Path], Indices]:
     """The image files, class by class in the order of the sub-folders' names, and their labels."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = [path for path in _inside(folder) if path.is_dir() and not path.name.startswith(".")]
     classes = [path for path in inside if path.name != UNLABELLED]
     if len(classes) < 2:
         raise DataError(f"{folder} must have a sub-folder of PNG or JPEG files for each of 2 or more classes")
     files, labels = [], []
     for path in inside:
-        own = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+        own = [file for file in _inside(path) if file.suffix.lower() in SUFFIXES and file.is_file()]
         if not own and path.name != UNLABELLED:
             raise DataError(f"{path} must have PNG or JPEG files, as each sub-folder is a class, got none")
         files += own
         labels += [classes.index(path) if path in classes else -1] * len(own)
     return files, np.array(labels, dtype=np.int64)
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder} ({error.strerror}); mend that, or set data.path") from error
 
 
 def _stamped(files: list[Path]) -> tuple[tuple[Path, int], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,15 @@ def test_a_damaged_file_is_refused(kind: str, tmp_path: Path) -> None:
     assert f"{path} cannot be read as an .npz file" in refusal(path).err
 
 
+def test_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
+    header, plain = b"(46, 8, 8), }" + b" " * 13, stored(tmp_path)
+    path = tmp_path / "lying.npz"
+    with zipfile.ZipFile(plain) as honest, zipfile.ZipFile(path, "w") as lying:  # whose checksums are right
+        for name in honest.namelist():
+            lying.writestr(name, honest.read(name).replace(header, b"(46, 8, 8000000000000), } "))
+    assert "bytes where 2944000000000128 are promised" in refusal(path).err
+
+
 def test_a_plain_npy_file_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "mine.npy", IMAGES)
     assert "cannot be read as an .npz file" in refusal(tmp_path / "mine.npy").err
@@ -307,6 +317,22 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     ended = refusal(tmp_path / "nowhere.npz")
     assert "data.path" in ended.err
     assert "nowhere.npz, which does not exist" in ended.err
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/mine.npz", "x" * 300, "mine.npz/inside"])
+def test_a_path_that_cannot_be_one(path: str, tmp_path: Path) -> None:
+    stored(tmp_path)
+    with pytest.raises(DataError, match=r"data\.path"):
+        arrays.facts(path if path.startswith("~") else str(tmp_path / path))
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(DataError, match=r"cannot read the folder .*Permission denied"):
+        arrays.facts(str(tmp_path))
 
 
 def another_size(folder: Path) -> None:
@@ -350,6 +376,14 @@ def test_unusable_folders_are_refused(kind: str, tmp_path: Path) -> None:
     ended = refusal(source)
     for word in words:
         assert word in ended.err, ended.err
+
+
+def test_a_picture_that_another_takes_the_place_of_is_looked_at_again(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    arrays.facts(str(source))
+    Image.new("L", (7, 8)).save(source / "owls" / "01.png")
+    with pytest.raises(DataError, match=r"owls.01\.png is 7x8"):
+        arrays.facts(str(source))
 
 
 def test_a_changed_picture_changes_the_digest(tmp_path: Path) -> None:
