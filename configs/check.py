@@ -30,7 +30,7 @@ from yaml import YAMLError
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, keys, shown, unknown_key
-from data.datasets import DATASETS, DataError, load
+from data.datasets import DataError, facts, load
 from data.splits import Indices, draw_split
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
@@ -74,8 +74,8 @@ def check(config: Config) -> None:
     from estimators.contract import Estimator
     from models.networks import ImageShape, Networks
 
-    facts = DATASETS[config.data.name]
-    model = build(config.model, "model", ImageShape(*facts.shape), facts.num_classes)
+    known = facts(config.data.name, config.data.path)
+    model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
     estimator = build(config.estimator, "estimator")
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
@@ -138,8 +138,7 @@ def check_machine(config: Config) -> None:
     data = config.data
     try:
         draw_split(
-            _labels(data.name, data.root, data.checksum),
-            DATASETS[data.name].num_classes,
+            *_labels(data.name, data.root, data.checksum, data.path),
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
             split_seed=data.split_seed,
@@ -150,8 +149,10 @@ def check_machine(config: Config) -> None:
 
 
 @functools.cache
-def _labels(name: str, root: str, checksum: bool) -> Indices:
-    return load(name, root, "train", checksum).labels
+def _labels(name: str, root: str, checksum: bool, path: str | None) -> tuple[Indices, int]:
+    """The training images' labels, and the number of classes."""
+    source = load(name, root, "train", checksum, path)
+    return source.labels, source.num_classes
 
 
 class CheckBeforeWork(Callback):

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from data.datasets import DATASETS
+from data.datasets import NAMES, OWN, facts
 from data.splits import check_sizes
 
 
@@ -49,8 +49,9 @@ def _at_least(minimum: int, **values: int) -> None:
 
 @dataclass
 class DataConfig:
-    name: str = MISSING  # a key of data.datasets.DATASETS
+    name: str = MISSING  # one of data.datasets.NAMES
     root: str = MISSING  # where files are kept, torchvision's layout
+    path: str | None = None  # of data=arrays, and of that alone: an .npz file or a folder
     checksum: bool = True  # files other than those published are refused
     num_labelled: int = MISSING  # balanced over classes
     num_validation: int = MISSING
@@ -59,12 +60,15 @@ class DataConfig:
     binarization: Binarization = Binarization.dynamic
 
     def __post_init__(self) -> None:
-        if self.name not in DATASETS:
-            raise ValueError(f"data.name must be one of {', '.join(DATASETS)}, got {self.name}")
-        facts = DATASETS[self.name]
-        check_sizes(facts.train_images, facts.num_classes, self.num_labelled, self.num_validation)
+        if self.name not in NAMES:
+            raise ValueError(f"data.name must be one of {', '.join(NAMES)}, got {self.name}")
+        if self.path is not None and self.name != OWN:
+            raise ValueError(f"data.path is read by data={OWN} alone, got {self.path} with data={self.name}")
+        known = facts(self.name, self.path)
+        with_label = known.train_images - known.unknown_labels
+        check_sizes(with_label, known.num_classes, self.num_labelled, self.num_validation)
         _at_least(0, data__split_seed=self.split_seed)
-        if not self.labelled_in_unlabelled and self.num_labelled + self.num_validation == facts.train_images:
+        if not self.labelled_in_unlabelled and self.num_labelled + self.num_validation == known.train_images:
             raise ValueError("data.labelled_in_unlabelled must be true when no other training image is left, got false")
 
 

@@ -29,16 +29,19 @@ class DatasetFacts:
     train_images: int
     num_classes: int
     shape: tuple[int, int, int]  # channels, height, width
+    unknown_labels: int = 0  # of the training images
     folder: str = ""
     source: str = ""
 
 
 DATASETS = {
-    "mnist": DatasetFacts(60_000, 10, (1, 28, 28), "MNIST", "MNIST"),
-    "fashion_mnist": DatasetFacts(60_000, 10, (1, 28, 28), "FashionMNIST", "FashionMNIST"),
-    "kmnist": DatasetFacts(60_000, 10, (1, 28, 28), "KMNIST", "KMNIST"),
+    "mnist": DatasetFacts(60_000, 10, (1, 28, 28), folder="MNIST", source="MNIST"),
+    "fashion_mnist": DatasetFacts(60_000, 10, (1, 28, 28), folder="FashionMNIST", source="FashionMNIST"),
+    "kmnist": DatasetFacts(60_000, 10, (1, 28, 28), folder="KMNIST", source="KMNIST"),
     "digits": DatasetFacts(1_437, 10, (1, 8, 8)),
 }
+OWN = "arrays"  # a person's own images, whose facts are in their file
+NAMES = (*DATASETS, OWN)
 DIGITS_TEST_IMAGES = 360  # the last writers of the file, so that test digits come from hands not seen in training
 # of the files as they are published; of the unpacked ones where they are known
 MD5 = {
@@ -73,18 +76,32 @@ FILES = {
 
 @dataclass(frozen=True)
 class Images:
-    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1."""
+    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known."""
 
     images: Array
     labels: npt.NDArray[np.int64]
     num_classes: int
+    digest: str = ""  # of the whole dataset, where it is not a published one
 
 
-def load(name: str, root: str, part: str, checksum: bool = True) -> Images:
+def facts(name: str, path: str | None) -> DatasetFacts:
+    """The facts of a dataset; those of data=arrays are read from `path`, without its pixels. Raises DataError."""
+    if name == OWN:
+        from data import arrays
+
+        return arrays.facts(path)
+    return DATASETS[name]
+
+
+def load(name: str, root: str, part: str, checksum: bool = True, path: str | None = None) -> Images:
     """The `train` or `test` part of a dataset; torchvision downloads it on first use.
 
     With `checksum`, files other than those published are refused. Raises DataError.
     """
+    if name == OWN:
+        from data import arrays
+
+        return arrays.load(path, part)
     if name == "digits":
         return _load_digits(part)
     raw = Path(root).expanduser() / DATASETS[name].folder / "raw"

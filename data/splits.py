@@ -20,14 +20,16 @@ class Split:
     labelled: Indices
     unlabelled: Indices
     validation: Indices
+    digest: str = ""  # of the images, where the dataset's name does not tell them
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the three index lists: equal hashes are equal splits."""
-        return hashlib.sha256(json.dumps(self._lists()).encode()).hexdigest()
+        """SHA-256 over the three index lists and the digest: equal hashes are equal splits."""
+        return hashlib.sha256(json.dumps(self._lists()).encode() + self.digest.encode()).hexdigest()
 
     def manifest(self, dataset: str, split_seed: int) -> dict[str, Any]:
-        return {"dataset": dataset, "split_seed": split_seed, "hash": self.hash, **self._lists()}
+        digest = {"digest": self.digest} if self.digest else {}
+        return {"dataset": dataset, "split_seed": split_seed, "hash": self.hash, **digest, **self._lists()}
 
     def _lists(self) -> dict[str, list[int]]:
         return {
@@ -37,8 +39,8 @@ class Split:
         }
 
 
-def check_sizes(num_images: int, num_classes: int, num_labelled: int, num_validation: int) -> None:
-    """Raises ValueError, naming the key, for a split that the dataset cannot give."""
+def check_sizes(num_known: int, num_classes: int, num_labelled: int, num_validation: int) -> None:
+    """Raises ValueError, naming the key, for a split that `num_known` images with a known label cannot give."""
     if num_labelled < num_classes or num_labelled % num_classes:
         raise ValueError(
             f"data.num_labelled must be a positive multiple of the {num_classes} classes "
@@ -46,9 +48,9 @@ def check_sizes(num_images: int, num_classes: int, num_labelled: int, num_valida
         )
     if num_validation < 1:
         raise ValueError(f"data.num_validation must be >= 1, got {num_validation}")
-    if num_labelled + num_validation > num_images:
+    if num_labelled + num_validation > num_known:
         raise ValueError(
-            f"data.num_labelled + data.num_validation must be <= the {num_images} training images, "
+            f"data.num_labelled + data.num_validation must be <= the {num_known} training images with a known label, "
             f"got {num_labelled} + {num_validation}"
         )
 
@@ -61,16 +63,19 @@ def draw_split(
     num_validation: int,
     split_seed: int,
     labelled_in_unlabelled: bool,
+    digest: str = "",
 ) -> Split:
     """Draws `num_labelled` images balanced over classes and `num_validation` others; the rest is unlabelled.
 
+    An image whose label is -1 can only be unlabelled.
     Depends on `split_seed` and nothing else; the validation images are drawn first, so that they are the same
     whatever num_labelled is. With `labelled_in_unlabelled` the labelled images are also seen without their labels.
     Raises ValueError for sizes that cannot be drawn.
     """
-    check_sizes(len(labels), num_classes, num_labelled, num_validation)
+    check_sizes(int((labels >= 0).sum()), num_classes, num_labelled, num_validation)
     order = np.random.default_rng(split_seed).permutation(len(labels))
-    validation, rest = order[:num_validation], order[num_validation:]
+    validation = order[labels[order] >= 0][:num_validation]
+    rest = order[np.isin(order, validation, invert=True)]
     per_class = num_labelled // num_classes
     chosen = [rest[labels[rest] == k][:per_class] for k in range(num_classes)]
     for k, rows in enumerate(chosen):
@@ -81,4 +86,4 @@ def draw_split(
             )
     labelled = np.concatenate(chosen)
     unlabelled = rest if labelled_in_unlabelled else np.setdiff1d(rest, labelled)
-    return Split(np.sort(labelled), np.sort(unlabelled), np.sort(validation))
+    return Split(np.sort(labelled), np.sort(unlabelled), np.sort(validation), digest)

@@ -49,7 +49,8 @@ class Marginalization(Estimator):
 def affordable_chunk(f: CostFunction, classes: Tensor) -> int:
     """How many of the classes [K, B, K] can be evaluated at once, from what f keeps for one and for two of them.
 
-    All of them if they are few or that is at most KEPT_BYTES; else half of what that allows, as the backward pass needs as much again.
+    All of them if they are few or that is at most KEPT_BYTES; else half of what that allows, as the backward pass
+    needs as much again.
     """
     num_classes, limit = len(classes), KEPT_BYTES
     if num_classes <= FEW:

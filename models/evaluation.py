@@ -21,14 +21,17 @@ EVALUATION_SEED = 0  # the same binarization and noise for every run of one batc
 
 @dataclass
 class Evaluation:
-    """Means over a data set; bounds, KLs and log-likelihood in nats per image."""
+    """Means over a data set; bounds, KLs and log-likelihood in nats per image.
 
-    accuracy: float
+    Accuracy and calibration are those of the images with a label, None where no image has one.
+    """
+
+    accuracy: float | None
     bound: float
     reconstruction: float
     kl_y: float
     kl_z: float
-    calibration_error: float
+    calibration_error: float | None
     log_likelihood: float | None = None
 
 
@@ -76,11 +79,12 @@ def evaluate(
                 sums[name] = sums.get(name, 0) + value.double().sum()
             probabilities.append(q)
             after_batch()
-    q = torch.cat(probabilities)
+    known = data.labels >= 0
+    q, labels = torch.cat(probabilities)[known], data.labels[known]
     return Evaluation(
-        accuracy=(q.argmax(dim=-1) == data.labels).double().mean().item(),
-        calibration_error=calibration_error(q, data.labels),
-        **{name: (value / len(q)).item() for name, value in sums.items()},
+        accuracy=(q.argmax(dim=-1) == labels).double().mean().item() if len(q) else None,
+        calibration_error=calibration_error(q, labels) if len(q) else None,
+        **{name: (value / len(data.x)).item() for name, value in sums.items()},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from configs.check import refuse
 from configs.schema import ConfigError
@@ -23,6 +24,14 @@ def refusing_bad_input() -> Iterator[None]:
         refuse(str(error))
     except OSError as error:
         refuse(explain(error))
+
+
+def writable(output: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuses, before any work, a file that cannot be written or whose format is unknown. Raises ConfigError."""
+    if output.suffix.lower() not in suffixes:
+        raise ConfigError(f"--output must end in {' or '.join(suffixes)}, got {output}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output must be in a folder that exists, got {output}")
 
 
 def positive(text: str) -> int:

@@ -1,6 +1,7 @@
-"""Evaluates the newest checkpoint of a run folder again, and prints JSON with the names of result.json.
+"""Evaluates a checkpoint of a run folder again, and prints JSON with the names of result.json.
 
 uv run python -m scripts.evaluate outputs/DATE/TIME-NAME
+uv run python -m scripts.evaluate outputs/DATE/TIME-NAME --part unlabelled --checkpoint step_00005000.pt
 """
 
 from __future__ import annotations
@@ -8,25 +9,54 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from scripts.command import refusing_bad_input
+from scripts.command import positive, refusing_bad_input, writable
+
+if TYPE_CHECKING:
+    from training.run import Part
+
+PARTS: dict[str, tuple[Part, ...]] = {
+    "val": ("val",),
+    "test": ("test",),
+    "both": ("val", "test"),
+    "labelled": ("labelled",),
+    "unlabelled": ("unlabelled",),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder")
-    parser.add_argument("--part", choices=("val", "test", "both"), default="both", help="what to measure on")
+    parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
+    parser.add_argument(
+        "--part",
+        choices=PARTS,
+        default="both",
+        help="what to measure on; labelled and unlabelled are the training images, measured with their true labels "
+        "(accuracy and calibration: those that have one)",
+    )
+    parser.add_argument(
+        "--importance-samples",
+        type=positive,
+        help="draws of z per class for log p(x), of every part; if not given, the run's own number, of the test part",
+    )
+    parser.add_argument("--output", type=Path, help="a .json file to write the same to")
     arguments = parser.parse_args()
     with refusing_bad_input():
+        if arguments.output:
+            writable(arguments.output, (".json",))
+
         from training.run import stored_run
 
-        run = stored_run(arguments.folder)
+        run = stored_run(arguments.folder, arguments.checkpoint)
         measured = {"steps": float(run.step)}
-        if arguments.part != "test":
-            measured |= run.measure("val")
-        if arguments.part != "val":
-            measured |= run.measure("test")
-    print(json.dumps(measured, indent=2))
+        for part in PARTS[arguments.part]:
+            measured |= run.measure(part, arguments.importance_samples)
+        text = json.dumps(measured, indent=2)
+        if arguments.output:
+            arguments.output.write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

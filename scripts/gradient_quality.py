@@ -156,14 +156,14 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
     import torch
 
     from configs.targets import build
-    from data.datasets import DATASETS
+    from data.datasets import facts
 
     names = split_names(settings.estimators) or all_names()
     nodes = {name: compose_estimator(name, run.config) for name in names if name != OWN}
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
     if not settings.estimators and own == OWN:
         names.append(OWN)
-    facts = DATASETS[run.config.data.name]
+    known = facts(run.config.data.name, run.config.data.path)
     made = {}
     for name in names:
         if name == own:
@@ -172,7 +172,7 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
         torch.manual_seed(settings.seed)  # so that its parameters do not depend on the other names
         with run.device:
             made[name] = build(nodes[name], "estimator")
-            made[name].prepare(math.prod(facts.shape), facts.num_classes)
+            made[name].prepare(math.prod(known.shape), known.num_classes)
     return made, own
 
 

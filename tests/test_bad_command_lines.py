@@ -54,7 +54,7 @@ BAD = [
     ("resume=/nonexistent", "resume must be a run folder", "/nonexistent"),
     ("data=digits hydra.run.dir=/dev/null/x", "/dev/null/x", "Not a directory"),
     # groups and sections
-    ("data=nope", "data must be one of digits, fashion_mnist, kmnist, mnist", "got nope"),
+    ("data=nope", "data must be one of arrays, digits, fashion_mnist, kmnist, mnist", "got nope"),
     ("estimator=nope", "estimator must be one of", "marginalization", "got nope"),
     ("estimator=[a,b]", "estimator must be the name of a choice", "got b"),
     ("estimator=null", "estimator must be the name of a choice", "got null"),
@@ -89,6 +89,8 @@ BAD = [
     ("model.scale=relu", "model.scale must be one of softplus, exp", "got relu"),
     ("estimator.kl=exact", "estimator.kl must be one of analytic, sampled, relaxed", "got exact"),
     ("data.name=cifar", "data.name must be one of mnist", "got cifar"),
+    ("data.path=mine.npz", "data.path is read by data=arrays alone", "got mine.npz with data=mnist"),
+    ("data=arrays", "data=arrays needs data.path, an .npz file", "got nothing"),
     ("data.binarization=always", "data.binarization must be one of dynamic, threshold, none", "got always"),
     # limits
     ("seed=-1", "seed must be >= 0", "got -1"),
@@ -306,7 +308,8 @@ def choices(group: str) -> list[str]:
 
 GOOD = [
     "",
-    *(f"{group}={name}" for group in ("data", "model", "estimator", "optimizer") for name in choices(group)),
+    *(f"data={name}" for name in choices("data") if name != "arrays"),  # which tests/test_arrays.py runs
+    *(f"{group}={name}" for group in ("model", "estimator", "optimizer") for name in choices(group)),
     *(f"{group}={name}" for group in ("objective", "experiment") for name in choices(group)),
     *(f"schedule@estimator.temperature={name}" for name in choices("schedule")),
     *(

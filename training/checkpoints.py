@@ -63,8 +63,21 @@ def load(folder: Path, device: torch.device) -> dict[str, Any]:
     paths = stored(folder)
     if not paths:
         raise CheckpointError(f"{folder} has no checkpoint in checkpoints/; is it a run folder?")
-    path = paths[-1]
     way_out = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
+    return _load(paths[-1], device, way_out)
+
+
+def load_named(folder: Path, checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint by its name in the run folder, or by its path. Raises CheckpointError."""
+    inside = folder / "checkpoints" / checkpoint
+    path = inside if inside.is_file() else checkpoint
+    others = ", ".join(path.name for path in stored(folder)) or "none"
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {checkpoint}; {folder} has {others}")
+    return _load(path, device, f"{folder} has {others}")
+
+
+def _load(path: Path, device: torch.device, way_out: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
             damaged = archive.testzip()

@@ -34,6 +34,7 @@ from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
 
 log = logging.getLogger("catvae")
+Part = Literal["val", "test", "labelled", "unlabelled"]
 ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 ENOUGH = 5  # checkpoints that a disk should have room for
 # settings that change when a run stops or looks, and not what it computes
@@ -45,7 +46,7 @@ FREE_TO_CHANGE = {
     "train.checkpoint_every",
     "on_divergence",
 }
-FREE_TO_CHANGE |= {"data.root", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
+FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 
@@ -64,7 +65,7 @@ class Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         source = self._load("train")
-        self.split = self._draw_split(source.labels, source.num_classes)
+        self.split = self._draw_split(source)
         shape = ImageShape(*source.images.shape[1:])
         torch.manual_seed(config.seed)
         with self.device:
@@ -87,20 +88,21 @@ class Run:
         )
         self.validation = evaluation_data(source, self.split.validation, self.device)
 
-    def _draw_split(self, labels: Any, num_classes: int) -> Split:
+    def _draw_split(self, source: Images) -> Split:
         data = self.config.data
         return draw_split(
-            labels,
-            num_classes,
+            source.labels,
+            source.num_classes,
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
             split_seed=data.split_seed,
             labelled_in_unlabelled=data.labelled_in_unlabelled,
+            digest=source.digest,
         )
 
     def _load(self, part: str) -> Images:
         data = self.config.data
-        return load(data.name, data.root, part, data.checksum)
+        return load(data.name, data.root, part, data.checksum, data.path)
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
@@ -121,12 +123,20 @@ class Run:
             after_batch=after_batch,
         )
 
-    def measure(self, part: Literal["val", "test"]) -> dict[str, float]:
-        """Evaluation of a part under the names of result.json; only the test part has log p(x)."""
-        if part == "val":
-            evaluation = self.evaluate(self.validation)
+    def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
+        """Training images with their true labels, -1 where there is none: to look at, never to train with."""
+        return evaluation_data(self._load("train"), getattr(self.split, part), self.device)
+
+    def measure(self, part: Part, importance_samples: int | None = None) -> dict[str, float]:
+        """Evaluation of a part under the names of result.json.
+
+        log p(x) is by `importance_samples`, None for the configuration's on the test part and without it elsewhere.
+        """
+        if part == "test":
+            data, samples = self.load_test(), self.config.evaluation.importance_samples
         else:
-            evaluation = self.evaluate(self.load_test(), self.config.evaluation.importance_samples)
+            data, samples = self.validation if part == "val" else self.load_training(part), 0
+        evaluation = self.evaluate(data, samples if importance_samples is None else importance_samples)
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:
@@ -205,7 +215,7 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up a checkpoint. Raises ConfigError if it belongs to another experiment."""
-        before, now = flat(state["config"]), flat(plain(self.config))
+        before, now = {"deterministic": False} | flat(state["config"]), flat(plain(self.config))  # older runs lack it
         changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
         changed = sorted(set(changed) - FREE_TO_CHANGE)
         if changed:
@@ -278,12 +288,13 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def stored_run(folder: Path) -> Run:
-    """The run in `folder` as its newest checkpoint left it, configuration included, for scripts.
+def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
+    """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
     Raises CheckpointError, ConfigError, DataError.
     """
-    state = checkpoints.load(folder, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
     run = Run(typed(OmegaConf.create(state["config"])))
     run.restore(state)
     return run

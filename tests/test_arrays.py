@@ -1,0 +1,398 @@
+"""data=arrays: your own images train as the known datasets do, and an unusable file is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from data import arrays
+from data.batches import training_data
+from data.datasets import DataError
+from data.splits import draw_split
+from scripts import evaluate, generate
+from tests.runs import SMALL, Ended, checkpoint, command, curve, equal, resume, run
+
+NETWORKS = {"mlp": "model=mlp model.hidden=8", "conv": "model=conv model.channels=2 model.hidden=8"}
+SIZES = "data.num_labelled=6 data.num_validation=6 train.steps=2 evaluation.batch_size=20"
+Contents = dict[str, Any]
+
+
+def contents(shape: tuple[int, ...] = (8, 8), per_class: int = 12, unknown: int = 10) -> Contents:
+    """Three classes, sorted, each of a brightness of its own, and `unknown` images without a label."""
+    labels = np.repeat([0, 1, 2, -1], [per_class] * 3 + [unknown])
+    noise = np.random.default_rng(0).integers(60, size=(len(labels), *shape))
+    bright = (labels * 60 + 60).reshape(-1, *[1] * len(shape))
+    return {"images": (noise + bright).astype(np.uint8), "labels": labels}
+
+
+def stored(folder: Path, **changes: Any) -> Path:
+    """An .npz file of `contents` with changes; None leaves a key out."""
+    all_of_them = contents() | changes
+    path = folder / "mine.npz"
+    given: Contents = {key: value for key, value in all_of_them.items() if value is not None}
+    np.savez(path, **given)
+    return path
+
+
+def folder_of_files(folder: Path, channels: int = 1) -> Path:
+    """Three classes of 12 pictures, and `unlabelled` with 5."""
+    noise = np.random.default_rng(0)
+    for name, number in (("cats", 12), ("dogs", 12), ("owls", 12), ("unlabelled", 5)):
+        (folder / name).mkdir(parents=True)
+        for index in range(number):
+            pixels = noise.integers(256, size=(8, 6, channels), dtype=np.uint8)
+            picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+            picture.save(folder / name / f"{index:02}.{'png' if index % 2 else 'jpg'}")
+    return folder
+
+
+def line(path: Path, model: str = "mlp") -> str:
+    return f"{SMALL} {NETWORKS[model]} data=arrays data.path={path} {SIZES}"
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "result.json").read_text()))
+
+
+def refusal(path: Path | str, more: str = "") -> Ended:
+    ended = command(train.main, f"data=arrays data.path={path} {SIZES} {more} hydra.run.dir='{Path(path).parent}/run'")
+    assert ended.code == 2, ended.said
+    assert ended.out == ""
+    assert ended.err.startswith("catvae: "), ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert not (Path(path).parent / "run").exists(), "not refused before any work"
+    return ended
+
+
+# ---- trains ----
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+@pytest.mark.parametrize("shape", [(8, 8), (3, 9, 7), (2, 4, 5)], ids=["grey", "RGB", "two channels"])
+def test_trains_evaluates_and_draws(model: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(line(stored(tmp_path, **contents(shape)), model), folder)
+    assert all(math.isfinite(value) for _, value in curve(folder, "train/J"))
+    found = result(folder)
+    assert math.isfinite(found["test_log_likelihood"])
+    again = json.loads(command(evaluate.main, str(folder)).out)
+    assert again == {"steps": 2} | {key: value for key, value in found.items() if key.startswith(("val_", "test_"))}
+    picture = tmp_path / "picture.png"
+    assert command(generate.main, f"{folder} --output {picture}").code == 0
+    with Image.open(picture) as image:
+        assert image.mode == ("RGB" if shape[0] == 3 else "L")
+
+
+def test_sweep_over_files(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = stored(tmp_path), stored(tmp_path / "other", **contents((3, 8, 8)))
+    both = line(paths[0]).replace(str(paths[0]), f"{paths[0]},{paths[1]}")
+    ended = command(train.main, f"-m {both} hydra.sweep.dir={tmp_path}/sweep")
+    assert ended.code == 0, ended.said
+    hashes = {result(tmp_path / "sweep" / job)["split_hash"] for job in ("0", "1")}
+    assert len(hashes) == 2
+
+
+def test_a_folder_trains_with_classes_in_the_order_of_their_names(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine", channels=3)
+    run(line(source, "conv"), tmp_path / "run")
+    assert math.isfinite(result(tmp_path / "run")["test_bound"])
+    train_part, test_part = arrays.load(str(source), "train"), arrays.load(str(source), "test")
+    assert train_part.images.shape[1:] == (3, 8, 6)
+    assert np.bincount(train_part.labels + 1).tolist() == [5, 10, 10, 10]
+    assert np.bincount(test_part.labels).tolist() == [2, 2, 2]
+    everything = np.concatenate([train_part.images, test_part.images])
+    with Image.open(source / "owls" / "01.png") as image:
+        owl = np.asarray(image).transpose(2, 0, 1)
+    rows = np.flatnonzero((everything == owl).all(axis=(1, 2, 3)))
+    assert np.concatenate([train_part.labels, test_part.labels])[rows].tolist() == [2]
+
+
+def test_one_coloured_file_makes_all_coloured(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    assert arrays.facts(str(source)).shape == (1, 8, 6)
+    Image.new("RGB", (6, 8), (255, 0, 0)).save(source / "dogs" / "red.png")
+    assert arrays.facts(str(source)).shape == (3, 8, 6)
+    images = np.concatenate([arrays.load(str(source), part).images for part in ("train", "test")])
+    assert (images == images[:, :1]).all(axis=(1, 2, 3)).sum() == len(images) - 1
+
+
+# ---- who sees what ----
+
+
+def test_images_without_a_label_are_unlabelled_and_nothing_else(tmp_path: Path) -> None:
+    source = arrays.load(str(stored(tmp_path)), "train")
+    for seed in range(20):
+        split = draw_split(
+            source.labels,
+            3,
+            num_labelled=3,
+            num_validation=12,
+            split_seed=seed,
+            labelled_in_unlabelled=False,
+        )
+        assert (source.labels[split.labelled] >= 0).all()
+        assert (source.labels[split.validation] >= 0).all()
+        assert (source.labels[split.unlabelled] < 0).sum() == 10
+        assert training_data(source, split, torch.device("cpu")).y_labelled.sum(dim=0).tolist() == [1, 1, 1]
+    assert (arrays.load(str(tmp_path / "mine.npz"), "test").labels >= 0).all()
+
+
+def test_the_held_out_test_part_is_a_sixth_of_each_class_and_always_the_same(tmp_path: Path) -> None:
+    path = str(stored(tmp_path))
+    test, rest = arrays.load(path, "test"), arrays.load(path, "train")
+    assert np.bincount(test.labels).tolist() == [2, 2, 2]
+    assert len(rest.labels) == 36 + 10 - 6
+    assert (arrays.load(path, "test").images == test.images).all()
+    of_test, of_rest = ({image.tobytes() for image in part.images} for part in (test, rest))
+    assert not of_test & of_rest
+    facts = arrays.facts(path)
+    assert (facts.train_images, facts.unknown_labels, facts.num_classes, facts.shape) == (40, 10, 3, (1, 8, 8))
+
+
+def test_test_images_of_the_file_are_the_test_part(tmp_path: Path) -> None:
+    given = contents(per_class=2, unknown=0)
+    path = str(stored(tmp_path, test_images=given["images"], test_labels=given["labels"]))
+    assert (arrays.load(path, "test").images[:, 0] == given["images"]).all()
+    assert len(arrays.load(path, "train").labels) == arrays.facts(path).train_images == 46
+
+
+# ---- resume ----
+
+
+def test_resumed_run_equals_one_that_never_stopped_wherever_the_file_is_now(tmp_path: Path) -> None:
+    path = stored(tmp_path)
+    run(f"{line(path)} train.steps=4", tmp_path / "whole")
+    run(line(path), tmp_path / "halves")
+    moved = path.rename(tmp_path / "moved.npz")
+    resume(tmp_path / "halves", f"train.steps=4 data.path={moved}")
+    assert equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
+
+
+@pytest.mark.parametrize("key", ["images", "labels", "test_images", "test_labels"])
+def test_a_changed_file_is_not_gone_on_with(key: str, tmp_path: Path) -> None:
+    test = contents(per_class=2, unknown=0)
+    given = contents() | {"test_images": test["images"], "test_labels": test["labels"]}
+    run(line(stored(tmp_path, **given)), tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert manifest["dataset"] == "arrays"
+    assert len(manifest["digest"]) == 64
+    changed = given[key].copy()
+    changed[0] += 1
+    stored(tmp_path, **given | {key: changed})
+    ended = resume(tmp_path / "run", "train.steps=4", code=2)
+    assert "another dataset than the run's" in ended.err
+
+
+def test_the_same_arrays_packed_differently_are_the_same(tmp_path: Path) -> None:
+    path = stored(tmp_path)
+    before = arrays.load(str(path), "train").digest
+    np.savez_compressed(path, **contents())
+    assert arrays.load(str(path), "train").digest == before
+
+
+# ---- refusals ----
+
+IMAGES = contents()["images"]
+LABELS = contents()["labels"]
+BAD: dict[str, tuple[Contents, tuple[str, ...]]] = {
+    "no images": ({"images": None}, ("images is missing", "the keys labels")),
+    "no labels": ({"labels": None}, ("labels is missing", "the keys images")),
+    "no test labels": ({"test_images": IMAGES}, ("test_labels is missing", "test_images is there")),
+    "no test images": ({"test_labels": LABELS}, ("test_images is missing", "test_labels is there")),
+    "floats": ({"images": IMAGES / 255}, ("images must be uint8", "got float64 [46, 8, 8]", "times 255")),
+    "NaN": ({"images": np.full(IMAGES.shape, np.nan)}, ("images must be uint8", "got float64")),
+    "booleans": ({"images": IMAGES > 9}, ("images must be uint8", "got bool")),
+    "wide integers": ({"images": IMAGES.astype(np.int64)}, ("images must be uint8", "got int64")),
+    "flat": ({"images": IMAGES.reshape(46, 64)}, ("[N, H, W] or [N, C, H, W]", "got [46, 64]")),
+    "five axes": ({"images": IMAGES[:, None, None]}, ("[N, H, W] or [N, C, H, W]", "got [46, 1, 1, 8, 8]")),
+    "one number": ({"images": np.uint8(3)}, ("[N, H, W] or [N, C, H, W]", "got []")),
+    "pickled": ({"images": np.array([{}, {}])}, ("images must be uint8", "got object")),
+    "pickled labels": ({"labels": np.array([None] * 46)}, ("labels must be integers", "got object")),
+    "empty": ({"images": IMAGES[:0], "labels": LABELS[:0]}, ("images", "N >= 1", "got [0, 8, 8]")),
+    "small": ({"images": IMAGES[:, :3]}, ("images", "at least 4 pixels", "got [46, 3, 8]")),
+    "no pixels": ({"images": IMAGES[:, :0]}, ("images", "at least 4 pixels", "got [46, 0, 8]")),
+    "channels last": (
+        {"images": np.stack([IMAGES] * 3, axis=-1)},
+        ("got [46, 8, 8, 3]", "channels last", "images.transpose(0, 3, 1, 2)"),
+    ),
+    "many channels": ({"images": np.stack([IMAGES] * 17, axis=1)}, ("1 to 16 channels", "got [46, 17, 8, 8]")),
+    "no channels": ({"images": np.zeros((46, 0, 8, 8), np.uint8)}, ("1 to 16 channels", "got [46, 0, 8, 8]")),
+    "float labels": ({"labels": LABELS * 1.0}, ("labels must be integers [46]", "got float64")),
+    "boolean labels": ({"labels": LABELS > 0}, ("labels must be integers [46]", "got bool")),
+    "words": ({"labels": np.array(["cat"] * 46)}, ("labels must be integers [46]", "got <U3")),
+    "too few labels": ({"labels": LABELS[:9]}, ("labels must be integers [46]", "got [9]")),
+    "one-hot labels": ({"labels": np.eye(46, dtype=int)}, ("labels must be integers [46]", "got [46, 46]")),
+    "labels below -1": ({"labels": LABELS - 1}, ("labels must be >= -1", "without a label", "got -2")),
+    "large labels": ({"labels": LABELS.astype(np.uint64) * 2**62}, ("labels must be classes 0, 1, 2",)),
+    "a missing class": ({"labels": np.where(LABELS == 1, 3, LABELS)}, ("classes 0 to 3", "no image of class 1")),
+    "one class": ({"labels": LABELS * 0}, ("at least 2 classes", "got 1")),
+    "nothing labelled": ({"labels": LABELS * 0 - 1}, ("at least 2 classes", "got 0")),
+    "a test image without a label": (
+        {"test_images": IMAGES, "test_labels": LABELS},
+        ("test_labels must be >= 0", "a test image needs its label", "got -1"),
+    ),
+    "a test class that is not trained": (
+        {"test_images": IMAGES, "test_labels": np.full(46, 3)},
+        ("test_labels must be classes that labels has, 0 to 2", "got 3"),
+    ),
+    "test images of another size": (
+        {"test_images": IMAGES[:, :7], "test_labels": LABELS.clip(0)},
+        ("test_images must be as images are, 1x8x8", "got 1x7x8"),
+    ),
+    "empty test part": ({"test_images": IMAGES[:0], "test_labels": LABELS[:0]}, ("test_images", "N >= 1")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_unusable_arrays_are_refused(kind: str, tmp_path: Path) -> None:
+    changes, words = BAD[kind]
+    ended = refusal(stored(tmp_path, **changes))
+    for word in (str(tmp_path / "mine.npz"), *words):
+        assert word in ended.err, ended.err
+
+
+SETTINGS = {
+    "data.num_labelled=7": ("data.num_labelled must be a positive multiple of the 3 classes", "got 7"),
+    "data.num_labelled=27": ("<= the 30 training images with a known label", "got 27 + 6"),
+    "data.num_labelled=24": ("data.num_labelled=24 needs 8 images of class", "are left after validation"),
+    "data.num_validation=31": ("<= the 30 training images with a known label", "got 6 + 31"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_sizes_that_the_file_cannot_give(setting: str, tmp_path: Path) -> None:
+    ended = refusal(stored(tmp_path), setting)
+    for word in SETTINGS[setting]:
+        assert word in ended.err, ended.err
+
+
+def damaged(kind: str, path: Path) -> None:
+    content = path.read_bytes()
+    middle = content.index(IMAGES[20].tobytes())
+    path.write_bytes(
+        {
+            "empty": b"",
+            "text": b"no archive",
+            "cut": content[: len(content) // 2],
+            "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+            "longer than it is": content.replace(b"(46, 8, 8)", b"(99, 8, 8)"),
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "flipped", "longer than it is"])
+def test_a_damaged_file_is_refused(kind: str, tmp_path: Path) -> None:
+    path = stored(tmp_path)
+    damaged(kind, path)
+    assert f"{path} cannot be read as an .npz file" in refusal(path).err
+
+
+def test_a_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
+    header, plain = b"(46, 8, 8), }" + b" " * 13, stored(tmp_path)
+    path = tmp_path / "lying.npz"
+    with zipfile.ZipFile(plain) as honest, zipfile.ZipFile(path, "w") as lying:  # whose checksums are right
+        for name in honest.namelist():
+            lying.writestr(name, honest.read(name).replace(header, b"(46, 8, 8000000000000), } "))
+    assert "bytes where 2944000000000128 are promised" in refusal(path).err
+
+
+def test_a_plain_npy_file_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "mine.npy", IMAGES)
+    assert "cannot be read as an .npz file" in refusal(tmp_path / "mine.npy").err
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    ended = refusal(tmp_path / "nowhere.npz")
+    assert "data.path" in ended.err
+    assert "nowhere.npz, which does not exist" in ended.err
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/mine.npz", "x" * 300, "mine.npz/inside"])
+def test_a_path_that_cannot_be_one(path: str, tmp_path: Path) -> None:
+    stored(tmp_path)
+    with pytest.raises(DataError, match=r"data\.path"):
+        arrays.facts(path if path.startswith("~") else str(tmp_path / path))
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(DataError, match=r"cannot read the folder .*Permission denied"):
+        arrays.facts(str(tmp_path))
+
+
+def another_size(folder: Path) -> None:
+    Image.new("L", (7, 8)).save(folder / "dogs" / "zzz.png")
+
+
+def empty_class(folder: Path) -> None:
+    (folder / "birds").mkdir()
+
+
+def only_owls(folder: Path) -> None:
+    shutil.rmtree(folder / "cats")
+    shutil.rmtree(folder / "dogs")
+
+
+def sixteen_bits(folder: Path) -> None:
+    Image.fromarray(np.zeros((8, 6), dtype=np.uint16)).save(folder / "dogs" / "deep.png")
+
+
+FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "another size": (another_size, ("one size", "dogs/zzz.png is 7x8", "cats/00.jpg is 6x8")),
+    "16 bits": (sixteen_bits, ("dogs/deep.png", "8 bits a channel")),
+    "no picture": (lambda folder: (folder / "cats" / "01.png").write_text("no"), ("cats/01.png cannot be read",)),
+    "cut picture": (
+        lambda folder: (folder / "owls" / "03.png").write_bytes((folder / "owls" / "03.png").read_bytes()[:60]),
+        ("owls/03.png cannot be read",),
+    ),
+    "empty class": (empty_class, ("birds must have PNG or JPEG files", "got none")),
+    "one class": (
+        only_owls,
+        ("a sub-folder of PNG or JPEG files for each of 2 or more classes",),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_unusable_folders_are_refused(kind: str, tmp_path: Path) -> None:
+    change, words = FOLDERS[kind]
+    source = folder_of_files(tmp_path / "mine")
+    change(source)
+    ended = refusal(source)
+    for word in words:
+        assert word in ended.err, ended.err
+
+
+def test_a_picture_that_another_takes_the_place_of_is_looked_at_again(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    arrays.facts(str(source))
+    Image.new("L", (7, 8)).save(source / "owls" / "01.png")
+    with pytest.raises(DataError, match=r"owls.01\.png is 7x8"):
+        arrays.facts(str(source))
+
+
+def test_a_changed_picture_changes_the_digest(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    before = arrays.load(str(source), "train").digest
+    Image.new("L", (6, 8), 3).save(source / "owls" / "01.png")
+    assert arrays.load(str(source), "train").digest != before
+
+
+def test_data_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"mine\.npz: labels is missing"):
+        arrays.facts(str(stored(tmp_path, labels=None)))
