@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -78,7 +79,7 @@ class Axis:
             if 3 <= len(ticks) <= most:
                 return ticks
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / most))
-        step = next(step * m for m in (1, 2, 5, 10, 20, 50) if (self.high - self.low) / (step * m) <= most - 1)
+        step = next(step * m for m in (1, 2, 5, 10, 20, 50) if (self.high - self.low) / (step * m) <= most)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(index * step, 12) for index in range(first, last + 1)]
 
@@ -123,6 +124,11 @@ def both(draw: Callable[[float], tuple[str, float]], label: str) -> str:
     return "".join(svg(c, w, h, label, class_) for (w, c, h), class_ in zip(drawn, classes, strict=True))
 
 
+def breakable(name: str) -> str:
+    """A name as HTML that a narrow place breaks where a person would."""
+    return re.sub("([/_=. ])", r"\1<wbr/>", escape(name))
+
+
 def dot(x: float, y: float, rank: int, class_: str) -> str:
     return tag("circle", cx=x, cy=y, r=RADIUS, class_=f"dot {class_}") + text(
         str(rank), x, y + 3.5, "middle", f"rank {class_}"
@@ -163,6 +169,8 @@ def drawn_curves(curves: Curves, x: Axis, y: Axis, class_: str) -> str:
     up = [*zip(curves.steps, curves.high, strict=True)]
     down = [*zip(curves.steps, curves.low, strict=True)]
     parts = [tag("polyline", points=points(x, y, curve), class_=f"thin {class_}") for curve in curves.runs]
+    alone = [curve[0] for curve in curves.runs if len(curve) == 1]  # no line
+    parts += [tag("circle", cx=x(step), cy=y.clipped(value), r=2.0, class_=f"thin {class_}") for step, value in alone]
     parts.append(tag("polygon", points=points(x, y, [*up, *reversed(down)]), class_=f"band {class_}"))
     mean = [*zip(curves.steps, curves.mean, strict=True)]
     parts.append(tag("polyline", points=points(x, y, mean), class_=f"mean {class_}"))
@@ -212,21 +220,20 @@ def curve_panels(comparison: Comparison, name: str) -> str:
         return ""
     steps, values = curve_limits([curves for *_, curves in shown])
     width, height = 210.0, 150.0
-    x, y = Axis(*steps, 46, width - 8), Axis(*values, height - 22, 8)
+    x, y = Axis(*steps, 46, width - 6), Axis(*values, height - 22, 8)
     behind = "".join(
         tag("polyline", points=points(x, y, [*zip(c.steps, c.mean, strict=True)]), class_="other")
         for *_, c in shown
         if len(c.steps) > 1
     )
     panels = []
-    for rank, group, curves in shown:
+    for _, group, curves in shown:
         grid = [line(x.start, y(value), x.end, y(value), "grid") for value in y.ticks(4)]
         grid += [text(tick(value), x.start - 5, y(value) + 4, "end") for value in y.ticks(4)]
-        grid += [text(tick(value), x(value), height - 6, "middle") for value in x.ticks(4)]
+        grid += [text(tick(v), x(v), height - 6, "end" if v == steps[1] else "middle") for v in x.ticks(3)]
         content = "".join(grid) + behind + drawn_curves(curves, x, y, colour(comparison, group))
         drawing = svg(content, width, height, f"{METRICS[name].title} of {group.name} against steps", "")
-        panels.append(tag("figure", tag("figcaption", f"{chip(comparison, group)} {escape(group.name)}") + drawing))
-        del rank
+        panels.append(tag("figure", tag("figcaption", f"{chip(comparison, group)} {breakable(group.name)}") + drawing))
     return tag("div", "".join(panels), class_="panels")
 
 
@@ -286,7 +293,8 @@ def against(comparison: Comparison, cost: str) -> str:
             parts.append(dot(across, up, rank, class_))
         return "".join(parts), height
 
-    return both(draw, f"{METRICS[metric].title} against {title}")
+    heading = f"{METRICS[metric].title} against {title}"
+    return tag("h3", heading) + tag("figure", both(draw, heading))
 
 
 # ---- paired differences ----
@@ -323,13 +331,13 @@ def forest(comparison: Comparison) -> str:
             y = 14 + height_of_row * (index + (0.5 if is_wide else 0.72))
             class_ = colour(comparison, group)
             parts.append(interval(x, y, test.difference.mean, test.difference.half, class_))
-            parts.append(dot(x(test.difference.mean), y, rank, class_))
+            parts.append(tag("circle", cx=x(test.difference.mean), cy=y, r=4.5, class_=f"dot {class_}"))
             words = f"{signed(test.difference.mean, form)}{p_value(test.p_holm, ', p ')}"
             if test.difference.half is not None and is_wide:
                 words = f"{signed(test.difference.mean, form)} ± {number(test.difference.half, form)}"
                 words += p_value(test.p_holm, ", p ")
             above = y + 4 if is_wide else y - 18
-            parts.append(text(cut(group.name, 33 if is_wide else 30), 4.0, above, "start", "name"))
+            parts.append(text(cut(f"{rank}  {group.name}", 34 if is_wide else 32), 4.0, above, "start", "name"))
             parts.append(text(words, width - 4, above, "end", "" if is_wide else "small"))
         return "".join(parts), height
 

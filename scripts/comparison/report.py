@@ -12,12 +12,13 @@ from html import escape
 from pathlib import Path
 from textwrap import fill
 
-from scripts.comparison.figures import against, both_curves, chip, forest, number, p_value, tag
+from scripts.comparison.figures import against, both_curves, breakable, chip, forest, number, p_value, tag
 from scripts.comparison.groups import Comparison, Group, rank
 from scripts.comparison.runs import METRICS, Metric, Record
 from scripts.comparison.statistics import Summary
 
 DASH = "–"
+COSTS = ("evaluations", "seconds", "steps_per_second")
 
 
 def columns(comparison: Comparison) -> list[str]:
@@ -25,6 +26,13 @@ def columns(comparison: Comparison) -> list[str]:
     optional = "val_bound"
     wanted = [name for name in METRICS if name != optional or comparison.metric == optional]
     return [name for name in wanted if any(name in group.summaries for group in comparison.groups)]
+
+
+def quality_and_cost(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """The metrics to show, in two tables; the one that sorts is in the first."""
+    shown = columns(comparison)
+    cost = [name for name in shown if name in COSTS and name != comparison.metric]
+    return [name for name in shown if name not in cost], cost
 
 
 def plus_minus(summary: Summary | None, metric: Metric) -> str:
@@ -156,12 +164,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_text(comparison: Comparison) -> str:
-    shown = columns(comparison)
-    quality = [name for name in shown if name in (*list(METRICS)[:6], comparison.metric)]
+    quality, cost = quality_and_cost(comparison)
     blocks = []
     if comparison.groups:
         blocks += [headline(comparison), aligned(quality_table(comparison, quality))]
-        if cost := [name for name in shown if name not in quality]:
+        if cost:
             blocks.append(aligned(quality_table(comparison, cost)))
         blocks.append(fill(EXPLAINED, 118))
     else:
@@ -315,21 +322,26 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], class_: str =
 
 
 def name_cell(comparison: Comparison, group: Group) -> str:
-    return tag("span", chip(comparison, group) + tag("span", escape(group.name)), class_="named")
+    return tag("span", chip(comparison, group) + tag("span", breakable(group.name)), class_="named")
 
 
 def groups_section(comparison: Comparison) -> str:
     if not comparison.groups:
         return ""
+    explained = paragraph(EXPLAINED[0].upper() + EXPLAINED[1:] + ".", "caption")
+    return summary_table(comparison, quality_and_cost(comparison)[0]) + explained
+
+
+def summary_table(comparison: Comparison, names: Sequence[str]) -> str:
     head = ["group", "n"]
-    for name in columns(comparison):
+    for name in names:
         unit = tag("small", METRICS[name].unit) if METRICS[name].unit else ""
         head.append(METRICS[name].title + unit)
     rows = []
     for group in comparison.groups:
-        cells = [value_cell(group.summaries.get(name), METRICS[name], len(group.runs)) for name in columns(comparison)]
+        cells = [value_cell(group.summaries.get(name), METRICS[name], len(group.runs)) for name in names]
         rows.append([name_cell(comparison, group), str(len(group.runs)), *cells])
-    return html_table(head, rows) + paragraph(EXPLAINED[0].upper() + EXPLAINED[1:] + ".", "caption")
+    return html_table(head, rows)
 
 
 def value_cell(summary: Summary | None, metric: Metric, runs: int) -> str:
@@ -350,7 +362,7 @@ def curves_section(comparison: Comparison) -> str:
     if not content:
         return ""
     return content + paragraph(
-        "On held-out images while training. Thin lines are runs; the strong line is their mean and the band goes from "
+        "On held-out images while training. Thin lines, or circles, are runs; the strong line is their mean and the band goes from "
         "the lowest to the highest, at the steps at which all runs of the group were looked at. Where training starts "
         "far below where it ends, its start is cut off.",
         "caption",
@@ -359,15 +371,16 @@ def curves_section(comparison: Comparison) -> str:
 
 def cost_section(comparison: Comparison) -> str:
     figures = [figure for cost in ("evaluations", "seconds") if (figure := against(comparison, cost))]
-    if not figures:
+    costs = quality_and_cost(comparison)[1]
+    if not costs:
         return ""
     said = (
-        "Means of a group. Dots that would hide each other are moved sideways. Calls of the generator are per "
-        "unlabelled image and step, and depend on no machine; seconds are those of the runs, and tell of whatever else "
-        "the machine did at the time."
+        "Dots are means of a group; those that would hide each other are moved sideways. Calls of the generator are "
+        "per unlabelled image and step, and depend on no machine; seconds are those of the runs, and tell of whatever "
+        "else the machine did at the time."
     )
-    blocks = "".join(tag("figure", figure) for figure in figures)
-    return blocks + key(comparison) + paragraph(said, "caption")
+    drawn = "".join(figures) + key(comparison) + paragraph(said, "caption") if figures else ""
+    return drawn + summary_table(comparison, costs)
 
 
 def test_section(comparison: Comparison) -> str:

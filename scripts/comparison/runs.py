@@ -30,7 +30,7 @@ METRICS = {
     "val_accuracy": Metric("val accuracy", ".4f", True),
     "val_bound": Metric("val bound", ".2f", True, "nats"),
     "evaluations": Metric("calls per image", ".3g", False),
-    "seconds": Metric("seconds", ".1f", False, "s"),
+    "seconds": Metric("seconds", ".1f", False),
     "steps_per_second": Metric("steps/s", ".1f", True),
 }
 CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
