@@ -90,12 +90,20 @@ def padded(values: Sequence[float], share: float = 0.07) -> tuple[float, float]:
     return low - pad, high + pad
 
 
+def interval_ends(means: Sequence[float], halves: Sequence[float | None]) -> list[float]:
+    """Where an axis has to reach: one wild interval, beyond twice the median, does not squeeze the others."""
+    known = [half for half in halves if half is not None]
+    reach = 2 * median(known) if known else 0.0
+    pairs = [(mean, min(half or 0.0, reach)) for mean, half in zip(means, halves, strict=True)]
+    return [end for mean, half in pairs for end in (mean - half, mean + half)]
+
+
 def padded_log(values: Sequence[float]) -> tuple[float, float]:
-    low, high = padded([math.log(value) for value in values], 0.1)
-    return math.exp(low), math.exp(high)
+    pad = (max(values) / min(values)) ** 0.1 if min(values) < max(values) else 1.5
+    return min(values) / pad, max(values) * pad
 
 
-def axes(x: Axis, y: Axis, title: str, form: str = "", most: int = 6) -> str:
+def axes(x: Axis, y: Axis, title: str, most: int) -> str:
     """Grid lines, tick labels and the title of the axis below."""
     parts = []
     for value in y.ticks(5):
@@ -230,7 +238,7 @@ def curve_panels(comparison: Comparison, name: str) -> str:
     for _, group, curves in shown:
         grid = [line(x.start, y(value), x.end, y(value), "grid") for value in y.ticks(4)]
         grid += [text(tick(value), x.start - 5, y(value) + 4, "end") for value in y.ticks(4)]
-        grid += [text(tick(v), x(v), height - 6, "end" if v == steps[1] else "middle") for v in x.ticks(3)]
+        grid += [text(tick(v), x(v), height - 6, "end" if v == steps[1] else "middle") for v in x.ticks(2)]
         content = "".join(grid) + behind + drawn_curves(curves, x, y, colour(comparison, group))
         drawing = svg(content, width, height, f"{METRICS[name].title} of {group.name} against steps", "")
         panels.append(tag("figure", tag("figcaption", f"{chip(comparison, group)} {breakable(group.name)}") + drawing))
@@ -273,17 +281,15 @@ def against(comparison: Comparison, cost: str) -> str:
     if not shown:
         return ""
     with_intervals = len(comparison.groups) <= COLOURS
-    ends = [s.mean + sign * (s.half or 0.0) * with_intervals for *_, s in shown for sign in (-1, 1)]
     means = [s.mean for *_, s in shown]
-    spread_of_means = max(means) - min(means) or 0.05 * abs(means[0]) or 1.0
-    low, high = max(min(ends), min(means) - spread_of_means), min(max(ends), max(means) + spread_of_means)
+    limits = padded(interval_ends(means, [s.half if with_intervals else None for *_, s in shown]))
     title = METRICS[cost].title
 
     def draw(width: float) -> tuple[str, float]:
         height = 360.0
         x = Axis(*padded_log([at for _, _, at, _ in shown]), 58, width - 14, log=True)
-        y = Axis(*padded([low, high]), height - 44, 12)
-        parts = [axes(x, y, f"{title}, logarithmic", most=int(width / 55))]
+        y = Axis(*limits, height - 44, 12)
+        parts = [axes(x, y, f"{title}, logarithmic", most=int(width / 80))]
         centres = [(x(at), y(s.mean)) for _, _, at, s in shown]
         for (rank, group, _, s), across, (_, up) in zip(shown, side_by_side(centres, 17.0), centres, strict=True):
             class_ = colour(comparison, group)
@@ -307,14 +313,8 @@ def forest(comparison: Comparison) -> str:
         return ""
     form = METRICS[comparison.metric].form
     means = [test.difference.mean for *_, test in rows]
-    halves = [test.difference.half for *_, test in rows if test.difference.half is not None]
-    reach = 2 * median(halves) if halves else 0.0  # one wild interval does not squeeze the others
-    ends = [
-        m + sign * min(t.difference.half or 0.0, reach)
-        for m, (*_, t) in zip(means, rows, strict=True)
-        for sign in (-1, 1)
-    ]
-    low, high = padded([*ends, *means, 0.0])
+    ends = interval_ends(means, [test.difference.half for *_, test in rows])
+    low, high = padded([*ends, 0.0])
 
     def draw(width: float) -> tuple[str, float]:
         is_wide = width > 500
@@ -329,16 +329,14 @@ def forest(comparison: Comparison) -> str:
         parts.append(text(title, (x.start + x.end) / 2, bottom + 35, "middle"))
         for index, (rank, group, test) in enumerate(rows):
             y = 14 + height_of_row * (index + (0.5 if is_wide else 0.72))
-            class_ = colour(comparison, group)
-            parts.append(interval(x, y, test.difference.mean, test.difference.half, class_))
-            parts.append(tag("circle", cx=x(test.difference.mean), cy=y, r=4.5, class_=f"dot {class_}"))
-            words = f"{signed(test.difference.mean, form)}{p_value(test.p_holm, ', p ')}"
-            if test.difference.half is not None and is_wide:
-                words = f"{signed(test.difference.mean, form)} ± {number(test.difference.half, form)}"
-                words += p_value(test.p_holm, ", p ")
+            class_, mean, half = colour(comparison, group), test.difference.mean, test.difference.half
+            parts.append(interval(x, y, mean, half, class_))
+            parts.append(tag("circle", cx=x(mean), cy=y, r=4.5, class_=f"dot {class_}"))
+            width_of_mean = f" ± {number(half, form)}" if half is not None and is_wide else ""
+            words = number(mean, f"+{form}") + width_of_mean + p_value(test.p_holm, ", p ")
             above = y + 4 if is_wide else y - 18
             parts.append(text(cut(f"{rank}  {group.name}", 34 if is_wide else 32), 4.0, above, "start", "name"))
-            parts.append(text(words, width - 4, above, "end", "" if is_wide else "small"))
+            parts.append(text(words, width - 4, above, "end", "small"))
         return "".join(parts), height
 
     return both(draw, f"differences in {METRICS[comparison.metric].title} from the baseline")
@@ -355,10 +353,6 @@ def interval(x: Axis, y: float, mean: float, half: float | None, class_: str) ->
             corners = f"{at + 5 * out:.1f},{y:.1f} {at - 2 * out:.1f},{y - 4:.1f} {at - 2 * out:.1f},{y + 4:.1f}"
             parts.append(tag("polygon", points=corners, class_=f"arrow {class_}"))
     return "".join(parts)
-
-
-def signed(value: float, form: str) -> str:
-    return number(value, f"+{form}")
 
 
 def p_value(p: float | None, before: str = "") -> str:

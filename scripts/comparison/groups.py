@@ -48,8 +48,9 @@ def no_effect() -> set[str]:
     return (FREE_TO_CHANGE - {"train.steps"}) | REPLICATES
 
 
-def differing(records: Sequence[Record], ignored: set[str]) -> list[str]:
+def differing(records: Sequence[Record]) -> list[str]:
     """The keys that make groups: those that the runs differ in, in the configuration's order."""
+    ignored = no_effect()
     keys = list(dict.fromkeys(key for record in records for key in record.config))
     return [
         key
@@ -66,18 +67,25 @@ UNKNOWN = "auto"
 def _known(record: Record, key: str) -> str:
     """A value as text; what an unfinished run's `auto` came to is not known, and makes no group."""
     value = record.config.get(key, "")
-    number = isinstance(value, float) and value.is_integer()
-    return shown(int(value) if number else value)
+    return f"{value:.10g}" if isinstance(value, float) else shown(value)
 
 
-def make_groups(records: Sequence[Record], ignored: set[str]) -> list[Group]:
+def make_groups(records: Sequence[Record]) -> list[Group]:
     """Groups, named by what makes them differ."""
-    keys = differing(records, ignored)
+    keys = differing(records)
     by_value: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         by_value.setdefault(tuple(_known(record, key) for key in keys), []).append(record)
     naming = Naming(records, keys)
     return [Group(naming.name(runs[0]), runs) for runs in by_value.values()]
+
+
+def name_beside(record: Record, groups: Sequence[Group], records: Sequence[Record]) -> str:
+    """The name of the group that an unfinished run would be in, or one that tells it from all other runs."""
+    for group in groups:
+        if not differing([record, group.runs[0]]):
+            return group.name
+    return Naming(records, differing(records)).name(record)
 
 
 class Naming:
@@ -89,7 +97,7 @@ class Naming:
 
     def __init__(self, records: Sequence[Record], keys: Sequence[str]) -> None:
         self.records = records
-        known = list(dict.fromkeys(group for record in records for group in record.choices))
+        known = list(dict.fromkeys(["estimator", *(group for record in records for group in record.choices)]))
         # a choice without a section of its own, such as a preset, is told by the keys it sets
         groups = [
             group
@@ -164,12 +172,8 @@ def choice(record: Record, group: str) -> str | None:
 def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseline: str | None) -> Comparison:
     """Groups with their summaries, best first, and their differences from the baseline. Raises ConfigError."""
     said = list(notes)
-    ignored = no_effect()
-    groups = make_groups(records, ignored)
-    unfinished = [(group.name, run) for group in groups for run in group.runs if not run.finished]
-    for group in groups:
-        group.runs = [run for run in group.runs if run.finished]
-    groups = [group for group in groups if group.runs]
+    groups = make_groups([record for record in records if record.finished])
+    unfinished = [(name_beside(record, groups, records), record) for record in records if not record.finished]
     repeats = [(group.name, run) for group in groups for run in _take_out_repeats(group)]
     said += [f"{run.folder} repeats another run of {name} with the same draw, and is left out" for name, run in repeats]
     said += _exclude_what_is_not_comparable([run for group in groups for run in group.runs])

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from textwrap import fill
 
-from scripts.comparison.figures import against, both_curves, breakable, chip, forest, number, p_value, tag
+from scripts.comparison.figures import COLOURS, against, both_curves, breakable, chip, forest, number, p_value, tag
 from scripts.comparison.groups import Comparison, Group, rank
 from scripts.comparison.runs import METRICS, Metric, Record
 from scripts.comparison.statistics import Summary
@@ -361,12 +361,13 @@ def curves_section(comparison: Comparison) -> str:
     content = both_curves(comparison)
     if not content:
         return ""
-    return content + paragraph(
-        "On held-out images while training. Thin lines, or circles, are runs; the strong line is their mean and the band goes from "
-        "the lowest to the highest, at the steps at which all runs of the group were looked at. Where training starts "
-        "far below where it ends, its start is cut off.",
-        "caption",
+    said = (
+        "On held-out images while training. Thin lines, or circles, are runs; the strong line is their mean and the "
+        "band goes from the lowest to the highest, at the steps at which all runs of the group were looked at. Where "
+        "training starts far below where it ends, its start is cut off."
     )
+    in_one_figure = len(comparison.groups) <= COLOURS
+    return content + (key(comparison) if in_one_figure else "") + paragraph(said, "caption")
 
 
 def cost_section(comparison: Comparison) -> str:
@@ -424,7 +425,10 @@ def pictures_section(comparison: Comparison) -> str:
 def unfinished_section(comparison: Comparison) -> str:
     if not comparison.unfinished:
         return ""
-    rows = [[escape(cell) for cell in row] for row in unfinished_rows(comparison)]
+    rows = [
+        [breakable(name), *map(escape, (folder, steps, accuracy, bound.replace("-", "−"), words))]
+        for name, folder, steps, accuracy, bound, words in unfinished_rows(comparison)
+    ]
     return paragraph(f"{UNFINISHED_SAID}.") + html_table(UNFINISHED, rows, "words")
 
 

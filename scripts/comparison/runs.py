@@ -183,16 +183,14 @@ def read_events(record: Record) -> None:
     """Adds curves and the generator's calls, and of an unfinished run the steps done. Raises Damaged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not any(record.folder.glob("events.out.tfevents.*")):
-        raise Damaged("it has no TensorBoard events")
     events = EventAccumulator(str(record.folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     try:
         events.Reload()
         tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     except Exception as error:  # a damaged file fails in many ways
         raise Damaged(f"its TensorBoard events cannot be read ({_reason(error)})") from error
-    if not tags:
-        raise Damaged("its TensorBoard events have no scalars")
+    if record.finished and not tags:
+        raise Damaged("it has no TensorBoard events, or they have no scalars")
     if not record.finished:
         record.steps = max([record.steps, *(event.step for scalars in tags.values() for event in scalars)])
     within = {tag: [(e.step, e.value) for e in scalars if e.step <= record.steps] for tag, scalars in tags.items()}

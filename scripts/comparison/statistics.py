@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def summarize(values: Sequence[float]) -> Summary | None:
     return Summary(n, fmean(values), sd, t_quantile(0.975, n - 1) * sd / math.sqrt(n))
 
 
-def paired(group: Mapping[object, float], baseline: Mapping[object, float]) -> Paired | None:
+def paired(group: Mapping[Any, float], baseline: Mapping[Any, float]) -> Paired | None:
     """Student's paired test over the keys that both have, two-sided; None if there is none."""
     difference = summarize([group[key] - baseline[key] for key in group if key in baseline])
     if difference is None:
