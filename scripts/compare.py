@@ -46,15 +46,12 @@ def main() -> None:
         records, notes = read_all(arguments.folders)
         comparison = compare(records, notes, arguments.metric, arguments.baseline)
         output = output_folder(arguments.folders, arguments.output)
-        contents = {
-            "csv": as_csv(comparison),
-            "md": as_markdown(comparison),
-            "html": page(comparison),
-        }
-        print(as_text(comparison), end="\n\n")
+        contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": page(comparison)}
         output.mkdir(parents=True, exist_ok=True)
         for suffix, content in contents.items():
             write_atomically(output / f"{OUTPUT}.{suffix}", content.encode())
+        print(as_text(comparison), end="\n\n")
+        for suffix in contents:
             print(output / f"{OUTPUT}.{suffix}")
 
 

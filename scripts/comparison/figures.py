@@ -169,7 +169,13 @@ def curves_of(group: Group, name: str) -> Curves | None:
 
 
 def points(x: Axis, y: Axis, curve: Curve) -> str:
-    return " ".join(f"{x(step):.1f},{y.clipped(value):.1f}" for step, value in curve)
+    return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve)
+
+
+def inside(x: Axis, y: Axis, content: str) -> str:
+    """`content` without what goes below or above the axes; sideways there is room for half a dot."""
+    left, top, width, height = x.start - 4, y.end, x.end - x.start + 8, y.start - y.end
+    return tag("svg", content, x=left, y=top, width=width, height=height, viewBox=f"{left} {top} {width} {height}")
 
 
 def drawn_curves(curves: Curves, x: Axis, y: Axis, class_: str) -> str:
@@ -178,11 +184,11 @@ def drawn_curves(curves: Curves, x: Axis, y: Axis, class_: str) -> str:
     down = [*zip(curves.steps, curves.low, strict=True)]
     parts = [tag("polyline", points=points(x, y, curve), class_=f"thin {class_}") for curve in curves.runs]
     alone = [curve[0] for curve in curves.runs if len(curve) == 1]  # no line
-    parts += [tag("circle", cx=x(step), cy=y.clipped(value), r=2.0, class_=f"thin {class_}") for step, value in alone]
+    parts += [tag("circle", cx=x(step), cy=y(value), r=2.0, class_=f"thin {class_}") for step, value in alone]
     parts.append(tag("polygon", points=points(x, y, [*up, *reversed(down)]), class_=f"band {class_}"))
     mean = [*zip(curves.steps, curves.mean, strict=True)]
     parts.append(tag("polyline", points=points(x, y, mean), class_=f"mean {class_}"))
-    parts += [tag("circle", cx=x(s), cy=y.clipped(v), r=2.5, class_=f"dot {class_}") for s, v in mean if len(mean) < 8]
+    parts += [tag("circle", cx=x(s), cy=y(v), r=2.5, class_=f"dot {class_}") for s, v in mean if len(mean) < 8]
     return "".join(parts)
 
 
@@ -192,7 +198,8 @@ def curve_limits(all_curves: Sequence[Curves]) -> tuple[tuple[float, float], tup
     values = [value for curves in all_curves for curve in curves.runs for _, value in curve]
     last = [curve[-1][1] for curves in all_curves for curve in curves.runs if curve]
     top, bottom = max(values), min(last)
-    floor = max(min(values), min(bottom, sorted(values)[len(values) // 20]) - 1.5 * (top - bottom))
+    early = sorted(values)[len(values) // 6]
+    floor = max(min(values), min(bottom, early) - 0.5 * (top - bottom))
     first, final = min(steps), max(steps)
     return (float(min(0, first)), float(final or 1)), padded([floor, top])
 
@@ -211,7 +218,8 @@ def curve_chart(comparison: Comparison, name: str) -> str:
         ends = [next(iter(reversed(c.mean)), c.runs[0][-1][1]) for *_, c in shown]
         span = y.start - y.end
         heights = spread([(y.start - y.clipped(end)) / span for end in ends], min(2 * RADIUS / span, 1 / len(ends)))
-        parts += [drawn_curves(curves, x, y, colour(comparison, group)) for _, group, curves in shown]
+        drawn = [drawn_curves(curves, x, y, colour(comparison, group)) for _, group, curves in shown]
+        parts.append(inside(x, y, "".join(drawn)))
         for (rank, group, _), end, at in zip(shown, ends, heights, strict=True):
             class_ = colour(comparison, group)
             parts.append(line(x.end, y.clipped(end), x.end + 14, y.start - at * span, f"lead {class_}"))
@@ -239,7 +247,7 @@ def curve_panels(comparison: Comparison, name: str) -> str:
         grid = [line(x.start, y(value), x.end, y(value), "grid") for value in y.ticks(4)]
         grid += [text(tick(value), x.start - 5, y(value) + 4, "end") for value in y.ticks(4)]
         grid += [text(tick(v), x(v), height - 6, "end" if v == steps[1] else "middle") for v in x.ticks(2)]
-        content = "".join(grid) + behind + drawn_curves(curves, x, y, colour(comparison, group))
+        content = "".join(grid) + inside(x, y, behind + drawn_curves(curves, x, y, colour(comparison, group)))
         drawing = svg(content, width, height, f"{METRICS[name].title} of {group.name} against steps", "")
         panels.append(tag("figure", tag("figcaption", f"{chip(comparison, group)} {breakable(group.name)}") + drawing))
     return tag("div", "".join(panels), class_="panels")
@@ -322,9 +330,9 @@ def forest(comparison: Comparison) -> str:
         height = 14 + height_of_row * len(rows) + 44
         x = Axis(low, high, 232.0 if is_wide else 14.0, width - (232.0 if is_wide else 14.0))
         bottom = height - 44
-        parts = [line(x(value), 6, x(value), bottom, "grid") for value in x.ticks(int((x.end - x.start) / 60))]
+        parts = [line(x(value), 6, x(value), bottom, "grid") for value in x.ticks(int((x.end - x.start) / 48))]
         parts += [line(x(0), 6, x(0), bottom, "axis"), line(x.start, bottom, x.end, bottom, "axis")]
-        parts += [text(tick(v), x(v), bottom + 17, "middle") for v in x.ticks(int((x.end - x.start) / 60))]
+        parts += [text(tick(v), x(v), bottom + 17, "middle") for v in x.ticks(int((x.end - x.start) / 48))]
         title = f"difference in {METRICS[comparison.metric].title}"
         parts.append(text(title, (x.start + x.end) / 2, bottom + 35, "middle"))
         for index, (rank, group, test) in enumerate(rows):

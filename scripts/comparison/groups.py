@@ -57,15 +57,16 @@ def differing(records: Sequence[Record]) -> list[str]:
         for key in keys
         if key not in ignored
         and not all(key in record.derived for record in records if key in record.config)
-        and len({_known(record, key) for record in records} - {UNKNOWN}) > 1
+        and len({_shown(record, key) for record in records if not _is_unknown(record, key)}) > 1
     ]
 
 
-UNKNOWN = "auto"
+def _is_unknown(record: Record, key: str) -> bool:
+    """Whether it is left to the machine, which an unfinished run does not tell."""
+    return key in ("device", "precision") and record.config.get(key) == "auto"
 
 
-def _known(record: Record, key: str) -> str:
-    """A value as text; what an unfinished run's `auto` came to is not known, and makes no group."""
+def _shown(record: Record, key: str) -> str:
     value = record.config.get(key, "")
     return f"{value:.10g}" if isinstance(value, float) else shown(value)
 
@@ -75,7 +76,7 @@ def make_groups(records: Sequence[Record]) -> list[Group]:
     keys = differing(records)
     by_value: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        by_value.setdefault(tuple(_known(record, key) for key in keys), []).append(record)
+        by_value.setdefault(tuple(_shown(record, key) for key in keys), []).append(record)
     naming = Naming(records, keys)
     return [Group(naming.name(runs[0]), runs) for runs in by_value.values()]
 
@@ -120,7 +121,7 @@ class Naming:
         return [g for g in self.groups if any(f"{package(g)}.".startswith(f"{package(a)}.") for a in above)]
 
     def _value(self, record: Record, aspect: str) -> str | None:
-        return choice(record, aspect) if aspect in self.groups else _known(record, aspect)
+        return choice(record, aspect) if aspect in self.groups else _shown(record, aspect)
 
     def _is_named(self, record: Record, aspect: str) -> bool:
         covers = self._covers(aspect)

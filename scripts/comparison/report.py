@@ -22,9 +22,8 @@ COSTS = ("evaluations", "seconds", "steps_per_second")
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """The metrics to show: those that any group has."""
-    optional = "val_bound"
-    wanted = [name for name in METRICS if name != optional or comparison.metric == optional]
+    """The metrics to show: the one that sorts, and the others that any group has."""
+    wanted = [comparison.metric, *(name for name in METRICS if name not in (comparison.metric, "val_bound"))]
     return [name for name in wanted if any(name in group.summaries for group in comparison.groups)]
 
 
@@ -328,8 +327,10 @@ def name_cell(comparison: Comparison, group: Group) -> str:
 def groups_section(comparison: Comparison) -> str:
     if not comparison.groups:
         return ""
-    explained = paragraph(EXPLAINED[0].upper() + EXPLAINED[1:] + ".", "caption")
-    return summary_table(comparison, quality_and_cost(comparison)[0]) + explained
+    said = EXPLAINED[0].upper() + EXPLAINED[1:] + "."
+    if len(comparison.groups) > COLOURS:
+        said += " Numbers stand for groups in the figures; orange is the baseline, blue are all others."
+    return summary_table(comparison, quality_and_cost(comparison)[0]) + paragraph(said, "caption")
 
 
 def summary_table(comparison: Comparison, names: Sequence[str]) -> str:
