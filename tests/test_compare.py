@@ -287,7 +287,7 @@ def test_numbers_that_would_mislead_are_left_out_and_said(tmp_path: Path) -> Non
     (group,) = found.groups
     assert (group.summaries["test_bound"].n, group.summaries["seconds"].n) == (1, 1)
     assert group.summaries["seconds"].mean == 10.0
-    assert len(found.notes) == 4  # and no events in either
+    assert len(found.notes) == 3  # and no events
 
 
 def test_groups_without_shared_draws_are_not_tested(tmp_path: Path) -> None:
@@ -295,6 +295,7 @@ def test_groups_without_shared_draws_are_not_tested(tmp_path: Path) -> None:
     make_run(tmp_path / "b", 0.8, "gumbel_softmax", seed=1)
     ended = run_compare(tmp_path)
     assert ended.code == 0, ended.said
+    assert "No group has a draw (same split, same seed) in common with marginalization" in ended.out
     assert "no shared draws" in ended.out
     assert re.search(r"marginalization +1 +0\.9000 ± – +–", ended.out)
     ElementTree.fromstring((tmp_path / "compare" / "compare.html").read_text())
@@ -368,7 +369,7 @@ def test_a_damaged_run_is_named_and_the_others_are_compared(two_groups: Path) ->
     said = " ".join(ended.out.split())
     for name, reason in (("0", "result.json cannot be read"), ("1", "result.json cannot"), ("2", ".hydra/ cannot be")):
         assert re.search(rf"marginalization-{name} is left out: its {re.escape(reason)}", said)
-    assert "gumbel_softmax-0 has no curves and no calls here" in said
+    assert "gumbel_softmax-0" in said[said.index("no curves and no calls of") :]
     assert re.search(r"gumbel_softmax +4 ", ended.out)
     assert re.search(r"marginalization +1 ", ended.out)
 
@@ -391,6 +392,12 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
         assert ended.err.startswith("catvae: ")
         assert ended.err.count("\n") == 1
         assert said in ended.err
+
+
+def test_a_metric_that_no_run_has_is_refused(two_groups: Path) -> None:
+    ended = run_compare(two_groups, more="--metric evaluations")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--metric must be one that a finished run has, got evaluations" in ended.err
 
 
 def test_a_folder_given_twice_counts_once_and_reports_go_beside_a_run(tmp_path: Path) -> None:

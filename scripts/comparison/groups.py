@@ -182,6 +182,8 @@ def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseli
         values = {name: [run.counted[name] for run in group.runs if name in run.counted] for name in METRICS}
         group.summaries = {name: s for name, numbers in values.items() if (s := summarize(numbers))}
         group.runs.sort(key=lambda run: (run.config.get("data.split_seed", 0), run.config.get("seed", 0)))
+    if groups and not any(metric in group.summaries for group in groups):
+        raise ConfigError(f"--metric must be one that a finished run has, got {metric}; none of these runs has it")
     groups.sort(key=lambda group: rank(group.summaries.get(metric), metric))
     base = groups[0] if groups else None
     if baseline is not None:

@@ -68,7 +68,12 @@ def about_test(comparison: Comparison) -> list[str]:
     """What the paired differences are, and what they are not."""
     if comparison.baseline is None or len(comparison.groups) < 2:
         return []
-    tests = sum(bool(g.against_baseline and g.against_baseline.p is not None) for g in comparison.groups)
+    compared = [group.against_baseline for group in comparison.groups if group.against_baseline]
+    if not compared:
+        return [
+            f"No group has a draw (same split, same seed) in common with {comparison.baseline.name}: none is tested."
+        ]
+    tests = sum(test.p is not None for test in compared)
     title = METRICS[comparison.metric].title
     said = [
         f"Difference in {title} from {comparison.baseline.name}, over pairs of runs with the same split and seed: "

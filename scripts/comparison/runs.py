@@ -188,9 +188,9 @@ def read_events(record: Record) -> None:
         events.Reload()
         tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     except Exception as error:  # a damaged file fails in many ways
-        raise Damaged(f"its TensorBoard events cannot be read ({_reason(error)})") from error
+        raise Damaged(f"TensorBoard events that cannot be read ({_reason(error)})") from error
     if record.finished and not tags:
-        raise Damaged("it has no TensorBoard events, or they have no scalars")
+        raise Damaged("no TensorBoard events, or none with scalars")
     if not record.finished:
         record.steps = max([record.steps, *(event.step for scalars in tags.values() for event in scalars)])
     within = {tag: [(e.step, e.value) for e in scalars if e.step <= record.steps] for tag, scalars in tags.items()}
@@ -204,6 +204,7 @@ def read_events(record: Record) -> None:
 def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
     """Runs, and a sentence for each that is damaged in whole or in part. Raises ConfigError if none is left."""
     records, notes = [], []
+    without_events: dict[str, list[Path]] = {}
     for folder in find(folders):
         try:
             record = read(folder)
@@ -213,8 +214,11 @@ def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
         try:
             read_events(record)
         except Damaged as damaged:
-            notes.append(f"{folder} has no curves and no calls here: {damaged}")
+            without_events.setdefault(str(damaged), []).append(folder)
         records.append(record)
+    for reason, affected in without_events.items():
+        more = f" and {len(affected) - 2} more" if len(affected) > 2 else ""
+        notes.append(f"no curves and no calls of {', '.join(map(str, affected[:2]))}{more}: {reason}")
     if not records:
         raise ConfigError("no run can be read: " + "; ".join(notes))
     return records, notes
