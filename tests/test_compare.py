@@ -278,6 +278,7 @@ def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path:
     assert group.summaries["test_accuracy"].n == 3
     assert any("importance_samples=5" in note for note in found.notes)
     assert float(rows_of(tmp_path)[2]["test_log_likelihood"]) == -30.0
+    assert "-11.00 ± 12.71 [n 2]" in run_compare(tmp_path).out
 
 
 def test_numbers_that_would_mislead_are_left_out_and_said(tmp_path: Path) -> None:

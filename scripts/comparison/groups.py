@@ -254,5 +254,5 @@ def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
     for run in resumed:
         run.excluded.add("seconds")
     if resumed:
-        said.append(f"seconds leave out {len(resumed)} resumed run(s), whose clock began at the resume")
+        said.append(f"seconds leave out resumed runs ({len(resumed)}), whose clock began at the resume")
     return said

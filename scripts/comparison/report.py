@@ -34,11 +34,12 @@ def quality_and_cost(comparison: Comparison) -> tuple[list[str], list[str]]:
     return [name for name in shown if name not in cost], cost
 
 
-def plus_minus(summary: Summary | None, metric: Metric) -> str:
-    """Mean ± half of the 95 % interval, with a dash for what one run does not tell."""
+def plus_minus(summary: Summary | None, metric: Metric, runs: int) -> str:
+    """Mean ± half of the 95 % interval: a dash for what one run does not tell, and n where not all runs have it."""
     if summary is None:
         return DASH
-    return f"{summary.mean:{metric.form}} ± {optional(summary.half, metric)}"
+    n = f" [n {summary.n}]" if summary.n != runs else ""
+    return f"{summary.mean:{metric.form}} ± {optional(summary.half, metric)}{n}"
 
 
 def optional(value: float | None, metric: Metric) -> str:
@@ -132,7 +133,7 @@ def quality_table(comparison: Comparison, names: Sequence[str]) -> list[list[str
         row = [str(place), group.name, str(len(group.runs))]
         for name in names:
             summary = group.summaries.get(name)
-            row.append(plus_minus(summary, METRICS[name]))
+            row.append(plus_minus(summary, METRICS[name], len(group.runs)))
             if name == comparison.metric:
                 row.append(optional(summary.sd if summary else None, METRICS[name]))
         rows.append(row)
@@ -201,7 +202,7 @@ def as_markdown(comparison: Comparison) -> str:
             for name in columns(comparison):
                 summary = group.summaries.get(name)
                 sd = f" ({optional(summary.sd, METRICS[name])})" if summary else ""
-                cells.append(plus_minus(summary, METRICS[name]) + sd)
+                cells.append(plus_minus(summary, METRICS[name], len(group.runs)) + sd)
             rows.append([str(place), f"`{group.name}`", str(len(group.runs)), *cells])
         blocks.append(markdown_table(rows))
     if said := about_test(comparison):
