@@ -338,6 +338,8 @@ def test_a_killed_run_is_told_apart_and_counts_in_no_mean(trained: Path, tmp_pat
     killed = tmp_path / "gumbel_softmax-0"
     shutil.copytree(trained / "gumbel_softmax-0", killed)
     (killed / "result.json").unlink()
+    config = killed / ".hydra" / "config.yaml"  # what auto came to is only in result.json
+    config.write_text(config.read_text().replace("precision: fp32", "precision: auto"))
     folders = [trained / "marginalization-0", trained / "marginalization-1", trained / "gumbel_softmax-1", killed]
     found = comparison(*folders)
     assert {group.name: len(group.runs) for group in found.groups} == {"marginalization": 2, "gumbel_softmax": 1}
