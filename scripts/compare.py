@@ -1,0 +1,59 @@
+"""Puts runs side by side: groups them by what differs in their configurations, and compares the groups.
+
+uv run python -m scripts.compare outputs/sweeps/DATE/TIME-NAME
+
+A FOLDER is a run folder, a sweep's folder, or any folder above some. Runs that differ in nothing but seed and
+data.split_seed are draws of one group, with a mean, a standard deviation and a 95 % interval (Student's t). Groups are
+tested against a baseline group over the draws that both have: same split, same seed. Runs without result.json count in
+no mean, and are listed. Prints tables, and writes compare.html, compare.md and compare.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from scripts.command import refusing_bad_input
+from scripts.comparison.runs import METRICS, OVERRIDES, read_all
+
+OUTPUT = "compare"  # folder and files
+
+
+def output_folder(folders: Sequence[Path], given: Path | None) -> Path:
+    """compare/ in the first folder, or next to it if it is a run's."""
+    if given is not None:
+        return given
+    first = folders[0].resolve()
+    is_run = (first / OVERRIDES).is_file() or (first / "result.json").exists()
+    return (first.parent if is_run else first) / OUTPUT
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="runs, or folders that have some below")
+    parser.add_argument("--metric", choices=list(METRICS), default="test_accuracy", help="what to sort by and to test")
+    parser.add_argument("--baseline", metavar="GROUP", help="a group's name in the table (default: the best group)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: compare/ in the first FOLDER, or next to it if it is a run"
+    )
+    arguments = parser.parse_args()
+    with refusing_bad_input():
+        from scripts.comparison.groups import compare
+        from scripts.comparison.report import as_csv, as_markdown, as_text, page
+        from training.checkpoints import write_atomically
+
+        records, notes = read_all(arguments.folders)
+        comparison = compare(records, notes, arguments.metric, arguments.baseline)
+        output = output_folder(arguments.folders, arguments.output)
+        contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": page(comparison)}
+        output.mkdir(parents=True, exist_ok=True)
+        for suffix, content in contents.items():
+            write_atomically(output / f"{OUTPUT}.{suffix}", content.encode())
+        print(as_text(comparison), end="\n\n")
+        for suffix in contents:
+            print(output / f"{OUTPUT}.{suffix}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Groups of runs by what differs in their configurations, their names, and how they compare."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from configs.schema import ConfigError
+from configs.wording import shown
+from scripts.comparison.runs import METRICS, Record
+from scripts.comparison.statistics import Paired, Summary, holm, paired, summarize
+
+REPLICATES = {"seed", "data.split_seed"}
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their draws."""
+
+    name: str
+    runs: list[Record]
+    summaries: dict[str, Summary] = field(default_factory=dict)
+    against_baseline: Paired | None = None
+
+
+@dataclass
+class Comparison:
+    """All that the reports show, best group first."""
+
+    metric: str
+    groups: list[Group]
+    baseline: Group | None
+    baseline_is_chosen: bool  # by a person, before looking
+    unfinished: list[tuple[str, Record]]  # with the name of the group that each would be in
+    repeats: list[tuple[str, Record]]  # finished, and in no mean
+    notes: list[str]
+
+
+# ---- grouping ----
+
+
+def no_effect() -> set[str]:
+    """Keys that make no group: those a resume may change, but for the length of training."""
+    from training.run import FREE_TO_CHANGE
+
+    return (FREE_TO_CHANGE - {"train.steps"}) | REPLICATES
+
+
+def differing(records: Sequence[Record]) -> list[str]:
+    """The keys that make groups: those that the runs differ in, in the configuration's order."""
+    ignored = no_effect()
+    keys = list(dict.fromkeys(key for record in records for key in record.config))
+    return [
+        key
+        for key in keys
+        if key not in ignored
+        and not all(key in record.derived for record in records if key in record.config)
+        and len({_shown(record, key) for record in records if not _is_unknown(record, key)}) > 1
+    ]
+
+
+def _is_unknown(record: Record, key: str) -> bool:
+    """Whether it is left to the machine, which an unfinished run does not tell."""
+    return key in ("device", "precision") and record.config.get(key) == "auto"
+
+
+def _shown(record: Record, key: str) -> str:
+    value = record.config.get(key, "")
+    return f"{value:.10g}" if isinstance(value, float) else shown(value)
+
+
+def make_groups(records: Sequence[Record]) -> list[Group]:
+    """Groups, named by what makes them differ."""
+    keys = differing(records)
+    by_value: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        by_value.setdefault(tuple(_shown(record, key) for key in keys), []).append(record)
+    naming = Naming(records, keys)
+    return [Group(naming.name(runs[0]), runs) for runs in by_value.values()]
+
+
+def name_beside(record: Record, groups: Sequence[Group], records: Sequence[Record]) -> str:
+    """The name of the group that an unfinished run would be in, or one that tells it from all other runs."""
+    for group in groups:
+        if not differing([record, group.runs[0]]):
+            return group.name
+    return Naming(records, differing(records)).name(record)
+
+
+class Naming:
+    """Names runs by the choices of Hydra's groups and the keys in which they differ.
+
+    What comes along with a choice is not named: a key below a group whose choice differs is, only if it differs between
+    runs of the same choice.
+    """
+
+    def __init__(self, records: Sequence[Record], keys: Sequence[str]) -> None:
+        self.records = records
+        known = list(dict.fromkeys(["estimator", *(group for record in records for group in record.choices)]))
+        # a choice without a section of its own, such as a preset, is told by the keys it sets
+        groups = [
+            group
+            for group in known
+            if any(key.startswith(f"{package(group)}.") for key in keys) and self._varies(group)
+        ]
+        self.groups = sorted(groups, key=lambda group: package(group).count("."))
+        self.keys = list(keys)
+        self.short = self._short_names()
+
+    def _varies(self, group: str) -> bool:
+        return len({choice(record, group) for record in self.records}) > 1
+
+    def _covers(self, aspect: str) -> list[str]:
+        """The groups that `aspect`, a group or a key, comes along with; for a key also those beside it."""
+        path = package(aspect)
+        above = [group for group in self.groups if path.startswith(f"{package(group)}.")]
+        if aspect in self.groups:
+            return above
+        return [g for g in self.groups if any(f"{package(g)}.".startswith(f"{package(a)}.") for a in above)]
+
+    def _value(self, record: Record, aspect: str) -> str | None:
+        return choice(record, aspect) if aspect in self.groups else _shown(record, aspect)
+
+    def _is_named(self, record: Record, aspect: str) -> bool:
+        covers = self._covers(aspect)
+        alike = [
+            other for other in self.records if all(choice(other, cover) == choice(record, cover) for cover in covers)
+        ]
+        return len({self._value(other, aspect) for other in alike}) > 1
+
+    def _short_names(self) -> dict[str, str]:
+        """Keys without their first section, where that is clear."""
+        aspects = [*self.groups, *self.keys]
+        ends = {aspect: package(aspect).partition(".")[2] or package(aspect) for aspect in aspects}
+        count = Counter(ends.values())
+        return {aspect: end if count[end] == 1 else package(aspect) for aspect, end in ends.items()}
+
+    def name(self, record: Record) -> str:
+        """Such as `score_function/learned lr=0.001`: the estimator without a key, all else with one."""
+        named = [aspect for aspect in [*self.groups, *self.keys] if self._is_named(record, aspect)]
+        parts, head = [], ""
+        for aspect in named:
+            value = self._value(record, aspect)
+            if value in (None, ""):
+                continue
+            if aspect == "estimator":
+                head = str(value)
+            elif aspect == "estimator/baseline" and head:
+                head += f"/{value}"
+            else:
+                parts.append(f"{self.short[aspect]}={value}")
+        return " ".join([head, *parts] if head else parts) or choice(record, "estimator") or "all"
+
+
+def package(aspect: str) -> str:
+    """The section that a group's choice fills; of a key, itself: schedule@estimator.temperature, estimator/baseline."""
+    return aspect.rpartition("@")[2].replace("/", ".")
+
+
+def choice(record: Record, group: str) -> str | None:
+    """What a run has of a group; without a record of it, the class that its section names."""
+    if group in record.choices:
+        return record.choices[group]
+    target = record.config.get(f"{package(group)}._target_")
+    return str(target).rpartition(".")[2] if target else None
+
+
+# ---- comparing ----
+
+
+def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseline: str | None) -> Comparison:
+    """Groups with their summaries, best first, and their differences from the baseline. Raises ConfigError."""
+    said = list(notes)
+    groups = make_groups([record for record in records if record.finished])
+    unfinished = [(name_beside(record, groups, records), record) for record in records if not record.finished]
+    repeats = [(group.name, run) for group in groups for run in _take_out_repeats(group)]
+    said += [f"{run.folder} repeats another run of {name} with the same draw, and is left out" for name, run in repeats]
+    said += _exclude_what_is_not_comparable([run for group in groups for run in group.runs])
+    for group in groups:
+        values = {name: [run.counted[name] for run in group.runs if name in run.counted] for name in METRICS}
+        group.summaries = {name: s for name, numbers in values.items() if (s := summarize(numbers))}
+        group.runs.sort(key=lambda run: (run.config.get("data.split_seed", 0), run.config.get("seed", 0)))
+    if groups and not any(metric in group.summaries for group in groups):
+        raise ConfigError(f"--metric must be one that a finished run has, got {metric}; none of these runs has it")
+    groups.sort(key=lambda group: rank(group.summaries.get(metric), metric))
+    base = groups[0] if groups else None
+    if baseline is not None:
+        base = _named(baseline, groups)
+    if base is not None:
+        _test(groups, base, metric)
+    return Comparison(metric, groups, base, baseline is not None, unfinished, repeats, said)
+
+
+def rank(summary: Summary | None, metric: str) -> float:
+    """Smaller is better; without a value last."""
+    if summary is None:
+        return math.inf
+    return -summary.mean if METRICS[metric].higher_is_better else summary.mean
+
+
+def _named(name: str, groups: Sequence[Group]) -> Group:
+    for group in groups:
+        if group.name == name:
+            return group
+    names = ", ".join(f"'{group.name}'" for group in groups) or "no finished run"
+    raise ConfigError(f"--baseline must be one of {names}; got '{name}'")
+
+
+def _test(groups: Sequence[Group], baseline: Group, metric: str) -> None:
+    def by_draw(group: Group) -> dict[object, float]:
+        return {run.draw: run.counted[metric] for run in group.runs if metric in run.counted}
+
+    for group in groups:
+        group.against_baseline = None if group is baseline else paired(by_draw(group), by_draw(baseline))
+    tested = [group.against_baseline for group in groups if group.against_baseline]
+    with_p = [(test, test.p) for test in tested if test.p is not None]
+    adjusted = holm([p for _, p in with_p])
+    for group in groups:
+        for (test, p), p_holm in zip(with_p, adjusted, strict=True):
+            if group.against_baseline is test:
+                group.against_baseline = Paired(test.difference, p, p_holm)
+
+
+def _take_out_repeats(group: Group) -> list[Record]:
+    """Leaves the newest of runs with the same draw, and returns the others: a repeat is no new evidence."""
+    newest: dict[object, Record] = {}
+    for run in sorted(group.runs, key=lambda run: (run.folder / "result.json").stat().st_mtime):
+        newest[run.draw] = run
+    repeats = [run for run in group.runs if newest[run.draw] is not run]
+    group.runs = [run for run in group.runs if newest[run.draw] is run]
+    return repeats
+
+
+def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
+    """Values that are not finite, log p(x) by another number of importance samples than most, resumed clocks."""
+    said = []
+    for run in runs:
+        for name in [name for name, value in run.values.items() if not math.isfinite(value)]:
+            run.excluded.add(name)
+            said.append(f"{METRICS[name].title} of {run.folder} is {run.values[name]}, and is left out")
+    key = "evaluation.importance_samples"
+    counts = Counter(run.config[key] for run in runs if key in run.config and "test_log_likelihood" in run.counted)
+    if len(counts) > 1:
+        most = max(counts, key=lambda samples: (counts[samples], samples))
+        others = [run for run in runs if run.config.get(key) != most]
+        for run in others:
+            run.excluded.add("test_log_likelihood")
+        said.append(
+            f"log p(x) is of the {counts[most]} runs with {key}={most}; {len(others)} with another are left out"
+        )
+    resumed = [run for run in runs if run.facts.get("start_step")]
+    for run in resumed:
+        run.excluded.add("seconds")
+    if resumed:
+        said.append(f"seconds leave out resumed runs ({len(resumed)}), whose clock began at the resume")
+    return said

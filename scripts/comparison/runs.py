@@ -1,0 +1,224 @@
+"""The runs that scripts.compare finds: what they were asked for, what they came to, and what is damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Config, ConfigError
+
+OVERRIDES = Path(".hydra", "overrides.yaml")
+
+
+@dataclass(frozen=True)
+class Metric:
+    title: str
+    form: str
+    higher_is_better: bool
+    unit: str = ""
+
+
+# under the names of result.json, and the generator's calls under that of TensorBoard
+METRICS = {
+    "test_accuracy": Metric("test accuracy", ".4f", True),
+    "test_bound": Metric("test bound", ".2f", True, "nats"),
+    "test_log_likelihood": Metric("log p(x)", ".2f", True, "nats"),
+    "test_calibration_error": Metric("calibration error", ".4f", False),
+    "val_accuracy": Metric("val accuracy", ".4f", True),
+    "val_bound": Metric("val bound", ".2f", True, "nats"),
+    "evaluations": Metric("calls per image", ".3g", False),
+    "seconds": Metric("seconds", ".1f", False),
+    "steps_per_second": Metric("steps/s", ".1f", True),
+}
+CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
+
+
+class Damaged(Exception):
+    """A run that cannot be used; the message says why."""
+
+
+@dataclass
+class Record:
+    """What is known of a run. An unfinished one has no test values."""
+
+    folder: Path
+    finished: bool
+    steps: int
+    config: dict[str, Any]  # flat
+    values: dict[str, float]
+    facts: dict[str, Any]  # the rest of result.json: device, precision, git_commit, ...
+    choices: dict[str, str] = field(default_factory=dict)  # of Hydra's groups
+    overrides: list[str] = field(default_factory=list)
+    derived: set[str] = field(default_factory=set)  # keys that follow others, as lr_factor.steps does train.steps
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    last_words: str = ""  # the log's
+    excluded: set[str] = field(default_factory=set)  # values that would mislead in a mean
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """The values that go into means."""
+        return {name: value for name, value in self.values.items() if name not in self.excluded}
+
+    @property
+    def draw(self) -> tuple[Any, Any]:
+        """What pairs this run with those of other groups: the labelled images, and all other randomness."""
+        return self.facts.get("split_hash"), self.config.get("seed")
+
+
+def find(folders: Sequence[Path]) -> list[Path]:
+    """The run folders in `folders`, each once, in the order of their names. Raises ConfigError where there is none."""
+    found: dict[Path, Path] = {}
+    for top in folders:
+        if not top.is_dir():
+            raise ConfigError(f"{top} is not a folder; give run folders, a sweep's folder, or a folder above some")
+        runs = []
+        for name, below, files in os.walk(top):
+            folder = Path(name)
+            has_overrides = (folder / OVERRIDES).is_file() and "checkpoints" in below
+            if has_overrides or "result.json" in files:
+                runs.append(folder)
+                below.clear()
+            below[:] = sorted(other for other in below if not other.startswith("."))
+        if not runs:
+            needed = "a run folder has checkpoints/ and .hydra/overrides.yaml, or result.json"
+            raise ConfigError(f"no run in {top}: {needed}")
+        found |= {folder.resolve(): folder for folder in runs if folder.resolve() not in found}
+    return list(found.values())
+
+
+def read(folder: Path) -> Record:
+    """A run, finished or not, without its events. Raises Damaged."""
+    record = _finished(folder) if (folder / "result.json").exists() else _unfinished(folder)
+    try:
+        _add_hydra(record)
+    except Exception as error:  # YAML and OmegaConf fail in many ways, and each means the same to a person
+        raise Damaged(f"its .hydra/ cannot be read ({_reason(error)})") from error
+    return record
+
+
+def _finished(folder: Path) -> Record:
+    from training.run_folder import read_json
+
+    try:
+        result = read_json(folder / "result.json")
+        config, steps = dict(result["config"]), int(result["steps"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"its result.json cannot be read ({_reason(error)})") from error
+    values = {name: float(result[name]) for name in METRICS if isinstance(result.get(name), (int, float))}
+    facts = {key: value for key, value in result.items() if key not in METRICS and key != "config"}
+    config |= {key: result[key] for key in ("device", "precision") if key in result}  # rather than auto
+    return Record(folder, True, steps, _defaults() | config, values, facts)
+
+
+def _unfinished(folder: Path) -> Record:
+    from omegaconf import DictConfig, OmegaConf
+
+    from configs.check import typed
+    from training.run import flat, plain
+
+    try:
+        loaded = OmegaConf.load(folder / ".hydra" / "config.yaml")
+        assert isinstance(loaded, DictConfig)
+        config = flat(plain(typed(loaded)))
+    except Exception as error:
+        raise Damaged(f"its .hydra/config.yaml cannot be read ({_reason(error)})") from error
+    return Record(folder, False, _steps_saved(folder), config, {}, {}, last_words=_last_words(folder))
+
+
+def _add_hydra(record: Record) -> None:
+    """The command line, the choices of groups and the derived keys, where the run has them."""
+    from omegaconf import OmegaConf
+
+    from training.run import flat
+
+    hidden = record.folder / ".hydra"
+    if (record.folder / OVERRIDES).is_file():
+        record.overrides = [str(override) for override in OmegaConf.load(record.folder / OVERRIDES)]
+    if (hidden / "hydra.yaml").is_file():
+        choices: Any = OmegaConf.select(OmegaConf.load(hidden / "hydra.yaml"), "hydra.runtime.choices")
+        record.choices = {
+            str(group): str(choice)
+            for group, choice in (choices or {}).items()
+            if choice is not None and not str(group).startswith("hydra/")
+        }
+    if (hidden / "config.yaml").is_file():
+        written: Any = OmegaConf.to_container(OmegaConf.load(hidden / "config.yaml"), resolve=False)
+        record.derived = {key for key, value in flat(written).items() if str(value).startswith("${")}
+
+
+def _defaults() -> dict[str, Any]:
+    """What the schema says of keys that runs from before do not have."""
+    from omegaconf import OmegaConf
+
+    from training.run import flat
+
+    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
+    return {key: value for key, value in flat(schema).items() if value != "???"}
+
+
+def _steps_saved(folder: Path) -> int:
+    steps = [path.stem.partition("_")[2] for path in (folder / "checkpoints").glob("step_*.pt")]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def _last_words(folder: Path) -> str:
+    """The last line of train.log, without date and level."""
+    try:
+        lines = (folder / "train.log").read_text(errors="replace").split("\n")
+    except OSError:
+        return ""
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    words = last.split(" ", 3)
+    return words[3] if len(words) == 4 and words[2].isupper() else last
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
+
+
+def read_events(record: Record) -> None:
+    """Adds curves and the generator's calls, and of an unfinished run the steps done. Raises Damaged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(record.folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+    try:
+        events.Reload()
+        tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    except Exception as error:  # a damaged file fails in many ways
+        raise Damaged(f"TensorBoard events that cannot be read ({_reason(error)})") from error
+    if record.finished and not tags:
+        raise Damaged("no TensorBoard events, or none with scalars")
+    if not record.finished:
+        record.steps = max([record.steps, *(event.step for scalars in tags.values() for event in scalars)])
+    within = {tag: [(e.step, e.value) for e in scalars if e.step <= record.steps] for tag, scalars in tags.items()}
+    record.curves = {name: within[tag] for name, tag in CURVES.items() if within.get(tag)}
+    if calls := within.get("estimator/evaluations"):
+        record.values["evaluations"] = sum(value for _, value in calls) / len(calls)
+    if not record.finished:
+        record.values |= {name: curve[-1][1] for name, curve in record.curves.items()}
+
+
+def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """Runs, and a sentence for each that is damaged in whole or in part. Raises ConfigError if none is left."""
+    records, notes = [], []
+    without_events: dict[str, list[Path]] = {}
+    for folder in find(folders):
+        try:
+            record = read(folder)
+        except Damaged as damaged:
+            notes.append(f"{folder} is left out: {damaged}")
+            continue
+        try:
+            read_events(record)
+        except Damaged as damaged:
+            without_events.setdefault(str(damaged), []).append(folder)
+        records.append(record)
+    for reason, affected in without_events.items():
+        more = f" and {len(affected) - 2} more" if len(affected) > 2 else ""
+        notes.append(f"no curves and no calls of {', '.join(map(str, affected[:2]))}{more}: {reason}")
+    if not records:
+        raise ConfigError("no run can be read: " + "; ".join(notes))
+    return records, notes

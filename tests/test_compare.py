@@ -1,0 +1,525 @@
+"""scripts.compare: its statistics against SciPy, its groups and their names, and what it writes and refuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from scripts import compare
+from scripts.comparison import figures
+from scripts.comparison.groups import Comparison
+from scripts.comparison.groups import compare as compared
+from scripts.comparison.report import COSTS, page
+from scripts.comparison.runs import METRICS, read_all
+from scripts.comparison.statistics import holm, paired, summarize, t_quantile, t_two_sided
+from tests.runs import MLP, Ended, command, run
+
+TARGETS = {
+    "marginalization": "estimators.marginalization.Marginalization",
+    "concrete": "mine.Concrete",
+    "gumbel_softmax": "estimators.gumbel_softmax.GumbelSoftmax",
+    "score_function": "estimators.score_function.ScoreFunction",
+}
+
+
+def make_run(
+    folder: Path,
+    accuracy: float,
+    estimator: str = "gumbel_softmax",
+    seed: int = 0,
+    choices: dict[str, str] | None = None,
+    overrides: list[str] | None = None,
+    events: bool = False,
+    result: dict[str, Any] | None = None,
+    **config: Any,
+) -> Path:
+    """A finished run's folder; keys of `config` have __ for a dot."""
+    (folder / ".hydra").mkdir(parents=True)
+    flat = {"estimator._target_": TARGETS.get(estimator, estimator), "train.steps": 100, "seed": seed}
+    flat |= {"data.split_seed": seed, "data.name": "digits", "optimizer.lr": 0.003}
+    flat |= {key.replace("__", "."): value for key, value in config.items()}
+    content = {"estimator": "X", "split_hash": f"hash{seed}", "steps": flat["train.steps"], "start_step": 0}
+    content |= {"seconds": 10.0 + seed, "steps_per_second": 5.0, "device": "cpu", "precision": "fp32"}
+    content |= {"val_accuracy": accuracy, "val_bound": -20.0, "test_accuracy": accuracy, "test_bound": -21.0 - seed}
+    content |= {"test_log_likelihood": -19.0, "test_calibration_error": 0.01, "git_commit": "abc", "versions": {}}
+    content |= {"config": flat, **(result or {})}
+    (folder / "result.json").write_text(json.dumps(content))
+    written = overrides or [f"estimator={estimator}", f"seed={seed}"]
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(written))
+    runtime = {"choices": {"estimator": estimator, "hydra/help": "catvae", **(choices or {})}}
+    (folder / ".hydra" / "hydra.yaml").write_text(json.dumps({"hydra": {"runtime": runtime}}))
+    if events:
+        write_events(folder)
+    return folder
+
+
+def write_events(folder: Path) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for step in (50, 100):
+            writer.add_scalar("estimator/evaluations", step / 25, step)
+            writer.add_scalar("val/accuracy", step / 200, step)
+            writer.add_scalar("val/bound", -step, step)
+        writer.add_image("generated", torch.zeros(1, 8, 8, dtype=torch.uint8), 100)
+
+
+def comparison(*folders: Path, metric: str = "test_accuracy", baseline: str | None = None) -> Comparison:
+    records, notes = read_all(folders)
+    return compared(records, notes, metric, baseline)
+
+
+def names(of: Comparison) -> list[str]:
+    return [group.name for group in of.groups]
+
+
+def run_compare(*folders: Path, more: str = "") -> Ended:
+    return command(compare.main, f"{shlex.join(map(str, folders))} {more}")
+
+
+ACCURACIES = {"marginalization": [0.91, 0.94, 0.95, 0.93], "gumbel_softmax": [0.90, 0.935, 0.93, 0.915]}
+
+
+@pytest.fixture
+def two_groups(tmp_path: Path) -> Path:
+    for estimator, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            make_run(tmp_path / f"{estimator}-{seed}", accuracy, estimator, seed)
+    return tmp_path
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 10, 29, 100, 10_000])
+def test_students_distribution_is_scipys(df: int) -> None:
+    for t in (0.0, 1e-3, 0.3, -1.0, 2.5, 12.0, 200.0):
+        assert t_two_sided(t, df) == pytest.approx(2 * stats.t.sf(abs(t), df), rel=1e-9, abs=1e-300)
+    for probability in (0.6, 0.975, 0.999):
+        assert t_quantile(probability, df) == pytest.approx(stats.t.ppf(probability, df), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_mean_deviation_and_interval_are_numpys_and_scipys(n: int) -> None:
+    values = np.random.default_rng(n).normal(5, 2, n)
+    summary = summarize(values.tolist())
+    assert summary is not None
+    assert summary.sd is not None
+    assert summary.half is not None
+    assert (summary.n, summary.mean, summary.sd) == pytest.approx((n, values.mean(), values.std(ddof=1)))
+    low, high = stats.t.interval(0.95, n - 1, values.mean(), stats.sem(values))
+    assert (summary.mean - summary.half, summary.mean + summary.half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_deviation_and_none_no_summary() -> None:
+    one = summarize([3.0])
+    assert one is not None
+    assert (one.mean, one.sd, one.half) == (3.0, None, None)
+    assert summarize([]) is None
+
+
+def test_the_paired_test_is_scipys_over_the_keys_that_both_have() -> None:
+    draws = np.random.default_rng(0)
+    a, b = draws.normal(0, 1, 6), draws.normal(0.5, 1, 6)
+    group = dict(enumerate(a)) | {"only here": 100.0}
+    test = paired(group, dict(enumerate(b)) | {"only there": -100.0})
+    assert test is not None
+    expected = stats.ttest_rel(a, b)
+    assert test.difference.n == 6
+    assert test.p == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert test.difference.half is not None
+    assert test.difference.mean - test.difference.half == pytest.approx(low)
+    assert test.difference.mean + test.difference.half == pytest.approx(high)
+
+
+def test_without_shared_keys_or_variation_there_is_no_p_value() -> None:
+    assert paired({1: 0.5}, {2: 0.5}) is None
+    for group, baseline in (({1: 0.5}, {1: 0.4}), ({1: 0.5, 2: 0.6}, {1: 0.4, 2: 0.5})):
+        test = paired(group, baseline)
+        assert test is not None
+        assert test.p is None
+        assert test.difference.mean == pytest.approx(0.1)
+
+
+def test_holms_adjustment_against_the_definition() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+# ---- groups ----
+
+
+def test_the_groups_numbers_are_those_of_the_files(two_groups: Path) -> None:
+    found = comparison(two_groups)
+    assert names(found) == ["marginalization", "gumbel_softmax"]
+    a, b = (np.array(ACCURACIES[group.name]) for group in found.groups)
+    best, other = found.groups
+    accuracy = best.summaries["test_accuracy"]
+    assert (accuracy.mean, accuracy.sd) == pytest.approx((a.mean(), a.std(ddof=1)))
+    assert best.summaries["test_bound"].mean == pytest.approx(-22.5)
+    assert best.summaries["seconds"].mean == pytest.approx(11.5)
+    assert best.against_baseline is None
+    assert other.against_baseline is not None
+    assert other.against_baseline.difference.mean == pytest.approx((b - a).mean())
+    assert other.against_baseline.p == pytest.approx(stats.ttest_rel(b, a).pvalue)
+    assert other.against_baseline.p_holm == other.against_baseline.p
+
+
+def test_the_metric_says_what_is_best_and_the_baseline_can_be_named(two_groups: Path) -> None:
+    slow = make_run(two_groups / "slow", 0.99, "concrete", result={"seconds": 99.0})
+    assert names(comparison(two_groups))[0] == "concrete"
+    assert names(comparison(two_groups, metric="seconds"))[-1] == "concrete"
+    named = comparison(two_groups, baseline="gumbel_softmax")
+    assert named.baseline is not None
+    assert named.baseline.name == "gumbel_softmax"
+    ended = run_compare(two_groups, slow, more="--baseline nothing")
+    assert ended.code == 2
+    assert "one of 'concrete', 'marginalization', 'gumbel_softmax'; got 'nothing'" in ended.err
+
+
+def test_p_values_are_adjusted_for_all_groups(two_groups: Path) -> None:
+    for seed, accuracy in enumerate([0.80, 0.84, 0.81, 0.85]):
+        make_run(two_groups / f"concrete-{seed}", accuracy, "concrete", seed)
+    tests = [group.against_baseline for group in comparison(two_groups).groups[1:]]
+    p = [test.p for test in tests if test and test.p is not None]
+    assert len(p) == 2
+    assert [test.p_holm for test in tests if test] == pytest.approx([max(2 * min(p), q) for q in p])
+
+
+def test_choices_name_groups_and_what_comes_along_with_them_does_not(tmp_path: Path) -> None:
+    score: dict[str, Any] = {"estimator": "score_function", "estimator__num_samples": 1}
+    for number, (baseline, samples) in enumerate([("learned", 1), ("leave_one_out", 2), ("leave_one_out", 4)]):
+        target = {"estimator.baseline._target_": f"estimators.score_function.{baseline}"}
+        config = score | target | {"estimator__num_samples": samples}
+        make_run(tmp_path / f"{number}", 0.9 - number / 100, choices={"estimator/baseline": baseline}, **config)
+    annealed: dict[str, Any] = {"estimator__temperature___target_": "estimators.schedules.exponential"}
+    constant: dict[str, Any] = {
+        "estimator__temperature___target_": "estimators.schedules.constant",
+        "estimator__kl": "relaxed",
+    }
+    make_run(tmp_path / "3", 0.5, "gumbel_softmax", choices={"schedule@estimator.temperature": "e"}, **annealed)
+    make_run(tmp_path / "4", 0.4, "concrete", choices={"schedule@estimator.temperature": "c"}, **constant)
+    assert names(comparison(tmp_path)) == [
+        "score_function/learned",
+        "score_function/leave_one_out num_samples=2",
+        "score_function/leave_one_out num_samples=4",
+        "gumbel_softmax",
+        "concrete",
+    ]
+
+
+def test_keys_name_groups_where_the_choice_is_the_same(tmp_path: Path) -> None:
+    for number, (lr, steps) in enumerate([(0.003, 100), (0.01, 100), (0.01, 200)]):
+        make_run(tmp_path / f"{number}", 0.9 - number / 100, optimizer__lr=lr, train__steps=steps)
+    assert names(comparison(tmp_path)) == ["steps=100 lr=0.003", "steps=100 lr=0.01", "steps=200 lr=0.01"]
+
+
+def test_what_has_no_effect_makes_no_group(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", 0.9, seed=0, data__root="/here", train__log_every=1, resume=None)
+    make_run(tmp_path / "1", 0.8, seed=1, data__root="/there", train__log_every=2, resume="x", deterministic=False)
+    (group,) = comparison(tmp_path).groups
+    assert (group.name, len(group.runs)) == ("gumbel_softmax", 2)
+
+
+def test_a_key_that_follows_another_is_not_named(tmp_path: Path) -> None:
+    for steps in (100, 200):
+        folder = make_run(tmp_path / f"{steps}", 0.9, train__steps=steps, lr_factor__steps=steps)
+        text = "train:\n  steps: 1\nlr_factor:\n  steps: ${train.steps}\n"
+        (folder / ".hydra" / "config.yaml").write_text(text)
+    assert set(names(comparison(tmp_path))) == {"steps=100", "steps=200"}
+
+
+def test_what_the_machine_chose_counts_and_not_auto(tmp_path: Path) -> None:
+    for number, precision in enumerate(["fp32", "bf16"]):
+        make_run(tmp_path / precision, 0.9 - number / 10, precision="auto", result={"precision": precision})
+    assert names(comparison(tmp_path)) == ["precision=fp32", "precision=bf16"]
+
+
+def test_without_a_record_of_choices_the_class_is_the_name(tmp_path: Path) -> None:
+    for number, estimator in enumerate(["marginalization", "concrete"]):
+        folder = make_run(tmp_path / estimator, 0.9 - number / 10, estimator)
+        for path in (folder / ".hydra").iterdir():
+            path.unlink()
+    assert names(comparison(tmp_path)) == ["Marginalization", "Concrete"]
+
+
+def test_a_repeated_draw_counts_once(tmp_path: Path) -> None:
+    old = make_run(tmp_path / "old", 0.5)
+    make_run(tmp_path / "new", 0.9)
+    os.utime(old / "result.json", (1, 1))
+    found = comparison(tmp_path)
+    assert [len(group.runs) for group in found.groups] == [1]
+    assert found.groups[0].summaries["test_accuracy"].mean == 0.9
+    assert any("old repeats" in note for note in found.notes)
+    assert [row["status"] for row in rows_of(tmp_path)] == ["counted", "repeat"]
+
+
+def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path: Path) -> None:
+    for seed, (samples, value) in enumerate([(5, -10.0), (5, -12.0), (1, -30.0)]):
+        result = {"test_log_likelihood": value}
+        make_run(tmp_path / f"{seed}", 0.9, seed=seed, evaluation__importance_samples=samples, result=result)
+    found = comparison(tmp_path)
+    (group,) = found.groups
+    assert (group.summaries["test_log_likelihood"].n, group.summaries["test_log_likelihood"].mean) == (2, -11.0)
+    assert group.summaries["test_accuracy"].n == 3
+    assert any("importance_samples=5" in note for note in found.notes)
+    assert float(rows_of(tmp_path)[2]["test_log_likelihood"]) == -30.0
+    assert "-11.00 ± 12.71 [n 2]" in run_compare(tmp_path).out
+
+
+def test_numbers_that_would_mislead_are_left_out_and_said(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", 0.9, seed=0, result={"test_bound": float("nan")})
+    make_run(tmp_path / "1", 0.8, seed=1, result={"start_step": 50, "seconds": 1.0})
+    found = comparison(tmp_path)
+    (group,) = found.groups
+    assert (group.summaries["test_bound"].n, group.summaries["seconds"].n) == (1, 1)
+    assert group.summaries["seconds"].mean == 10.0
+    assert len(found.notes) == 3  # and no events
+
+
+def test_groups_without_shared_draws_are_not_tested(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 0.9, "marginalization", seed=0)
+    make_run(tmp_path / "b", 0.8, "gumbel_softmax", seed=1)
+    ended = run_compare(tmp_path)
+    assert ended.code == 0, ended.said
+    assert "No group has a draw (same split, same seed) in common with marginalization" in ended.out
+    assert "no shared draws" in ended.out
+    assert re.search(r"marginalization +1 +0\.9000 ± – +–", ended.out)
+    ElementTree.fromstring((tmp_path / "compare" / "compare.html").read_text())
+
+
+# ---- finished, killed and damaged runs ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two estimators by two draws, and one that diverged."""
+    folder = tmp_path_factory.mktemp("trained")
+    for estimator in ("marginalization", "gumbel_softmax"):
+        for seed in (0, 1):
+            line = f"{MLP} estimator={estimator} seed={seed} data.split_seed={seed} train.steps=12"
+            run(line, folder / f"{estimator}-{seed}")
+    run(f"{MLP} estimator=gumbel_softmax train.steps=12 optimizer.lr=1e30", folder / "diverged", code=3)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    assert run_compare(folder).code == 0
+    return list(csv.DictReader(io.StringIO((folder / "compare" / "compare.csv").read_text())))
+
+
+def test_runs_of_the_trainer(trained: Path) -> None:
+    rows = rows_of(trained)
+    assert [row["status"] for row in rows] == ["counted"] * 4 + ["unfinished"]
+    for row in rows[:4]:
+        result = json.loads(Path(row["folder"], "result.json").read_text())
+        assert all(float(row[name]) == result[name] for name in METRICS if name != "evaluations")
+        assert float(row["evaluations"]) == {"marginalization": 10, "gumbel_softmax": 1}[row["group"]]
+        assert f"estimator={row['group']}" in row["command"]
+    assert rows[4]["test_accuracy"] == ""
+    assert "lr=1e+30" in rows[4]["group"]
+
+
+def test_a_killed_run_is_told_apart_and_counts_in_no_mean(trained: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "gumbel_softmax-0"
+    shutil.copytree(trained / "gumbel_softmax-0", killed)
+    (killed / "result.json").unlink()
+    config = killed / ".hydra" / "config.yaml"  # what auto came to is only in result.json
+    config.write_text(config.read_text().replace("precision: fp32", "precision: auto"))
+    folders = [trained / "marginalization-0", trained / "marginalization-1", trained / "gumbel_softmax-1", killed]
+    found = comparison(*folders)
+    assert {group.name: len(group.runs) for group in found.groups} == {"marginalization": 2, "gumbel_softmax": 1}
+    ((name, record),) = found.unfinished
+    assert (name, record.steps, record.folder) == ("gumbel_softmax", 12, killed)
+    ended = run_compare(*folders, more=f"--output {tmp_path / 'out'}")
+    assert "in no mean above" in ended.out
+    assert f"{killed} (gumbel_softmax): 12 of 12 steps, val accuracy" in ended.out
+    for path in ("compare.md", "compare.html"):
+        assert "gumbel_softmax-0" in (tmp_path / "out" / path).read_text()
+
+
+def test_only_unfinished_runs_are_still_listed(trained: Path, tmp_path: Path) -> None:
+    ended = run_compare(trained / "diverged", more=f"--output {tmp_path}")
+    assert ended.code == 0, ended.said
+    assert "no finished run" in ended.out
+    assert "labelled_bound is nan at step 1" in ended.out
+    ElementTree.fromstring((tmp_path / "compare.html").read_text())
+
+
+def test_a_damaged_run_is_named_and_the_others_are_compared(two_groups: Path) -> None:
+    (two_groups / "marginalization-0" / "result.json").write_text('{"steps": ')
+    (two_groups / "marginalization-1" / "result.json").write_text("[]")
+    (two_groups / "marginalization-2" / ".hydra" / "hydra.yaml").write_text("{")
+    write_events(two_groups / "gumbel_softmax-0")
+    (event_file,) = (two_groups / "gumbel_softmax-0").glob("events*")
+    event_file.write_bytes(b"\xff" * 100)
+    ended = run_compare(two_groups)
+    assert (ended.code, ended.err) == (0, "")
+    said = " ".join(ended.out.split())
+    for name, reason in (("0", "result.json cannot be read"), ("1", "result.json cannot"), ("2", ".hydra/ cannot be")):
+        assert re.search(rf"marginalization-{name} is left out: its {re.escape(reason)}", said)
+    assert "gumbel_softmax-0" in said[said.index("no curves and no calls of") :]
+    assert re.search(r"gumbel_softmax +4 ", ended.out)
+    assert re.search(r"marginalization +1 ", ended.out)
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    good, empty = make_run(tmp_path / "good", 0.9), tmp_path / "empty"
+    empty.mkdir()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "result.json").write_text("{}")
+    for folders, said in (
+        ([empty], "no run in"),
+        ([good, empty], "no run in"),
+        ([tmp_path / "nowhere"], "nowhere is not a folder"),
+        ([good / "result.json"], "result.json is not a folder"),
+        ([bad], "no run can be read: "),
+    ):
+        ended = run_compare(*folders)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.startswith("catvae: ")
+        assert ended.err.count("\n") == 1
+        assert said in ended.err
+
+
+def test_a_metric_that_no_run_has_is_refused(two_groups: Path) -> None:
+    ended = run_compare(two_groups, more="--metric evaluations")
+    assert (ended.code, ended.out) == (2, "")
+    assert "--metric must be one that a finished run has, got evaluations" in ended.err
+
+
+def test_a_folder_given_twice_counts_once_and_reports_go_beside_a_run(tmp_path: Path) -> None:
+    one, other = make_run(tmp_path / "one", 0.9), make_run(tmp_path / "other", 0.8, seed=1)
+    ended = run_compare(one, other, one, tmp_path)
+    assert "2 finished runs in 1 group" in ended.out
+    written = [tmp_path / "compare" / f"compare.{suffix}" for suffix in ("csv", "md", "html")]
+    assert ended.out.splitlines()[-3:] == list(map(str, written))
+    assert sorted((tmp_path / "compare").iterdir()) == sorted(written)
+
+
+# ---- what it writes ----
+
+
+def test_the_terminals_table_is_aligned_and_best_first(two_groups: Path) -> None:
+    lines = run_compare(two_groups).out.splitlines()
+    head, first, second = lines[2:5]
+    assert first.split()[:3] == ["1", "marginalization", "4"]
+    assert second.split()[:3] == ["2", "gumbel_softmax", "4"]
+    assert first.split()[3:7] == ["0.9325", "±", "0.0272", "0.0171"]
+    assert head.index("test accuracy") + len("test accuracy") == first.index("0.0272") + 6
+    assert len({len(line) for line in (head, first, second)}) == 1
+
+
+def test_markdown_has_a_row_a_group(two_groups: Path) -> None:
+    run_compare(two_groups)
+    lines = (two_groups / "compare" / "compare.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| 1 ")]
+    assert rows[0].startswith("| 1 | `marginalization` | 4 | 0.9325 ± 0.0272 (0.0171) | -22.50 ± 2.05 (1.29) |")
+    head = next(line for line in lines if "test accuracy" in line and line.startswith("|"))
+    assert head.count("|") == rows[0].count("|")
+
+
+NASTY = """<script>&"'|`x"""
+
+
+def test_the_page_is_well_formed_loads_nothing_and_escapes_names(tmp_path: Path) -> None:
+    for number in range(3):
+        for seed in (0, 1):
+            folder = tmp_path / f"<{number}&-{seed}"
+            accuracy = 0.9 - number / 50 - seed / (20 + number)
+            config: dict[str, Any] = {"estimator__kl": f"{NASTY}{number}"}
+            make_run(folder, accuracy, seed=seed, events=True, overrides=[NASTY], **config)
+    html = page(comparison(tmp_path))
+    root = ElementTree.fromstring(html)
+    assert not list(root.iter("script"))
+    assert not list(root.iter("link"))
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "url(" not in html
+    sources = [value for element in root.iter() for key, value in element.items() if key in ("src", "href")]
+    assert len(sources) == 1
+    assert sources[0].startswith("data:image/png;base64,")
+    shown = " ".join("".join(root.itertext()).split())
+    assert f"kl={NASTY}0" in shown
+    assert f"uv run train.py {shlex.quote(NASTY)}" in shown
+
+
+def many(folder: Path, groups: int) -> Comparison:
+    for number in range(groups):
+        for seed in (0, 1):
+            path = make_run(folder / f"{number}-{seed}", 0.9 - number / 100, seed=seed, optimizer__lr=number + 1.0)
+            write_events(path)
+    return comparison(folder)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 9])
+def test_the_figures_show_every_group(groups: int, tmp_path: Path) -> None:
+    found = many(tmp_path, groups)
+    root = ElementTree.fromstring(page(found))
+    drawings = list(root.iter("svg"))
+    labels = [drawing.get("aria-label") or "" for drawing in drawings]
+    in_panels = groups > figures.COLOURS
+    assert sum("against steps" in label for label in labels) == (2 * groups if in_panels else 4)
+    assert sum("against calls" in label for label in labels) == 2  # for a desktop and a phone
+    assert sum("differences" in label for label in labels) == (2 if groups > 1 else 0)
+    against_calls = next(d for d in drawings if "against calls" in (d.get("aria-label") or ""))
+    assert sum("rank" in (t.get("class") or "") for t in against_calls.iter("text")) == groups
+    numbers = [float(x) for d in drawings for c in d.iter("circle") for x in (c.get("cx") or "", c.get("cy") or "")]
+    assert all(0 <= x <= 760 for x in numbers)
+    colours = {figures.colour(found, group) for group in found.groups}
+    assert len(colours) == (2 if in_panels else groups)
+
+
+def test_curves_and_calls_are_the_events(tmp_path: Path) -> None:
+    (group,) = many(tmp_path, 1).groups
+    curves = figures.curves_of(group, "val_accuracy")
+    assert curves is not None
+    assert (curves.steps, curves.mean, curves.low, curves.high) == ([50, 100], [0.25, 0.5], [0.25, 0.5], [0.25, 0.5])
+    assert group.summaries["evaluations"].mean == 3.0
+    assert group.summaries["evaluations"].half == 0.0
+
+
+@pytest.mark.parametrize("metric", list(METRICS))
+def test_any_metric_sorts_and_is_in_the_first_table(metric: str, two_groups: Path) -> None:
+    write_events(two_groups / "marginalization-0")
+    ended = run_compare(two_groups, more=f"--metric {metric}")
+    assert ended.code == 0, ended.said
+    assert METRICS[metric].title in ended.out.splitlines()[2]
+    assert metric in METRICS
+    assert set(COSTS) <= set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log"), [(0.91, 0.95, False), (-130, -110, False), (1, 10, True), (60, 90, True)]
+)
+def test_ticks_are_few_round_and_inside(low: float, high: float, log: bool) -> None:
+    axis = figures.Axis(low, high, 0, 100, log)
+    ticks = axis.ticks(5)
+    assert 2 <= len(ticks) <= 7
+    assert all(low <= tick <= high for tick in ticks)
+    assert all(0 <= axis(tick) <= 100 for tick in ticks)
+    assert (axis(low), axis(high)) == pytest.approx((0, 100))
+
+
+def test_dots_do_not_hide_each_other() -> None:
+    centres = [(10.0, 5.0), (10.0, 6.0), (10.0, 5.0), (50.0, 5.0)]
+    moved = figures.side_by_side(centres, 4.0)
+    placed = np.array([(x, y) for x, (_, y) in zip(moved, centres, strict=True)])
+    distances = np.linalg.norm(placed[:, None] - placed[None], axis=-1)[np.triu_indices(4, 1)]
+    assert distances.min() >= 4.0
+    assert (moved[0], moved[3]) == (10.0, 50.0)
