@@ -175,14 +175,16 @@ class CheckBeforeWork(Callback):
                 checked.append((job, Path(job_config.hydra.sweep.dir, job_config.hydra.sweep.subdir), job_checked))
         from training import sweep
 
-        is_search = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
         for job, _, job_checked in checked:
             with _refusing(job):
                 if sweep.launcher(config.hydra) in sweep.ON_THIS_MACHINE:
                     check_machine(job_checked)
         with _refusing():
             sweep.begin(config)
-        for job, folder, job_checked in () if is_search else checked:
+            if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+                sweep.check_search(config)
+                return
+        for job, folder, job_checked in checked:
             with _refusing(job):
                 sweep.check_folder(folder, job_checked)
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import Config, ConfigError
 from training import checkpoints
@@ -27,6 +27,7 @@ from training.run_folder import LOCK, RESULT, hold, is_held, read_json, release,
 errors = logging.getLogger("catvae.errors")
 SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on
 FAILED = "failed.json"
+SEARCH = "search.json"
 BASIC, PARALLEL, SLURM = "BasicLauncher", ("JoblibLauncher", "LocalLauncher"), "SlurmLauncher"
 ON_THIS_MACHINE = (BASIC, *PARALLEL)
 LET_GO = 20.0  # seconds that jobs of a killed sweep have for the step in hand and a checkpoint
@@ -41,14 +42,14 @@ _stopped: list[int] = []  # the signal that stops the sweep of this process
 def begin(config: DictConfig) -> None:
     """Makes the sweep's folder this process's own. Raises ConfigError if another process has it."""
     folder = Path(config.hydra.sweep.dir)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         hold(folder / SWEEP_LOCK)
+    except OSError as error:
+        raise ConfigError(f"hydra.sweep.dir cannot be used: {error.filename}: {error.strerror}") from error
     except ConfigError:
-        message = (
-            f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}; wait for it, or stop it"
-        )
-        raise ConfigError(message) from None
+        message = f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}"
+        raise ConfigError(f"{message}; wait for that one, or stop it") from None
     _stopped.clear()
     if launcher(config.hydra) == BASIC:
         return
@@ -72,6 +73,20 @@ def _stop_by_signal(lock: Path) -> None:
         _say("stopping; the running jobs save first")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def check_search(config: DictConfig) -> None:
+    """A search makes up the same trials again if it is the same. Raises ConfigError if its folder has another's."""
+    folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
+    search: dict[str, Any] = OmegaConf.to_container(sweeper, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    del search["n_trials"]
+    search["overrides"] = OmegaConf.to_container(config.hydra.overrides.task)
+    if any(folder.rglob("checkpoints")):
+        of_this = (folder / SEARCH).exists() and read_json(folder / SEARCH) == search
+        if not of_this or sweeper.storage or sweeper.sampler.get("seed") is None:
+            message = f"hydra.sweep.dir must be new, or that of the same search, got {folder}"
+            raise ConfigError(f"{message}; the same has hydra.sweeper.sampler.seed, all settings, and no storage")
+    write_json(folder / SEARCH, search)
 
 
 def check_folder(folder: Path, config: Config) -> None:
