@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -98,6 +99,16 @@ def outcomes(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def processes_in(folder: Path) -> list[int]:
+    """The processes whose current folder is `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").resolve(strict=True) == folder:
+                found.append(int(entry.name))
+    return found
+
+
 def times(folder: Path) -> dict[Path, int]:
     """When the results and checkpoints of a sweep were written."""
     files = [*folder.rglob("result.json"), *folder.rglob("step_*.pt")]
@@ -145,6 +156,7 @@ def test_killed_and_started_again(launcher: str, undisturbed: list[dict[str, Any
     if launcher == "basic":
         assert starts[0] == starts[2] == 0
         assert f"{folder}/0 is finished already" in again.out
+    wait_for(lambda: not processes_in(tmp_path))
     before = times(folder)
     assert here(f"{JOBS} hydra/launcher=basic", folder).code == 0  # by any launcher
     assert times(folder) == before
@@ -293,8 +305,7 @@ def test_submitit_puts_a_preempted_job_back(undisturbed: list[dict[str, Any]], t
     process = start(f"{JOBS} hydra/launcher=submitit_local train.checkpoint_every=100000", folder)
     log = folder / "1" / "train.log"
     wait_for(lambda: log.exists() and "J =" in log.read_text(), process)
-    pids = [int(pid) for pid in subprocess.check_output(["pgrep", "-f", "submitit.core._submit"]).split()]
-    warned = [pid for pid in pids if is_of(pid, folder)]
+    warned = [pid for pid in processes_in(tmp_path) if b"core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(warned) == 3
     for pid in warned:
         os.kill(pid, signal.SIGUSR2)
@@ -304,10 +315,6 @@ def test_submitit_puts_a_preempted_job_back(undisturbed: list[dict[str, Any]], t
     assert starts[1] > 0
     for outcome, expected in zip(outcomes(folder), undisturbed, strict=True):
         assert equal(outcome, expected)
-
-
-def is_of(pid: int, folder: Path) -> bool:
-    return str(folder).encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 @needs_submitit

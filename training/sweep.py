@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shlex
@@ -33,6 +34,7 @@ ON_THIS_MACHINE = (BASIC, *PARALLEL)
 LET_GO = 20.0  # seconds that jobs of a killed sweep have for the step in hand and a checkpoint
 ROOT = Path(__file__).parent.parent
 WORST = 0.0  # accuracy, of a job that diverged
+_busy = threading.Event()  # a job is done in this process
 _stopped: list[int] = []  # the signal that stops the sweep of this process
 
 
@@ -172,6 +174,7 @@ def beside_others(hydra: Any) -> Iterator[None]:
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # Ctrl-C on the terminal is for the process that started the sweep, which lets jobs save
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    _end_with(os.getppid())
     done = threading.Event()
 
     def watch() -> None:
@@ -182,11 +185,25 @@ def beside_others(hydra: Any) -> Iterator[None]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    _busy.set()
     try:
         yield
     finally:
         done.set()
         watcher.join()
+        _busy.clear()
+
+
+@functools.cache  # once a process
+def _end_with(parent: int) -> None:
+    """Joblib's processes would wait for the next job for ever after their parent was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent or _busy.is_set():
+            time.sleep(0.5)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def threads(settings: Any) -> int:
