@@ -183,25 +183,47 @@ def resume_argument(folder: Path) -> str:
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
-def hydra_main(config: DictConfig) -> None:
-    """Runs a job, and turns what ended it into an exit code."""
+def hydra_main(config: DictConfig) -> float | None:
+    """Runs a job; returns its validation accuracy in a sweep, for a search, and exits with its code elsewhere."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return job_of_sweep(config, folder)
+    if code := ending(config, folder)[0]:
+        sys.exit(code)
+    return None
+
+
+def ending(config: DictConfig, folder: Path) -> tuple[int, str]:
+    """Runs a job, and turns what ended it into an exit code and a reason."""
     try:
-        code = run_job(config, folder)
+        return run_job(config, folder), ""
     except Exception as error:
-        code = ended_by(error, folder)
+        return ended_by(error, folder), str(error)
     except (KeyboardInterrupt, SystemExit):  # outside the training loop, which would have taken a checkpoint first
         if is_saved(folder):
             log.warning("stopped; go on with: uv run train.py %s", resume_argument(folder))
         raise
-    if code in (1, 2, 3) and in_sweep:  # the other jobs go on; the sweep's exit code tells of this one
-        failures.append(code)
-    elif code:
-        sys.exit(code)
 
 
-failures: list[int] = []
+def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
+    """Does what is left to do of a job; the others go on if it fails, and the sweep's exit code tells of it."""
+    from training import sweep
+
+    hydra_config = HydraConfig.get()
+    if sweep.is_stopped(hydra_config):
+        return None
+    if sweep.failed_for_good(folder, config):
+        errors.error("catvae: %s diverged, and would again; delete it to try anew", folder)
+        return sweep.WORST
+    if is_saved(folder):  # the sweep was started again, and CheckBeforeWork has compared the configurations
+        config.resume = str(folder)
+    (folder / sweep.FAILED).unlink(missing_ok=True)
+    with sweep.beside_others(hydra_config):
+        try:
+            code, reason = ending(config, folder)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            code, reason = getattr(stop, "code", 130), ""
+    return sweep.after_job(hydra_config, config, folder, code, reason)
 
 
 def main() -> None:
@@ -221,8 +243,12 @@ def main() -> None:
     except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
         print("catvae: interrupted", file=sys.stderr)
         sys.exit(130)
-    if failures:
-        sys.exit(max(failures))
+    except Exception as error:
+        from training import sweep
+
+        if code := sweep.broken(error):
+            sys.exit(code)
+        raise
 
 
 if __name__ == "__main__":

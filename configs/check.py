@@ -8,7 +8,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -161,8 +162,10 @@ class CheckBeforeWork(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
             checked = _check_job(config)
-            _check_folder(config, "hydra.run.dir", Path(config.hydra.run.dir))
+            folder = Path(config.hydra.run.dir)
+            _check_folder(config, folder)
             check_machine(checked)
+            _hold_folder(folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
@@ -173,28 +176,57 @@ class CheckBeforeWork(Callback):
         for number, job in enumerate(jobs):
             with _refusing(job):
                 job_config = _compose_job(config, number, job)
-                checked.append(_check_job(job_config))
-                sweep = job_config.hydra.sweep
-                _check_folder(job_config, "hydra.sweep.dir", Path(sweep.dir, sweep.subdir))
-        if config.hydra.runtime.choices["hydra/launcher"] == "basic":  # others may run jobs on other machines
-            for job, job_checked in zip(jobs, checked, strict=True):
-                with _refusing(job):
+                job_checked = _check_job(job_config)
+                checked.append((job, Path(job_config.hydra.sweep.dir, job_config.hydra.sweep.subdir), job_checked))
+        from training import sweep
+
+        for job, _, job_checked in checked:
+            with _refusing(job):
+                if sweep.launcher(config.hydra) in sweep.ON_THIS_MACHINE:
                     check_machine(job_checked)
+        with _refusing():
+            sweep.begin(config)
+            if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+                sweep.check_search(config)
+                return
+        for job, folder, job_checked in checked:
+            with _refusing(job):
+                sweep.check_folder(folder, job_checked)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        from training import sweep
+
+        if code := sweep.end(config):
+            sys.exit(code)
 
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
-    """The overrides of each job of a sweep; none for a search, which makes up its jobs as it goes."""
-    if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
-        return []
+    """The overrides of each job of a sweep; of a search, which makes up its jobs as it goes, the ends of its ranges."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     overrides = parser.parse_overrides([*params, *given])
+    if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+        return [_end_of_search(overrides, end) for end in (0, -1)]
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             key = override.key_or_group
             raise ConfigError(f"{key} must be values to sweep over, such as 1,2 or range(3), got {override.input_line}")
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _end_of_search(overrides: Sequence[Override], end: int) -> list[str]:
+    """A job with the first (0) or the last (-1) value of everything that a search tries."""
+    job = {}
+    for override in overrides:
+        key, value = override.get_key_element(), override.value()
+        if isinstance(value, IntervalSweep):
+            job[key] = f"{key}={(value.start, value.end)[end]}"
+        elif override.is_sweep_override():
+            job[key] = f"{key}={list(override.sweep_string_iterator())[end]}"
+        else:
+            job[key] = f"{key}={override.get_value_element_as_str()}"
+    return list(job.values())
 
 
 def _compose_job(config: DictConfig, number: int, overrides: list[str]) -> DictConfig:
@@ -214,10 +246,19 @@ def _check_job(config: DictConfig) -> Config:
     return checked
 
 
-def _check_folder(config: DictConfig, key: str, folder: Path) -> None:
+def _check_folder(config: DictConfig, folder: Path) -> None:
     """Among another run's checkpoints, a run would lose its own and be taken for the other. Raises ConfigError."""
     if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
-        raise ConfigError(f"{key} must be without a run, got {folder}; go on with that one by resume={folder}")
+        raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by resume={folder}")
+
+
+def _hold_folder(folder: Path) -> None:
+    """Makes a run's folder this process's own before Hydra writes there. Raises ConfigError if it is another's."""
+    from training.run_folder import LOCK, hold
+
+    with suppress(OSError):  # the run says it, who can also log it
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder / LOCK)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ from data.datasets import DataError
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}
 
+# choices that an optional package brings, and the extra of pyproject.toml that brings the package
+EXTRAS = {"joblib": "joblib", "submitit": "slurm", "optuna": "optuna"}
 CONFIGS = Path(__file__).parent
 ARGUMENT = "an argument must be key=value or group=choice, with quotes around special characters"
 # what Hydra says on one line, and what is said instead
@@ -77,7 +79,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = f"one of {', '.join(error.options)}" if error.options else "the name of a choice"
-        return f"{group} must be {choices}, got {choice}"
+        extra = next((extra for name, extra in EXTRAS.items() if choice.startswith(name)), "")
+        return f"{group} must be {choices}, got {choice}" + (f"; it comes by: uv sync --extra {extra}" if extra else "")
     nameless = [argument for argument in arguments if re.fullmatch(r"([+~]*=.*|[+~]+)", argument)]
     if nameless:
         return f"{ARGUMENT}, got {nameless[0]}"

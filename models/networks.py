@@ -233,9 +233,8 @@ class ConvGenerator(nn.Module):
         samples, batch, _ = z.shape
         channels, height, width = self.grid
         hidden = self.from_class(once_if_shared(y)) + self.from_latent(z)
-        hidden = hidden.view(samples * batch, height, width, channels).permute(
-            0, 3, 1, 2
-        )  # channels last in memory, which convolutions are faster on
+        # channels last in memory, which convolutions are faster on
+        hidden = hidden.view(samples * batch, height, width, channels).permute(0, 3, 1, 2)
         for layer in self.layers:
             hidden = layer(F.relu(hidden))
         pixels = hidden[:, :, : self.shape.height, : self.shape.width]

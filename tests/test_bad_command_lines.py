@@ -157,7 +157,6 @@ def fresh_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("CATVAE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "failures", [])
     yield
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None

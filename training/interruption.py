@@ -1,11 +1,12 @@
-"""Ctrl-C and SIGTERM finish the step in hand; a second one ends the process at once."""
+"""Ctrl-C, SIGTERM and SIGUSR2 (a cluster's warning) finish the step in hand; a second one ends the process at once."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Windows has no SIGUSR2
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name))
 
 
 class Interrupted(Exception):
@@ -13,7 +14,7 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, remembers the first SIGINT or SIGTERM instead of dying of it."""
+    """While entered, remembers the first of SIGNALS instead of dying of it."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,7 +44,8 @@ class Report:
             tqdm(
                 initial=self.start,
                 total=self.run.config.train.steps,
-                disable=None,  # quiet where the output is not a terminal
+                # quiet where the output is not a terminal, or is that of several jobs
+                disable=bool(os.environ.get("TQDM_DISABLE")) or None,
                 unit="step",
                 dynamic_ncols=True,
             )

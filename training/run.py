@@ -215,12 +215,8 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up a checkpoint. Raises ConfigError if it belongs to another experiment."""
-        before, now = {"deterministic": False} | flat(state["config"]), flat(plain(self.config))  # older runs lack it
-        changed = [key for key in now.keys() | before.keys() if before.get(key) != now.get(key)]
-        changed = sorted(set(changed) - FREE_TO_CHANGE)
-        if changed:
-            differences = ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in changed)
-            raise ConfigError(f"resume cannot change the experiment: {differences}; start a new run for that")
+        if changed := changes(flat(state["config"]), self.config):
+            raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
         if state["split_hash"] != self.split.hash:
             raise ConfigError("resume found another dataset than the run's: the split's hash differs")
         self.model.load_state_dict(state["model"])
@@ -286,6 +282,13 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[f"{prefix}{key}"] = value
     return result
+
+
+def changes(before: dict[str, Any], config: Config) -> str:
+    """What makes `config` another experiment than the flat one before; empty if nothing does."""
+    before, now = {"deterministic": False} | before, flat(plain(config))  # runs from before lack that key
+    changed = {key for key in now.keys() | before.keys() if before.get(key) != now.get(key)} - FREE_TO_CHANGE
+    return ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed))
 
 
 def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,22 +21,56 @@ SPLIT = "split.json"
 LOCK = ".lock"
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in `folder`. The system drops the lock when this one ends, however it ends.
+_held: dict[Path, int] = {}  # locks of this process: the files, and their descriptors
+
+
+def hold(lock: Path) -> None:
+    """Takes a lock for this process, which the system drops when the process ends, however it ends.
 
     Raises ConfigError if another process has it. Windows has no such lock, and there this does nothing.
     """
-    with (folder / LOCK).open("a") as file:
-        if sys.platform != "win32":
-            import fcntl
+    if lock.resolve() in _held:
+        return
+    file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+    if sys.platform != "win32":
+        import fcntl
 
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                message = f"{folder} is in use: another process trains there; wait for it, or stop it"
-                raise ConfigError(message) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            message = f"{lock.parent} is in use: another process trains there; wait for it, or stop it"
+            raise ConfigError(message) from None
+    _held[lock.resolve()] = file
+
+
+def release(lock: Path) -> None:
+    if (file := _held.pop(lock.resolve(), None)) is not None:
+        os.close(file)
+
+
+def is_held(lock: Path) -> bool:
+    """Whether another process has the lock; on Windows, whether it may have had it."""
+    if sys.platform == "win32" or not lock.exists():
+        return lock.exists()
+    import fcntl
+
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in `folder`. Raises ConfigError if another process has it."""
+    hold(folder / LOCK)  # a run has it since the check before work
+    try:
         yield
+    finally:
+        release(folder / LOCK)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

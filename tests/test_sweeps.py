@@ -1,0 +1,401 @@
+"""Sweeps: in processes of their own, killed and started again, failed in part, and searched by earlier results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import train
+from data.datasets import DataError
+from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal
+from training import checkpoints, sweep
+from training.run_folder import hold, is_held, release
+
+EVERY = "train.checkpoint_every=20 train.log_every=50 train.validate_every=200"
+LINE = f"-m {MLP} {ESTIMATORS['marginalization']} {EVERY} "
+JOBS = LINE + "seed=1,2,3 train.steps=300"
+DIVERGES = LINE + "optimizer.lr=1e30,3e-3 train.steps=20"
+Process = subprocess.Popen[str]
+
+
+def needs(package: str, extra: str) -> pytest.MarkDecorator:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return pytest.mark.skip(reason=f"needs: uv sync --extra {extra}")
+    return pytest.mark.skipif(False, reason="")
+
+
+needs_joblib = needs("hydra-joblib-launcher", "joblib")
+needs_submitit = needs("hydra-submitit-launcher", "slurm")
+needs_optuna = needs("hydra-optuna-sweeper", "optuna")
+old_sqlalchemy = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Optuna 2 is written for it
+launchers = pytest.mark.parametrize(
+    "launcher",
+    [
+        "basic",
+        pytest.param("joblib hydra.launcher.n_jobs=2", marks=[needs_joblib, pytest.mark.slow], id="joblib"),
+        pytest.param("submitit_local", marks=[needs_submitit, pytest.mark.slow]),
+    ],
+)
+
+
+def here(line: str, folder: Path) -> Ended:
+    """The command in this process."""
+    return command(train.main, f"{line} hydra.sweep.dir={folder}")
+
+
+def start(line: str, folder: Path, **variables: str) -> Process:
+    """The command in a process of its own, elsewhere than in the repository."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *shlex.split(line), f"hydra.sweep.dir={folder}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder.parent,
+        env=os.environ | variables,
+    )
+
+
+def end(process: Process) -> Ended:
+    out, err = process.communicate(timeout=180)
+    return Ended(process.returncode, out, err)
+
+
+def wait_for(happened: Callable[[], object], process: Process | None = None) -> None:
+    until = time.monotonic() + 120
+    while not happened():
+        assert process is None or process.poll() is None, end(process)
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def at_work(job: Path) -> bool:
+    """Whether a job is past its first steps."""
+    return any(path.stem >= "step_00000020" for path in (job / "checkpoints").glob("step_*.pt"))
+
+
+def outcomes(folder: Path) -> list[dict[str, Any]]:
+    """Of the three JOBS, what does not depend on when they were stopped: all results, and the last checkpoint."""
+    found = []
+    for number in range(3):
+        result = json.loads((folder / str(number) / "result.json").read_text())
+        kept = {key: value for key, value in result.items() if key.startswith(("val_", "test_", "split", "steps"))}
+        del kept["steps_per_second"]
+        found.append(kept | {"checkpoint": checkpoint(folder / str(number))})
+    return found
+
+
+def processes_in(folder: Path) -> list[int]:
+    """The processes whose current folder is `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").resolve(strict=True) == folder:
+                found.append(int(entry.name))
+    return found
+
+
+def times(folder: Path) -> dict[Path, int]:
+    """When the results and checkpoints of a sweep were written."""
+    files = [*folder.rglob("result.json"), *folder.rglob("step_*.pt")]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "sweep"
+    ended = here(JOBS, folder)
+    assert ended.code == 0, ended.said
+    return outcomes(folder)
+
+
+def one_sentence(error: str) -> str:
+    assert error.startswith("catvae: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+# ---- stopped, and started again ----
+
+
+@launchers
+def test_killed_and_started_again(launcher: str, undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    """While it runs, the same command again is refused and harms nothing; after kill -9 it goes on."""
+    folder, line = tmp_path / "sweep", f"{JOBS} hydra/launcher={launcher}"
+    process = start(line, folder)
+    wait_for(lambda: at_work(folder / "1"), process)
+    if launcher == "basic":
+        process.send_signal(signal.SIGSTOP)  # or it might end meanwhile
+        refused = here(line, folder)
+        assert refused.code == 2
+        assert "hydra.sweep.dir must be a folder that no other process sweeps in" in one_sentence(refused.err)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    wait_for(lambda: not processes_in(tmp_path))  # its jobs' processes do not outlive it
+    assert not (folder / "1" / "result.json").exists()  # or the test was too late
+
+    again = end(start(line, folder)) if launcher != "basic" else here(line, folder)
+    assert again.code == 0, again.said
+    for outcome, expected in zip(outcomes(folder), undisturbed, strict=True):
+        assert equal(outcome, expected)
+    starts = [json.loads((folder / f"{job}" / "result.json").read_text())["start_step"] for job in range(3)]
+    assert starts[1] >= 20  # not from the beginning
+    if launcher == "basic":
+        assert starts[0] == starts[2] == 0
+        assert f"{folder}/0 is finished already" in again.out
+    before = times(folder)
+    assert here(f"{JOBS} hydra/launcher=basic", folder).code == 0  # by any launcher
+    assert times(folder) == before
+
+
+@launchers
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_interrupted_and_continued(
+    number: int, launcher: str, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Ctrl-C saves what runs, says how to go on, and that command goes on."""
+    folder, line = tmp_path / "sweep", f"{JOBS} hydra/launcher={launcher} train.checkpoint_every=100000"
+    process = start(line, folder)
+    wait_for(lambda: (folder / "1" / "train.log").exists() and "J =" in (folder / "1" / "train.log").read_text())
+    process.send_signal(number)
+    stopped = end(process)
+    assert stopped.code == 128 + number, stopped.said
+    assert "Traceback" not in stopped.err
+    saved = [int(path.stem[5:]) for path in checkpoints.stored(folder / "1")]
+    assert saved[-1] > 0, "nothing but the checkpoint of the start"
+    assert not is_held(folder / sweep.SWEEP_LOCK)
+
+    said = next(said for said in stopped.err.splitlines() if "go on with the sweep by: uv run train.py " in said)
+    line = said.partition("train.py ")[2]
+    assert line.endswith(f" hydra.sweep.dir={folder}")
+    again = end(start(line, folder)) if launcher != "basic" else command(train.main, line)
+    assert again.code == 0, again.said
+    for outcome, expected in zip(outcomes(folder), undisturbed, strict=True):
+        assert equal(outcome, expected)
+
+
+def test_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
+    folder, line = tmp_path / "sweep", LINE + "train.steps=2 seed="
+    assert here(line + "1,2", folder).code == 0
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    refused = here(line + "1,3", folder)
+    assert refused.code == 2
+    for words in (f"{folder}/1 with another run: seed=3 (was 2)", "(in the job ", "seed=3)"):
+        assert words in one_sentence(refused.err)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert here(line + "1,2,3", folder).code == 0  # more jobs are the same sweep
+    assert sorted(path.name for path in folder.glob("*/")) == ["0", "1", "2"]
+
+
+def test_diverged_job_is_not_tried_again_for_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    for attempt in range(2):
+        ended = here(DIVERGES, folder)
+        assert ended.code == 3, ended.said
+        assert f"failed with exit code 3: {folder}/0: " in ended.err
+        assert ("diverged, and would again; delete it to try anew" in ended.err) == (attempt == 1)
+        assert (folder / "1" / "result.json").exists()
+        if attempt == 0:
+            before = times(folder)
+    assert times(folder) == before
+    ended = here(DIVERGES + " on_divergence=rollback", folder)  # another way to go on from the same checkpoints
+    assert ended.code == 3
+    assert "back to step 0" in ended.out
+    (folder / "0" / "checkpoints").rename(tmp_path / "gone")
+    (folder / "0" / "failed.json").unlink()
+    assert here(DIVERGES.replace("1e30", "1e-3"), folder).code == 0
+
+
+def test_job_that_was_refused_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise DataError("no such file")
+
+    folder, line = tmp_path / "sweep", LINE + "train.steps=2 seed=1,2"
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "run_job", fail)
+        ended = here(line, folder)
+    assert ended.code == 2
+    assert ended.err.count("no such file") == 4  # when it happens, and at the end
+    assert here(line, folder).code == 0
+    assert not list(folder.rglob("failed.json"))
+
+
+def test_job_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LET_GO", 0.1)
+    folder = tmp_path / "sweep"
+    line = LINE + "train.steps=2 seed=1,2"
+    assert here(line, folder).code == 0
+    hold(folder / "1" / ".lock")
+    refused = here(line, folder)
+    release(folder / "1" / ".lock")
+    assert refused.code == 2
+    assert f"{folder}/1 is in use" in one_sentence(refused.err)
+
+
+# ---- launchers ----
+
+TOLD = """
+from pathlib import Path
+import torch
+from estimators.marginalization import Marginalization
+
+class Told(Marginalization):
+    def forward(self, *given, **named):
+        Path(f"threads{torch.get_num_threads()}").touch()
+        return super().forward(*given, **named)
+"""
+
+
+@needs_joblib
+def test_joblib_tells_of_a_failed_job_and_shares_the_cores(tmp_path: Path) -> None:
+    (tmp_path / "told.py").write_text(TOLD)
+    line = f"{DIVERGES} hydra/launcher=joblib hydra.launcher.n_jobs=2 estimator._target_=told.Told"
+    process = start(line, tmp_path / "sweep", OMP_NUM_THREADS="7", PYTHONPATH=str(tmp_path))
+    ended = end(process)
+    assert ended.code == 3, ended.said
+    assert f"failed with exit code 3: {tmp_path}/sweep/0: " in ended.err
+    assert "job 1: test accuracy" in ended.out
+    assert "step/s" not in ended.said
+    assert [path.name for path in tmp_path.glob("threads*")] == [f"threads{max(1, sweep.usable_cores() // 2)}"]
+
+
+def test_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "usable_cores", lambda: 8)
+    for settings, jobs, threads in (
+        ({"n_jobs": -1}, 8, 1),
+        ({"n_jobs": -2}, 7, 1),
+        ({"n_jobs": -99}, 1, 8),
+        ({"n_jobs": 3}, 3, 2),
+        ({"n_jobs": 16}, 16, 1),
+        ({"cpus_per_task": 4}, 1, 4),
+        ({"cpus_per_task": None}, 1, 8),
+    ):
+        assert (sweep.n_jobs(settings), sweep.threads(settings)) == (jobs, threads)
+    assert os.sched_getaffinity(0)
+    assert sweep.usable_cores() >= 1
+
+
+@needs_joblib
+def test_job_of_joblib_is_checked_before_work(tmp_path: Path) -> None:
+    refused = here(LINE + "hydra/launcher=joblib seed=1,-2", tmp_path / "sweep")
+    assert refused.code == 2
+    assert "seed must be >= 0" in one_sentence(refused.err)
+    assert not (tmp_path / "sweep").exists()
+
+
+@needs_submitit
+@pytest.mark.slow
+def test_submitit_puts_a_preempted_job_back(undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    """SIGUSR2 is submitit's warning before preemption or the time limit: the job saves and starts again."""
+    folder = tmp_path / "sweep"
+    process = start(f"{JOBS} hydra/launcher=submitit_local train.checkpoint_every=100000", folder)
+    log = folder / "1" / "train.log"
+    wait_for(lambda: log.exists() and "J =" in log.read_text(), process)
+    warned = [pid for pid in processes_in(tmp_path) if b"core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(warned) == 3
+    for pid in warned:
+        os.kill(pid, signal.SIGUSR2)
+    ended = end(process)
+    assert ended.code == 0, ended.said
+    starts = [json.loads((folder / f"{job}" / "result.json").read_text())["start_step"] for job in range(3)]
+    assert starts[1] > 0
+    for outcome, expected in zip(outcomes(folder), undisturbed, strict=True):
+        assert equal(outcome, expected)
+
+
+@needs_submitit
+@pytest.mark.slow
+def test_submitit_tells_of_a_failed_job(tmp_path: Path) -> None:
+    ended = end(start(f"{DIVERGES} hydra/launcher=submitit_local", tmp_path / "sweep"))
+    assert ended.code == 3, ended.said
+    assert f"failed with exit code 3: {tmp_path}/sweep/0: " in ended.err
+    assert (tmp_path / "sweep" / "1" / "result.json").exists()
+
+
+@needs_submitit
+def test_slurm_preset_has_the_keys_of_the_plugin() -> None:
+    shown = command(train.main, "hydra/launcher=slurm hydra.launcher.partition=gpu --cfg hydra")
+    launcher = OmegaConf.create(shown.out).hydra.launcher
+    assert shown.code == 0, shown.said
+    assert launcher._target_.endswith(".SlurmLauncher")
+    assert (launcher.timeout_min, launcher.max_num_timeout, launcher.partition) == (240, 20, "gpu")
+
+
+# ---- searches ----
+
+
+@needs_optuna
+@old_sqlalchemy
+def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    line = LINE.replace("optimizer.lr=3e-3 ", "") + f"{ESTIMATORS['gumbel_softmax']} search=alpha_temperature_lr "
+    line += "train.steps=20 hydra.sweeper.n_trials="
+    ended = here(line + "3", folder)
+    assert ended.code == 0, ended.said
+    results = [json.loads((folder / f"{job}" / "result.json").read_text()) for job in range(3)]
+    assert len({result["config"]["optimizer.lr"] for result in results}) == 3
+    best = OmegaConf.load(folder / "optimization_results.yaml")
+    assert best.best_value == max(result["val_accuracy"] for result in results)
+    before = times(folder)
+    again = here(line + "4", folder)
+    assert again.code == 0, again.said
+    assert (folder / "3" / "result.json").exists()
+    assert {file: written for file, written in times(folder).items() if file in before} == before
+    other = here(line + "4 seed=9", folder)
+    assert other.code == 2
+    assert "that of the same search" in one_sentence(other.err)
+
+
+@needs_optuna
+@old_sqlalchemy
+def test_search_outlives_trials_that_diverge(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    line = LINE.replace("optimizer.lr=3e-3 ", "") + "train.steps=4 hydra/sweeper=optuna hydra.sweeper.n_trials=4 "
+    line += "hydra.sweeper.direction=maximize hydra.sweeper.n_jobs=1 hydra.sweeper.sampler.seed=1 "
+    line += "optimizer.lr=1e30,1e-3"
+    for _ in range(2):
+        ended = here(line, folder)
+        assert ended.code == 3, ended.said
+        assert "Traceback" not in ended.said
+        assert len(list(folder.glob("*/"))) == 4
+        assert OmegaConf.load(folder / "optimization_results.yaml").best_params == {"optimizer.lr": 0.001}
+
+
+@needs_optuna
+@old_sqlalchemy
+def test_search_is_checked_before_work(tmp_path: Path) -> None:
+    for space in ("optimizer.lr=interval(-1,1)", "objective.alpha=interval(0,-1)"):
+        refused = here(f"-m data=digits hydra/sweeper=optuna {space}", tmp_path / "sweep")
+        assert refused.code == 2
+        assert f"{space.partition('=')[0]} must be" in one_sentence(refused.err)
+        assert not (tmp_path / "sweep").exists()
+
+
+# ---- single runs ----
+
+
+@pytest.mark.slow
+def test_second_new_run_in_a_folder_leaves_the_first_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    line = LINE.removeprefix("-m ") + f"train.steps=3000 hydra.run.dir={folder} seed="
+    first = start(line + "1", tmp_path / "unused")
+    wait_for((folder / ".lock").exists, first)
+    second = command(train.main, line + "2")
+    assert second.code == 2
+    assert str(folder) in one_sentence(second.err)  # in use, or with a run by now
+    assert end(first).code == 0
+    assert "seed=1" in (folder / ".hydra" / "overrides.yaml").read_text()

@@ -1,0 +1,254 @@
+"""A sweep's jobs, perhaps in processes of their own: what they hold on to, how they stop, and how they ended."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from configs.schema import Config, ConfigError
+from training import checkpoints
+from training.checkpoints import CheckpointError, stored
+from training.run import changes, flat
+from training.run_folder import LOCK, RESULT, hold, is_held, read_json, release, write_json
+
+errors = logging.getLogger("catvae.errors")
+SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on
+FAILED = "failed.json"
+SEARCH = "search.json"
+BASIC, PARALLEL, SLURM = "BasicLauncher", ("JoblibLauncher", "LocalLauncher"), "SlurmLauncher"
+ON_THIS_MACHINE = (BASIC, *PARALLEL)
+LET_GO = 20.0  # seconds that jobs of a killed sweep have for the step in hand and a checkpoint
+ROOT = Path(__file__).parent.parent
+WORST = 0.0  # accuracy, of a job that diverged
+_busy = threading.Event()  # a job is done in this process
+_stopped: list[int] = []  # the signal that stops the sweep of this process
+
+
+# ---- the process that starts the sweep ----
+
+
+def begin(config: DictConfig) -> None:
+    """Makes the sweep's folder this process's own. Raises ConfigError if another process has it."""
+    folder = Path(config.hydra.sweep.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder / SWEEP_LOCK)
+    except OSError as error:
+        raise ConfigError(f"hydra.sweep.dir cannot be used: {error.filename}: {error.strerror}") from error
+    except ConfigError:
+        message = f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}"
+        raise ConfigError(f"{message}; wait for that one, or stop it") from None
+    _stopped.clear()
+    if launcher(config.hydra) == BASIC:
+        return
+    if launcher(config.hydra) == "JoblibLauncher":
+        config.hydra.launcher.n_jobs = n_jobs(config.hydra.launcher)
+        config.hydra.launcher.batch_size = "1"  # joblib's own guess, after jobs that were skipped, is many in a row
+    # the jobs' processes start with the current folder on their path, and not with this program's
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if launcher(config.hydra) in PARALLEL:
+        _stop_by_signal(folder / SWEEP_LOCK)
+
+
+def _stop_by_signal(lock: Path) -> None:
+    """The first Ctrl-C or SIGTERM lets the running jobs save, by letting go of the lock; a second one ends at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for again, handler in before.items():
+            signal.signal(again, handler)
+        _stopped.append(number)
+        release(lock)
+        _say("stopping; the running jobs save first")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def check_search(config: DictConfig) -> None:
+    """A search makes up the same trials again if it is the same. Raises ConfigError if its folder has another's."""
+    folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
+    search: dict[str, Any] = OmegaConf.to_container(sweeper, resolve=True, enum_to_str=True)  # type: ignore[assignment]
+    del search["n_trials"]
+    search["overrides"] = OmegaConf.to_container(config.hydra.overrides.task)
+    if any(folder.rglob("checkpoints")):
+        of_this = (folder / SEARCH).exists() and read_json(folder / SEARCH) == search
+        if not of_this or sweeper.storage or sweeper.sampler.get("seed") is None:
+            message = f"hydra.sweep.dir must be new, or that of the same search, got {folder}"
+            raise ConfigError(f"{message}; the same has hydra.sweeper.sampler.seed, all settings, and no storage")
+    write_json(folder / SEARCH, search)
+
+
+def check_folder(folder: Path, config: Config) -> None:
+    """Raises ConfigError if a job cannot be done in `folder`: it has another run, or a process trains in it."""
+    until = time.monotonic() + LET_GO
+    while is_held(folder / LOCK):  # perhaps by a job that has yet to see that its sweep was killed
+        if time.monotonic() > until:
+            raise ConfigError(f"{folder} is in use: another process trains there; wait for it, or stop it")
+        time.sleep(0.1)
+    if not stored(folder):
+        return
+    try:
+        before = flat(checkpoints.load(folder, torch.device("cpu"))["config"])
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+    if changed := changes(before, config):
+        raise ConfigError(f"hydra.sweep.dir must be new, or this sweep's, got {folder} with another run: {changed}")
+
+
+def end(config: DictConfig) -> int:
+    """Says how the jobs ended, if not all are done; returns the sweep's exit code, the worst of theirs."""
+    folder = Path(config.hydra.sweep.dir)
+    release(folder / SWEEP_LOCK)
+    best = folder / "optimization_results.yaml"
+    if best.exists():
+        _say(f"the best trial is in {best}")
+    failed = {path.parent: read_json(path) for path in sorted(folder.rglob(FAILED))}
+    for job, outcome in failed.items():
+        _say(f"failed with exit code {outcome['exit_code']}: {job}: {outcome['reason']}")
+    codes = [outcome["exit_code"] for outcome in failed.values()]
+    for job in sorted(path.parent for path in folder.rglob("checkpoints")):
+        if not _stopped and job not in failed and not (job / RESULT).exists():
+            _say(f"not done: {job}")
+            codes.append(1)
+    code = 128 + _stopped[0] if _stopped else max(codes, default=0)
+    if code:
+        _say(f"go on with the sweep by: {command(folder)}")
+    return code
+
+
+def broken(error: Exception) -> int | None:
+    """Says that the sweep lost a job's process, if it did; returns the exit code then."""
+    if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"):
+        return None
+    reason = str(error).strip().splitlines()[0]
+    _say(f"a job ended early ({reason}); go on with the sweep by the same command, with its hydra.sweep.dir")
+    return 128 + _stopped[0] if _stopped else 1
+
+
+def command(folder: Path) -> str:
+    """The command line of this process, with the sweep's folder."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
+    return shlex.join(["uv", "run", "train.py", *arguments, f"hydra.sweep.dir={folder}"])
+
+
+# ---- a job ----
+
+
+def launcher(hydra: Any) -> str:
+    """The name of the class, which a preset of another name has too."""
+    return str(hydra.launcher._target_).rpartition(".")[2]
+
+
+def is_stopped(hydra: Any) -> bool:
+    """Whether the process that started this job wants no more of it, or is gone."""
+    return launcher(hydra) in PARALLEL and not is_held(Path(hydra.sweep.dir) / SWEEP_LOCK)
+
+
+@contextmanager
+def beside_others(hydra: Any) -> Iterator[None]:
+    """In a process of its own, a job has its share of the cores, a quiet terminal, and stops when the sweep does."""
+    if launcher(hydra) == BASIC:
+        yield
+        return
+    torch.set_num_threads(min(threads(hydra.launcher), torch.get_num_threads()))
+    os.environ["TQDM_DISABLE"] = "1"
+    if launcher(hydra) not in PARALLEL:
+        yield
+        return
+    for handler in [*logging.root.handlers, *errors.handlers]:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(logging.Formatter(f"job {hydra.job.num}: %(message)s"))
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # Ctrl-C on the terminal is for the process that started the sweep, which lets jobs save
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    _end_with(os.getppid())
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.3):
+            if is_stopped(hydra):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    _busy.set()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+        _busy.clear()
+
+
+@functools.cache  # once a process
+def _end_with(parent: int) -> None:
+    """Joblib's processes would wait for the next job for ever after their parent was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent or _busy.is_set():
+            time.sleep(0.5)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def threads(settings: Any) -> int:
+    """PyTorch's threads in a job beside others, from the launcher's settings: its share of the cores, at least one."""
+    return int(settings.get("cpus_per_task") or max(1, usable_cores() // n_jobs(settings)))
+
+
+def n_jobs(settings: Any) -> int:
+    """Jobs at once: hydra.launcher.n_jobs, where -1 is as many as there are cores and -2 is one less, as in joblib."""
+    number = settings.get("n_jobs") or 1
+    return int(number) if number > 0 else max(1, usable_cores() + 1 + int(number))
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: fewer under taskset, in a container or in a cluster's allocation."""
+    from joblib import cpu_count
+
+    return int(cpu_count(only_physical_cores=True))
+
+
+def failed_for_good(folder: Path, config: DictConfig) -> bool:
+    """Whether the job diverged before, and would again: the same settings take the same steps."""
+    if not (folder / FAILED).exists():
+        return False
+    outcome = read_json(folder / FAILED)
+    return outcome["exit_code"] == 3 and outcome["on_divergence"] == config.on_divergence.value
+
+
+def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: str) -> float | None:
+    """Keeps a failure for the sweep's end; gives a search what it maximises: validation, never test, accuracy."""
+    if code in (1, 2, 3):
+        write_json(folder / FAILED, {"exit_code": code, "reason": reason, "on_divergence": config.on_divergence.value})
+        return WORST if code == 3 else None
+    if launcher(hydra) in ("LocalLauncher", SLURM) and code == 128 + signal.SIGUSR2:
+        signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
+    if code in (130, 143) and launcher(hydra) in PARALLEL:  # the process that started the sweep says so
+        return None
+    if code:
+        if launcher(hydra) == BASIC:
+            _say(f"go on with the sweep by: {command(Path(hydra.sweep.dir))}")
+        sys.exit(code)
+    if (folder / RESULT).exists():
+        return float(read_json(folder / RESULT)["val_accuracy"])
+    return None
+
+
+def _say(sentence: str) -> None:
+    print(f"catvae: {sentence}", file=sys.stderr)
