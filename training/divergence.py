@@ -28,12 +28,13 @@ class FiniteGuard:
         self.optimizer = optimizer
         self.deferred = device.type == "cuda" and bool(optimizer.defaults.get("fused"))
         self.names: list[str] = []
+        self.norm = torch.zeros(())  # of the whole gradient at the last step, on the device
         self.first_bad: Tensor | None = None  # [step, terms...] of the first bad step; step -1 before
 
     def before_update(self, step: int, terms: dict[str, Tensor], parameters: list[nn.Parameter]) -> None:
         """Raises Diverged, or on a device that runs ahead, blocks this and all later updates."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        self.norm = norm = nn.utils.get_total_norm(gradients)
         self.names = [*terms, "the gradient"]
         # float64, in which the step's number is exact
         values = torch.stack([*(term.detach().double() for term in terms.values()), norm.double()])

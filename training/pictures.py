@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.evaluation import evaluating, one_hot_classes
@@ -35,7 +36,7 @@ def save_png(sheet: Tensor, path: Path, zoom: int) -> None:
 def reconstructions(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
     """x [B, C, H, W] followed by p(x|y,z) at the most probable y and the mean of q(z|x,y), [2B, C, H, W]."""
     with evaluating(model):
-        y = torch.nn.functional.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
+        y = F.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
         loc, _ = model.inference(model.inference.features(x), y.unsqueeze(0))
         return torch.cat([x, model.generate(y.unsqueeze(0), loc)[0].view_as(x)])
 
@@ -44,5 +45,32 @@ def generated(model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Gene
     """p(x|y,z) for every class at the same `styles` draws of z, [K * styles, C, H, W], class by class."""
     z = torch.randn(styles, model.latent_size, generator=generator, device=generator.device)
     classes = one_hot_classes(model.num_classes, styles, z.device)
+    with evaluating(model):
+        return model.generate(classes, z.expand(model.num_classes, -1, -1)).view(-1, *shape)
+
+
+def analogies(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
+    """Each image of x [B, C, H, W] followed by p(x|y,z) in every class in its own style, [B (K + 1), C, H, W].
+
+    The style is the mean of q(z|x,y) at the most probable y (Kingma et al. 2014, figure 1b).
+    """
+    with evaluating(model):
+        y = F.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
+        loc, _ = model.inference(model.inference.features(x), y.unsqueeze(0))
+        classes = one_hot_classes(model.num_classes, len(x), x.device)
+        drawn = model.generate(classes, loc.expand(model.num_classes, -1, -1)).view(-1, *x.shape)
+        return torch.cat([x.unsqueeze(0), drawn]).transpose(0, 1).flatten(0, 1)
+
+
+def interpolation(model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Generator, columns: int) -> Tensor:
+    """p(x|y,z) for every class along one walk between two draws of z, [K * columns, C, H, W], class by class.
+
+    The walk is the quarter circle cos(t) z_0 + sin(t) z_1, t from 0 to pi / 2: each point of it is a draw of N(0, I),
+    where the straight line between them passes nearer to the origin than draws do.
+    """
+    ends = torch.randn(2, model.latent_size, generator=generator, device=generator.device)
+    angles = torch.linspace(0, torch.pi / 2, columns, device=generator.device).unsqueeze(-1)
+    z = angles.cos() * ends[0] + angles.sin() * ends[1]
+    classes = one_hot_classes(model.num_classes, columns, z.device)
     with evaluating(model):
         return model.generate(classes, z.expand(model.num_classes, -1, -1)).view(-1, *shape)
