@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (150, 150, 150)
 BLUE, RED = (31, 119, 180), (214, 39, 40)
-TEXT, SMALL_TEXT = 14, 12  # pixels
+WIDTH = 350  # pixels, as wide as TensorBoard shows a picture: others are scaled, and their text is hard to read
+TEXT, SMALL_TEXT = 13, 11
 
 
 def confusion(q: Tensor, labels: Tensor) -> Tensor:
@@ -38,42 +39,42 @@ def worst_mistakes(q: Tensor, labels: Tensor, number: int) -> list[tuple[int, in
 
 def draw_confusion(counts: Tensor) -> Tensor:
     """A picture uint8 [3, H, W] of counts [K, K]; the colour is a count's share of its row, red off the diagonal."""
-    classes, width, height, left, top = len(counts), 46, 28, 72, 66
-    image, draw = _blank(left + width * (classes + 1) + 20, top + height * classes + 12)
-    _centred(draw, "predicted class", left + width * classes / 2, 20)
-    _centred(draw, "right", left + width * (classes + 0.5) + 10, 48)
-    draw.text((8, 40), "true class", BLACK, _font(TEXT))
+    classes, height, left, top, right = len(counts), 26, 28, 62, 42
+    width = max(28, (WIDTH - left - right) // classes)
+    image, draw = _blank(left + width * classes + right, top + height * classes + 8)
+    _centred(draw, "right", left + width * classes + right / 2, 48)
+    draw.text((4, 12), "row: true class; column: predicted class", BLACK, _font(TEXT))
     for row, numbers in enumerate(counts.tolist()):
         y, total = top + height * row, max(sum(numbers), 1)
         _centred(draw, str(row), left + width * (row + 0.5), 48)
-        _centred(draw, str(row), left - 20, y + height / 2)
-        _centred(draw, f"{numbers[row] / total:.1%}", left + width * (classes + 0.5) + 10, y + height / 2)
+        _centred(draw, str(row), left / 2, y + height / 2)
+        _centred(draw, f"{numbers[row] / total:.0%}", left + width * classes + right / 2, y + height / 2)
         for column, number in enumerate(numbers):
             x, share = left + width * column, number / total
             # by the root, or a share of a few hundredths could not be seen
             ground = _between(WHITE, BLUE if row == column else RED, share**0.5)
             draw.rectangle((x, y, x + width - 1, y + height - 1), ground, outline=(225, 225, 225))
-            _centred(draw, str(number), x + width / 2, y + height / 2, WHITE if share > 0.4 else BLACK)
+            _centred(draw, str(number), x + width / 2, y + height / 2, WHITE if share > 0.4 else BLACK, SMALL_TEXT)
     return _tensor(image)
 
 
-def draw_mistakes(x: Tensor, mistakes: list[tuple[int, int, int, float]], columns: int = 8) -> Tensor:
+def draw_mistakes(x: Tensor, mistakes: list[tuple[int, int, int, float]], columns: int = 5) -> Tensor:
     """A picture uint8 [3, H, W] of images from x, uint8 [N, C, H, W], each above "true -> predicted" and confidence."""
     from PIL import Image
 
-    side, width, height, top = 72, 104, 124, 30
+    side, width, height, top = 56, WIDTH // columns, 98, 30
     rows = max(1, -(-len(mistakes) // columns))
     image, draw = _blank(width * columns, top + height * rows)
-    title = "most confident mistakes: true class -> predicted class, q(y|x)" if mistakes else "no mistakes"
-    draw.text((12, 7), title, BLACK, _font(TEXT))
+    title = "most confident mistakes: true -> predicted, q(y|x)" if mistakes else "no mistakes"
+    draw.text((6, 7), title, BLACK, _font(TEXT))
     for place, (index, label, predicted, confidence) in enumerate(mistakes):
         down, across = divmod(place, columns)
         left, upper = across * width, top + down * height
         pixels = x[index].double().mean(dim=0).round().to(torch.uint8).cpu().numpy()
         tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
         image.paste(tile, (left + (width - side) // 2, upper + 4))
-        _centred(draw, f"{label} -> {predicted}", left + width / 2, upper + side + 16)
-        _centred(draw, f"{confidence:.2%}", left + width / 2, upper + side + 34)
+        _centred(draw, f"{label} -> {predicted}", left + width / 2, upper + side + 14)
+        _centred(draw, f"{confidence:.2%}", left + width / 2, upper + side + 29)
     return _tensor(image)
 
 
@@ -81,10 +82,11 @@ def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
     """A reliability diagram uint8 [3, H, W]: accuracy by confidence, the images in each bin, and the ECE."""
     images, confidence, correct = calibration_bins(q, labels).cpu()
     error = ((correct - confidence).abs().sum() / images.sum()).item()
-    side, left, top, foot = 300, 64, 44, 70
-    image, draw = _blank(left + side + 24, top + side + foot + 66)
-    _centred(draw, f"expected calibration error {error:.2%}", left + side / 2, 20)
-    bottom, last = top + side, top + side + 20 + foot
+    left, top, foot, between = 36, 52, 60, 30
+    side = WIDTH - left - 14
+    image, draw = _blank(WIDTH, top + side + between + foot + 46)
+    _centred(draw, f"expected calibration error {error:.2%}", left + side / 2, 14)
+    bottom, last = top + side, top + side + between + foot
     bin_width = side / len(images)
     for index, (number, right) in enumerate(zip(images.tolist(), correct.tolist(), strict=True)):
         x = left + bin_width * index
@@ -99,8 +101,8 @@ def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
         _centred(draw, f"{tick:g}", left - 16, bottom - side * tick)
         _centred(draw, f"{tick:g}", left + side * tick, last + 14)
     _centred(draw, "confidence: largest q(y|x)", left + side / 2, last + 32)
-    draw.text((left + 8, top + 6), "accuracy; red: calibrated", BLACK, _font(SMALL_TEXT))
-    draw.text((left + 8, last - foot + 4), f"images, {int(images.max())} in the largest bin", BLACK, _font(SMALL_TEXT))
+    draw.text((left, top - 19), "accuracy (bars), and what confidence promises (line)", BLACK, _font(SMALL_TEXT))
+    draw.text((left, last - foot - 18), f"images: {int(images.max())} in the largest bin", BLACK, _font(SMALL_TEXT))
     return _tensor(image)
 
 
@@ -118,8 +120,8 @@ def _blank(width: int, height: int) -> tuple[Image, ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def _centred(draw: ImageDraw, text: str, x: float, y: float, colour: Colour = BLACK) -> None:
-    draw.text((x, y), text, colour, _font(TEXT), anchor="mm")
+def _centred(draw: ImageDraw, text: str, x: float, y: float, colour: Colour = BLACK, size: int = TEXT) -> None:
+    draw.text((x, y), text, colour, _font(size), anchor="mm")
 
 
 def _between(first: Colour, second: Colour, share: float) -> Colour:

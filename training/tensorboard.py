@@ -100,7 +100,7 @@ class TensorBoard:
     def predictions(self, q: Tensor, data: EvaluationData, step: int) -> None:
         """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
         self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels)), step)
-        self.writer.add_image("worst_mistakes", draw_mistakes(data.x, worst_mistakes(q, data.labels, 24)), step)
+        self.writer.add_image("worst_mistakes", draw_mistakes(data.x, worst_mistakes(q, data.labels, 20)), step)
         self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
 
     def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any) -> None:
