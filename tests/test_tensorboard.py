@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from google.protobuf import text_format
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
