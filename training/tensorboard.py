@@ -117,7 +117,9 @@ class TensorBoard:
         classes = (f"{label}\t{guess}" for label, guess in zip(labels, predicted.tolist(), strict=True))
         write_atomically(files / "z.tsv", "".join(f"{row}\n" for row in points).encode())
         write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in ("class\tpredicted", *classes)).encode())
-        save_png(grid(images.float() / 255, columns=math.ceil(len(images) ** 0.5), gap=0), files / "images.png", 1)
+        side = math.ceil(len(images) ** 0.5)
+        spare = images.new_full((side**2 - len(images), *images.shape[1:]), 128)  # the projector takes a square
+        save_png(grid(torch.cat([images, spare]).float() / 255, columns=side, gap=0), files / "images.png", 1)
         height, width = images.shape[2:]
         config = PROJECTOR.format(width=width, height=height)
         write_atomically(self.folder / "projector_config.pbtxt", config.encode())
