@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
+from PIL import Image
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
@@ -74,7 +74,8 @@ def test_projector_after_a_resume(finished: Path) -> None:
     assert {len(point.split("\t")) for point in points} == {2}
     assert header == "class\tpredicted"
     assert tuple(embedding.sprite.single_image_dim) == (8, 8)
-    assert (finished / embedding.sprite.image_path).read_bytes().startswith(b"\x89PNG")
+    with Image.open(finished / embedding.sprite.image_path) as sprite:
+        assert sprite.size == (15 * 8, 15 * 8)  # 200 images in a square
 
 
 # ---- pictures ----
@@ -147,9 +148,8 @@ def test_no_norm_is_usual_at_the_start() -> None:
 def test_a_collapsed_run_says_so_once(tmp_path: Path) -> None:
     """A learning rate of nearly 0: the model stays as it was drawn, and its generator hardly uses y."""
     folder = tmp_path / "run"
-    ended = run(f"{LINE}12 optimizer.lr=1e-12 train.validate_every=4", folder)
+    run(f"{LINE}12 optimizer.lr=1e-12 train.validate_every=4", folder)
     assert curve(folder, "alarm/generator_ignores_y") == [(4, 1), (8, 1), (12, 1)]
-    assert len(re.findall("the generator ignores y", ended.said + (folder / "train.log").read_text())) >= 1
     assert (folder / "train.log").read_text().count("the generator ignores y") == 1
     (text,) = events(folder).Tensors("alarm/generator_ignores_y/text_summary")
     assert text.step == 4
