@@ -130,7 +130,7 @@ class TensorBoard:
 
 def has_layout(folder: Path) -> bool:
     """Whether a run has its layout already: a second one, from a resumed run, would lie beside it."""
-    for path in folder.glob("events.out.tfevents.*"):
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # all, or the folder stays open
         with path.open("rb") as file:
             if LAYOUT_TAG in file.read(HEAD):
                 return True
