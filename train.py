@@ -59,7 +59,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
             run.set_learning_rate(step)
             run.optimizer.step()
             run.step = done = step + 1
-            report.add(result)
+            report.add(result, guard.norm)
 
             last = done == settings.steps
             if done % settings.log_every == 0 or last:

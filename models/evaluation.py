@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from models.vae import SemiSupervisedVAE
 
 CALIBRATION_BINS = 15
 EVALUATION_SEED = 0  # the same binarization and noise for every run of one batch size, so that runs can be compared
+
+
+@dataclass
+class PerImage:
+    """What pictures and alarms need of each image: q(y|x) [N, K], and how b(x, y) is spread over y [N], nats."""
+
+    q: Tensor
+    bound_spread: Tensor
 
 
 @dataclass
@@ -33,6 +41,10 @@ class Evaluation:
     kl_z: float
     calibration_error: float | None
     log_likelihood: float | None = None
+    seen: InitVar[PerImage | None] = None
+
+    def __post_init__(self, seen: PerImage | None) -> None:
+        self.per_image = seen  # no field: fields are what is logged and kept in result.json
 
 
 def one_hot_classes(num_classes: int, batch: int, device: torch.device) -> Tensor:
@@ -67,29 +79,33 @@ def evaluate(
     An exception of `after_batch` ends it.
     """
     sums: dict[str, Tensor] = {}
-    probabilities = []
+    probabilities, spreads = [], []
     with evaluating(model):
         for index, images in enumerate(data.x.split(min(batch_size, len(data.x)))):
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
-            q, measured = _exact_terms(model, x, generator)
+            q, spread, measured = _exact_terms(model, x, generator)
             if importance_samples > 0:
                 measured["log_likelihood"] = importance_weighted(model, x, importance_samples, generator)
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             probabilities.append(q)
+            spreads.append(spread)
             after_batch()
-    known = data.labels >= 0
-    q, labels = torch.cat(probabilities)[known], data.labels[known]
+    q, known = torch.cat(probabilities), data.labels >= 0
+    labels, q_known = data.labels[known], q[known]
     return Evaluation(
-        accuracy=(q.argmax(dim=-1) == labels).double().mean().item() if len(q) else None,
-        calibration_error=calibration_error(q, labels) if len(q) else None,
-        **{name: (value / len(data.x)).item() for name, value in sums.items()},
+        accuracy=(q_known.argmax(dim=-1) == labels).double().mean().item() if len(labels) else None,
+        calibration_error=calibration_error(q_known, labels) if len(labels) else None,
+        **{name: (value / len(q)).item() for name, value in sums.items()},
+        seen=PerImage(q, torch.cat(spreads)),
     )
 
 
-def _exact_terms(model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """q(y|x) [B, K], and the exact bound and its parts, each [B]."""
+def _exact_terms(
+    model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """q(y|x) [B, K], the standard deviation of b(x, y) over y [B], and the exact bound and its parts, each [B]."""
     logits = model.classifier(x)
     q = logits.softmax(dim=-1)
     classes = one_hot_classes(model.num_classes, len(x), x.device)
@@ -97,12 +113,16 @@ def _exact_terms(model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator
     reconstruction = (q.T * bound.reconstruction).sum(dim=0)
     kl_z = (q.T * bound.kl_z).sum(dim=0)
     kl_y = categorical_kl(logits)
-    return q, {
-        "bound": reconstruction - kl_z - kl_y,
-        "reconstruction": reconstruction,
-        "kl_z": kl_z,
-        "kl_y": kl_y,
-    }
+    return (
+        q,
+        bound.value.std(dim=0, correction=0),
+        {
+            "bound": reconstruction - kl_z - kl_y,
+            "reconstruction": reconstruction,
+            "kl_z": kl_z,
+            "kl_y": kl_y,
+        },
+    )
 
 
 def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
@@ -122,9 +142,13 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, gener
 
 def calibration_error(q: Tensor, labels: Tensor) -> float:
     """Expected calibration error of q(y|x) [N, K], 15 equal bins of confidence (Guo et al. 2017, eq. 3)."""
+    _, confidence, correct = calibration_bins(q, labels)
+    return ((correct - confidence).abs().sum() / len(q)).item()
+
+
+def calibration_bins(q: Tensor, labels: Tensor) -> Tensor:
+    """Number of images, sum of their confidences and number of right predictions, [3, 15 bins of confidence]."""
     confidence, predicted = q.max(dim=-1)
-    correct = (predicted == labels).double()
+    columns = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).to(q.dtype)]).double()
     bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)  # a NaN stays one below
-    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.double, device=q.device)
-    gaps.index_add_(0, bins, correct - confidence.double())
-    return (gaps.abs().sum() / len(q)).item()
+    return columns.new_zeros(3, CALIBRATION_BINS).index_add_(1, bins, columns)

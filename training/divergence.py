@@ -31,12 +31,14 @@ class FiniteGuard:
         self.parameters = parameters
         self.deferred = device.type == "cuda" and bool(optimizer.defaults.get("fused"))
         self.names: list[str] = []
+        self.norm = torch.zeros(())  # of the whole gradient at the last step, on the device
         self.first_bad: Tensor | None = None  # [step, terms and norms...] of the first bad step; step -1 before
 
     def before_update(self, step: int, terms: dict[str, Tensor]) -> None:
         """Raises Diverged, or on a device that runs ahead, blocks this and all later updates."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norms = torch._foreach_norm(list(gradients.values()))
+        self.norm = torch.stack(norms).norm()
         self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
         # float64, in which the step's number is exact
         values = torch.stack([value.detach().double() for value in (*terms.values(), *norms)])

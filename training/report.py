@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -17,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from models.evaluation import Evaluation
 from models.gradient_quality import Measurement
 from models.objective import Objective
+from training.alarms import Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
 from training.run import Run, flat, plain
 from training.tensorboard import TensorBoard
 
@@ -34,6 +36,7 @@ class Report:
         self.steps = 0  # timed since the last logging step
         self.metrics: dict[str, Tensor | float] = {}
         self.shown: dict[str, str] = {}
+        self.raised: set[str] = set()
         self.seconds = 0.0  # spent training, without evaluation and writing
         self.logged_at = 0.0
         self.ticking_since = time.perf_counter()
@@ -54,29 +57,34 @@ class Report:
         self.stack.callback(lambda: self.board.close())  # the one there is then
         log.info("%s\n%s", self.run.describe(), self.run.describe_objective())
         self.board.text("objective", self.run.describe_objective())
+        self.board.text("config", f"```yaml\n{OmegaConf.to_yaml(plain(self.run.config))}\n```", self.start)
         self.ticking_since = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def add(self, result: Objective) -> None:
+    def add(self, result: Objective, gradient_norm: Tensor) -> None:
         """Takes in a step's terms, without waiting for the device."""
-        self.run.add(result)
+        self.run.add(result, gradient_norm)
         self.steps += 1
         self.metrics = result.metrics
         self.bar.update()
 
     def log_step(self, step: int) -> None:
         """Writes the means since the last call."""
-        values = {f"train/{name}": mean for name, mean in self.run.take_means().items()}
+        earlier = list(self.run.earlier_norms)
+        means, norms = self.run.take_means()
+        values = {f"train/{name}": mean for name, mean in means.items()}
         self._count()
         values["train/steps_per_second"] = self.steps / (self.seconds - self.logged_at)
         values["train/learning_rate"] = self.run.optimizer.param_groups[0]["lr"]
         for name, metric in self.metrics.items():
             tag = "train/temperature" if name == "temperature" else f"estimator/{name}"
             values[tag] = float(metric)
+        values["train/gradient_norm"] = norms[-1]
         self.board.scalars(values, step)
+        self.alarm(step, gradient_exploded(norms, earlier))
         self.shown["J"] = f"{values['train/J']:.2f}"
         if "train/temperature" in values:
             self.shown["temperature"] = f"{values['train/temperature']:.3f}"
@@ -87,10 +95,29 @@ class Report:
         values = {name: value for name, value in asdict(measured).items() if value is not None}
         self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
         self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
+        seen, weights = measured.per_image, self.run.weights
+        if seen is not None:
+            self.board.predictions(seen.q, self.run.validation, step)
+            alarms = [classes_collapsed(seen.q)]
+            if weights.labelled or weights.unlabelled:  # else p(x|y,z) and q(z|x,y) are not trained
+                alarms += [generator_ignores_y(seen.bound_spread), z_unused(measured.kl_z)]
+            # a healthy model has yet to learn to use y and z: it is no warning before half of the steps are done
+            self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)
+        if step == self.run.config.train.steps:
+            self.board.project(self.run.model, self.run.validation, self.run.binarization)
         self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
         self.bar.set_postfix(self.shown)
         rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
         log.info("step %d: %s, val bound %.2f", step, rest, measured.bound)
+
+    def alarm(self, step: int, *alarms: Alarm, aloud: bool = True) -> None:
+        """Writes each alarm as 0 or 1, and says in a sentence, if `aloud`, when one is first found up."""
+        for alarm in alarms:
+            self.board.scalars({f"alarm/{alarm.name}": float(alarm.up)}, step)
+            if aloud and alarm.up and alarm.name not in self.raised:
+                self.raised.add(alarm.name)
+                self.board.text(f"alarm/{alarm.name}", f"step {step}: {alarm.sentence}", step)
+                log.warning("step %d: %s", step, alarm.sentence)
 
     def diagnostics(self, step: int, measured: Measurement) -> None:
         tags = {
@@ -104,6 +131,7 @@ class Report:
         """Goes on from an earlier step, and drops what was logged past it."""
         self.board.close()
         self.board = TensorBoard(self.folder, step, flat(plain(self.run.config)))
+        self.raised = set()
         self.steps, self.logged_at = 0, self.seconds
         self.bar.n = step
         self.bar.refresh()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from training.divergence import Diverged, raise_unless_finite
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
 ROLLBACKS = 5  # at most, each with half the learning rate of the one before
+USUAL = 1000  # steps whose gradient norms tell what is usual
 ENOUGH = 5  # checkpoints that a disk should have room for
 # settings that change when a run stops or looks, and not what it computes
 FREE_TO_CHANGE = {
@@ -60,6 +62,8 @@ class Run:
         self.unlooked = False  # a signal cut short the looks that were due at `step`
         self.sums: dict[str, Tensor] = {}  # of J's terms since the last logging step, on the device
         self.summed = 0
+        self.norms: list[Tensor] = []  # of the gradient, in the same steps
+        self.earlier_norms: deque[float] = deque(maxlen=USUAL)
         self.device = choose_device(config.device.value)
         self.precision = choose_precision(config.precision.value, self.device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
@@ -144,17 +148,20 @@ class Run:
         generator = keyed_generator(self.device, seed, "unlabelled minibatch")
         return binarize(self.batches.data.x_unlabelled[:size], self.binarization, generator)
 
-    def add(self, result: Objective) -> None:
+    def add(self, result: Objective, gradient_norm: Tensor) -> None:
         """Takes in a step's terms, without waiting for the device."""
+        self.norms.append(gradient_norm)
         for name, term in result.terms.items():
             self.sums[name] = self.sums.get(name, 0) + term.detach()
         self.summed += 1
 
-    def take_means(self) -> dict[str, float]:
-        """Means of J's terms since the last call, however often the run was resumed in between."""
+    def take_means(self) -> tuple[dict[str, float], list[float]]:
+        """Means of J's terms and gradient norms since the last call, however often the run was resumed in between."""
         means = {name: (total / self.summed).item() for name, total in self.sums.items()}
-        self.sums, self.summed = {}, 0
-        return means
+        norms: list[float] = torch.stack(self.norms).tolist()
+        self.sums, self.summed, self.norms = {}, 0, []
+        self.earlier_norms.extend(norms)
+        return means, norms
 
     def diagnose(self, after_draw: Callable[[], None] = lambda: None) -> Measurement:
         """The estimator's gradient against the exact one, by new draws of y from the same images and z's noise."""
@@ -179,6 +186,8 @@ class Run:
             "unlooked": self.unlooked,
             "sums": self.sums,
             "summed": self.summed,
+            "norms": self.norms,
+            "earlier_norms": list(self.earlier_norms),
             "config": plain(self.config),
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
@@ -229,6 +238,8 @@ class Run:
         self.rollbacks = state.get("rollbacks", 0)
         self.unlooked = state.get("unlooked", False)
         self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
+        self.norms = state.get("norms", [])
+        self.earlier_norms = deque(state.get("earlier_norms", ()), maxlen=USUAL)
         self.step = state["step"]
 
     def describe(self) -> str:

@@ -1,16 +1,60 @@
-"""TensorBoard: scalars under the tags that the README lists, pictures, and the HParams tab."""
+"""TensorBoard: scalars under the tags that the README lists, pictures, the projector, and the HParams tab."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from data.batches import EvaluationData, binarize
 from data.randomness import keyed_generator
+from models.evaluation import evaluating
 from models.vae import SemiSupervisedVAE
-from training.pictures import generated, grid, reconstructions
+from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
+from training.checkpoints import write_atomically
+from training.pictures import analogies, generated, grid, interpolation, reconstructions, save_png
 
 HPARAM_METRICS = ("val/accuracy", "val/bound", "test/accuracy", "test/bound", "test/log_likelihood")
+# what the custom scalars tab shows: {section: {chart: tags}}
+LAYOUT = {
+    "Objective (nats per image)": {
+        "J": ["train/J"],
+        "labelled and unlabelled bound": ["train/labelled_bound", "train/unlabelled_bound"],
+        "classification": ["train/classification"],
+    },
+    "Bound by data (nats per image)": {
+        "bound": ["train/labelled_bound", "train/unlabelled_bound", "val/bound", "test/bound"],
+    },
+    "Accuracy": {"accuracy": ["val/accuracy", "test/accuracy"]},
+    "Temperature and entropy": {"temperature, and entropy of q(y|x) in nats": ["train/temperature", "train/entropy_y"]},
+    "Speed": {"steps per second": ["train/steps_per_second"]},
+    "Alarms (1 is up)": {
+        "alarms": [
+            "alarm/classes_collapsed",
+            "alarm/generator_ignores_y",
+            "alarm/z_unused",
+            "alarm/gradient_exploded",
+        ],
+        "gradient norm": ["train/gradient_norm"],
+    },
+}
+LAYOUT_TAG, HEAD = b"custom_scalars__config__", 100_000  # the layout is among an event file's first bytes
+PROJECTED = 1000  # images in the projector
+PROJECTOR = """embeddings {{
+  tensor_name: "z: mean of q(z|x,y) at the most probable y"
+  tensor_path: "projector/z.tsv"
+  metadata_path: "projector/classes.tsv"
+  sprite {{
+    image_path: "projector/images.png"
+    single_image_dim: {width}
+    single_image_dim: {height}
+  }}
+}}
+"""
 
 
 class TensorBoard:
@@ -20,26 +64,86 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
+        self.folder = folder
+        laid_out = has_layout(folder)
         self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # the first step to drop
         plain = (int, float, str, bool)
         flat = {key: value if isinstance(value, plain) else str(value) for key, value in hyper_parameters.items()}
         # written into the run's own folder: add_hparams would make a second run of it
         for summary in hparams(flat, dict.fromkeys(HPARAM_METRICS, 0.0)):
             self.writer._get_file_writer().add_summary(summary)
+        if not laid_out:
+            charts = {section: {c: ["Multiline", tags] for c, tags in part.items()} for section, part in LAYOUT.items()}
+            self.writer.add_custom_scalars(charts)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
-    def text(self, tag: str, text: str) -> None:
-        self.writer.add_text(tag, text)
+    def text(self, tag: str, text: str, step: int | None = None) -> None:
+        self.writer.add_text(tag, text, step)
 
     def pictures(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any, step: int) -> None:
-        """Held-out images above their reconstructions, and generated images, a row a class, a column a style."""
+        """What the model makes of images and of z, as grids.
+
+        Held-out images above their reconstructions; generated images, a row a class, a column a style; held-out
+        images before their analogies in every class; and one walk through z, a row a class.
+        """
         generator = keyed_generator(data.x.device, 0, "pictures")
         images = binarize(data.x[:10], binarization, generator)
+        shape = images.shape[1:]
         self.writer.add_image("reconstructions", grid(reconstructions(model, images), columns=10), step)
-        self.writer.add_image("generated", grid(generated(model, images.shape[1:], generator), columns=10), step)
+        self.writer.add_image("generated", grid(generated(model, shape, generator), columns=10), step)
+        self.writer.add_image("analogies", grid(analogies(model, images), columns=model.num_classes + 1), step)
+        self.writer.add_image("walk_through_z", grid(interpolation(model, shape, generator, 10), columns=10), step)
+
+    def predictions(self, q: Tensor, data: EvaluationData, step: int) -> None:
+        """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
+        self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels)), step)
+        self.writer.add_image("worst_mistakes", draw_mistakes(data.x, worst_mistakes(q, data.labels, 20)), step)
+        self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
+
+    def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any) -> None:
+        """Writes the projector's files anew: z of the first held-out images, with true and predicted class.
+
+        add_embedding would leave a folder for each step, and forget the others when the run is resumed.
+        """
+        images, labels = data.x[:PROJECTED], data.labels[:PROJECTED].tolist()
+        x = binarize(images, binarization, keyed_generator(images.device, 0, "projector"))
+        z, predicted = encode(model, x)
+        files = self.folder / "projector"
+        files.mkdir(exist_ok=True)
+        points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
+        classes = (f"{label}\t{guess}" for label, guess in zip(labels, predicted.tolist(), strict=True))
+        write_atomically(files / "z.tsv", "".join(f"{row}\n" for row in points).encode())
+        write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in ("class\tpredicted", *classes)).encode())
+        side = math.ceil(len(images) ** 0.5)
+        spare = images.new_full((side**2 - len(images), *images.shape[1:]), 128)  # the projector takes a square
+        save_png(grid(torch.cat([images, spare]).float() / 255, columns=side, gap=0), files / "images.png", 1)
+        height, width = images.shape[2:]
+        config = PROJECTOR.format(width=width, height=height)
+        write_atomically(self.folder / "projector_config.pbtxt", config.encode())
 
     def close(self) -> None:
         self.writer.close()
+
+
+def has_layout(folder: Path) -> bool:
+    """Whether a run has its layout already: a second one, from a resumed run, would lie beside it."""
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # all, or the folder stays open
+        with path.open("rb") as file:
+            if LAYOUT_TAG in file.read(HEAD):
+                return True
+    return False
+
+
+def encode(model: SemiSupervisedVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of q(z|x,y) at the most probable y, [B, Z], and that y [B], of images x [B, C, H, W]."""
+    parts = []
+    with evaluating(model):
+        for images in x.split(250):
+            predicted = model.classifier(images).argmax(dim=-1)
+            y = F.one_hot(predicted, model.num_classes).float().unsqueeze(0)
+            parts.append((model.inference(model.inference.features(images), y)[0][0], predicted))
+    means, guesses = zip(*parts, strict=True)
+    return torch.cat(means), torch.cat(guesses)

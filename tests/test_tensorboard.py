@@ -1,0 +1,170 @@
+"""What TensorBoard shows of a run: layout, pictures, projector, texts and alarms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from google.protobuf import text_format  # type: ignore[import-untyped]
+from PIL import Image
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from torch import Tensor
+
+from models.evaluation import calibration_error
+from tests.runs import ANNEALED, MLP, curve, events, resume, run
+from training.alarms import ENOUGH_NORMS, Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
+from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
+from training.tensorboard import LAYOUT
+
+LINE = f"{MLP} estimator=gumbel_softmax{ANNEALED} train.steps="
+PICTURES = {"reconstructions", "generated", "analogies", "walk_through_z"}
+PICTURES |= {"confusion_matrix", "worst_mistakes", "calibration"}
+ALARMS = {"classes_collapsed", "generator_ignores_y", "z_unused", "gradient_exploded"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps, resumed and finished at 12."""
+    folder = tmp_path_factory.mktemp("tensorboard") / "run"
+    run(f"{LINE}6 lr_factor=constant", folder)
+    resume(folder, "train.steps=12")
+    return folder
+
+
+def layouts(folder: Path) -> list[layout_pb2.Layout]:
+    found = events(folder).Tensors("custom_scalars__config__")
+    return [layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]) for event in found]
+
+
+def test_one_layout_a_run_and_its_tags_exist(finished: Path) -> None:
+    (layout,) = layouts(finished)
+    assert [category.title for category in layout.category] == list(LAYOUT)
+    tags = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    assert tags <= set(events(finished).Tags()["scalars"])
+    assert {f"alarm/{name}" for name in ALARMS} <= tags
+
+
+def test_one_layout_after_a_rollback(tmp_path: Path) -> None:
+    line = f"{LINE}4 train.checkpoint_every=1 optimizer.lr=1e30 on_divergence=rollback"
+    run(line, tmp_path / "run", code=3)
+    assert len(list((tmp_path / "run").glob("*tfevents*"))) > 1
+    assert len(layouts(tmp_path / "run")) == 1
+
+
+def test_pictures_and_texts(finished: Path) -> None:
+    read = events(finished)
+    assert set(read.Tags()["images"]) == PICTURES
+    for tag in PICTURES:
+        assert [event.step for event in read.Images(tag)] == [6, 12]
+    (first, second) = read.Tensors("config/text_summary")
+    assert (first.step, second.step) == (0, 6)
+    assert "steps: 12" in second.tensor_proto.string_val[0].decode()
+    assert second.tensor_proto.string_val[0].decode().startswith("```yaml\n")
+
+
+def test_projector_after_a_resume(finished: Path) -> None:
+    config = text_format.Parse((finished / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    (embedding,) = config.embeddings
+    points = (finished / embedding.tensor_path).read_text().splitlines()
+    header, *classes = (finished / embedding.metadata_path).read_text().splitlines()
+    assert len(points) == len(classes) == 200
+    assert {len(point.split("\t")) for point in points} == {2}
+    assert header == "class\tpredicted"
+    assert tuple(embedding.sprite.single_image_dim) == (8, 8)
+    with Image.open(finished / embedding.sprite.image_path) as sprite:
+        assert sprite.size == (15 * 8, 15 * 8)  # 200 images in a square
+
+
+# ---- pictures ----
+
+
+def some_predictions() -> tuple[Tensor, Tensor]:
+    """q(y|x) of four images of classes 0, 1, 1, 2: the third is taken for 2 with 0.6, the fourth for 0 with 0.9."""
+    q = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6], [0.9, 0.05, 0.05]])
+    return q, torch.tensor([0, 1, 1, 2])
+
+
+def test_confusion_has_true_rows_and_predicted_columns() -> None:
+    counts = confusion(*some_predictions())
+    assert counts.tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 0]]
+
+
+def test_worst_mistakes_come_first() -> None:
+    mistakes = worst_mistakes(*some_predictions(), number=5)
+    assert [mistake[:3] for mistake in mistakes] == [(3, 2, 0), (2, 1, 2)]
+    assert [mistake[3] for mistake in mistakes] == pytest.approx([0.9, 0.6])
+    assert worst_mistakes(*some_predictions(), number=1) == mistakes[:1]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_charts_are_pictures(channels: int) -> None:
+    q, labels = some_predictions()
+    x = torch.randint(256, (4, channels, 8, 8), dtype=torch.uint8)
+    mistakes = worst_mistakes(q, labels, 5)
+    charts = draw_confusion(confusion(q, labels)), draw_mistakes(x, mistakes), draw_calibration(q, labels)
+    for chart in (*charts, draw_mistakes(x, [])):
+        assert chart.dtype == torch.uint8
+        assert chart.shape[0] == 3
+        assert chart.float().std() > 5
+    assert calibration_error(q, labels) == pytest.approx((0.2 + 0.3 + 0.6 + 0.9) / 4)
+
+
+# ---- alarms ----
+
+
+def balanced(confidence: float) -> Tensor:
+    """q(y|x) of 100 images, ten predicted as each of 10 classes."""
+    return torch.full((100, 10), (1 - confidence) / 9).index_put(
+        (torch.arange(100), torch.arange(100) % 10), torch.tensor(confidence)
+    )
+
+
+USUAL = [10.0] * ENOUGH_NORMS
+
+
+@pytest.mark.parametrize(
+    ("raised", "healthy"),
+    [
+        (lambda: classes_collapsed(balanced(1.0)[:4]), lambda: classes_collapsed(balanced(1.0))),
+        (lambda: generator_ignores_y(torch.zeros(9)), lambda: generator_ignores_y(torch.full((9,), 30.0))),
+        (lambda: z_unused(0.01), lambda: z_unused(13.0)),
+        (lambda: gradient_exploded([10.0, 5000.0, 10.0], USUAL), lambda: gradient_exploded([10.0, 500.0], USUAL)),
+    ],
+)
+def test_alarms(raised: Callable[[], Alarm], healthy: Callable[[], Alarm]) -> None:
+    assert raised().up
+    assert not healthy().up
+    assert raised().name == healthy().name
+    assert raised().name in ALARMS
+
+
+def test_no_norm_is_usual_at_the_start() -> None:
+    assert not gradient_exploded([1e9], USUAL[1:]).up
+
+
+def test_a_collapsed_run_says_so_once(tmp_path: Path) -> None:
+    """A learning rate of nearly 0: the model stays as it was drawn, and its generator hardly uses y."""
+    folder = tmp_path / "run"
+    run(f"{LINE}12 optimizer.lr=1e-12 train.validate_every=4", folder)
+    assert curve(folder, "alarm/generator_ignores_y") == [(4, 1), (8, 1), (12, 1)]
+    assert (folder / "train.log").read_text().count("the generator ignores y") == 1
+    (text,) = events(folder).Tensors("alarm/generator_ignores_y/text_summary")
+    assert text.step == 8  # from half of the steps on
+    assert {value for _, value in curve(folder, "alarm/gradient_exploded")} == {0}
+
+
+def test_a_healthy_run_raises_none(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ended = run(f"{LINE}300 optimizer.lr=1e-2 train.log_every=50 train.validate_every=300", folder)
+    for name in ALARMS:
+        assert {value for _, value in curve(folder, f"alarm/{name}")} == {0}, ended.said
+    assert all(norm > 0 for _, norm in curve(folder, "train/gradient_norm"))
+
+
+def test_untrained_networks_raise_no_alarm(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(f"{LINE}2 objective=supervised_only", folder)
+    assert not {"alarm/z_unused", "alarm/generator_ignores_y"} & set(events(folder).Tags()["scalars"])

@@ -1,0 +1,133 @@
+"""Drawn for TensorBoard from q(y|x): the confusion matrix, mistakes and calibration. Pillow draws in milliseconds."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.evaluation import calibration_bins
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.ImageDraw import ImageDraw
+
+Colour = tuple[int, int, int]
+WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (150, 150, 150)
+BLUE, RED = (31, 119, 180), (214, 39, 40)
+WIDTH = 350  # pixels, as wide as TensorBoard shows a picture: others are scaled, and their text is hard to read
+TEXT, SMALL_TEXT = 13, 11
+
+
+def confusion(q: Tensor, labels: Tensor) -> Tensor:
+    """How often class i [K rows] was predicted as class j [K columns], from q(y|x) [N, K] and labels [N]."""
+    classes = q.shape[-1]
+    return torch.bincount(labels * classes + q.argmax(dim=-1), minlength=classes**2).view(classes, classes)
+
+
+def worst_mistakes(q: Tensor, labels: Tensor, number: int) -> list[tuple[int, int, int, float]]:
+    """(image, true class, predicted class, confidence) of the most confident mistakes, the worst first."""
+    confidence, predicted = q.max(dim=-1)
+    wrong = (predicted != labels).nonzero().squeeze(-1)
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)[:number]]
+    columns = (worst, labels[worst], predicted[worst], confidence[worst])
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def draw_confusion(counts: Tensor) -> Tensor:
+    """A picture uint8 [3, H, W] of counts [K, K]; the colour is a count's share of its row, red off the diagonal."""
+    classes, height, left, top, right = len(counts), 26, 28, 62, 42
+    width = max(28, (WIDTH - left - right) // classes)
+    image, draw = _blank(left + width * classes + right, top + height * classes + 8)
+    _centred(draw, "right", left + width * classes + right / 2, 48)
+    draw.text((4, 12), "row: true class; column: predicted class", BLACK, _font(TEXT))
+    for row, numbers in enumerate(counts.tolist()):
+        y, total = top + height * row, max(sum(numbers), 1)
+        _centred(draw, str(row), left + width * (row + 0.5), 48)
+        _centred(draw, str(row), left / 2, y + height / 2)
+        _centred(draw, f"{numbers[row] / total:.0%}", left + width * classes + right / 2, y + height / 2)
+        for column, number in enumerate(numbers):
+            x, share = left + width * column, number / total
+            # by the root, or a share of a few hundredths could not be seen
+            ground = _between(WHITE, BLUE if row == column else RED, share**0.5)
+            draw.rectangle((x, y, x + width - 1, y + height - 1), ground, outline=(225, 225, 225))
+            _centred(draw, str(number), x + width / 2, y + height / 2, WHITE if share > 0.4 else BLACK, SMALL_TEXT)
+    return _tensor(image)
+
+
+def draw_mistakes(x: Tensor, mistakes: list[tuple[int, int, int, float]], columns: int = 5) -> Tensor:
+    """A picture uint8 [3, H, W] of images from x, uint8 [N, C, H, W], each above "true -> predicted" and confidence."""
+    from PIL import Image
+
+    side, width, height, top = 56, WIDTH // columns, 98, 30
+    rows = max(1, -(-len(mistakes) // columns))
+    image, draw = _blank(width * columns, top + height * rows)
+    title = "most confident mistakes: true -> predicted, q(y|x)" if mistakes else "no mistakes"
+    draw.text((6, 7), title, BLACK, _font(TEXT))
+    for place, (index, label, predicted, confidence) in enumerate(mistakes):
+        down, across = divmod(place, columns)
+        left, upper = across * width, top + down * height
+        pixels = x[index].double().mean(dim=0).round().to(torch.uint8).cpu().numpy()
+        tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        image.paste(tile, (left + (width - side) // 2, upper + 4))
+        _centred(draw, f"{label} -> {predicted}", left + width / 2, upper + side + 14)
+        _centred(draw, f"{confidence:.2%}", left + width / 2, upper + side + 29)
+    return _tensor(image)
+
+
+def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
+    """A reliability diagram uint8 [3, H, W]: accuracy by confidence, the images in each bin, and the ECE."""
+    images, confidence, correct = calibration_bins(q, labels).cpu()
+    error = ((correct - confidence).abs().sum() / images.sum()).item()
+    left, top, foot, between = 36, 52, 60, 30
+    side = WIDTH - left - 14
+    image, draw = _blank(WIDTH, top + side + between + foot + 46)
+    _centred(draw, f"expected calibration error {error:.2%}", left + side / 2, 14)
+    bottom, last = top + side, top + side + between + foot
+    bin_width = side / len(images)
+    for index, (number, right) in enumerate(zip(images.tolist(), correct.tolist(), strict=True)):
+        x = left + bin_width * index
+        if number:
+            draw.rectangle((x, bottom - side * right / number, x + bin_width - 1, bottom), BLUE)
+            share = number / images.max().item()
+            draw.rectangle((x, last - max(foot * share, 1), x + bin_width - 1, last), GREY)
+    draw.rectangle((left, top, left + side, bottom), outline=BLACK)
+    draw.rectangle((left, last - foot, left + side, last), outline=BLACK)
+    draw.line((left, bottom, left + side, top), RED, 2)
+    for tick in (0.0, 0.5, 1.0):
+        _centred(draw, f"{tick:g}", left - 16, bottom - side * tick)
+        _centred(draw, f"{tick:g}", left + side * tick, last + 14)
+    _centred(draw, "confidence: largest q(y|x)", left + side / 2, last + 32)
+    draw.text((left, top - 19), "accuracy (bars), and what confidence promises (line)", BLACK, _font(SMALL_TEXT))
+    draw.text((left, last - foot - 18), f"images: {int(images.max())} in the largest bin", BLACK, _font(SMALL_TEXT))
+    return _tensor(image)
+
+
+@lru_cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _blank(width: int, height: int) -> tuple[Image, ImageDraw]:
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (width, height), WHITE)
+    return image, ImageDraw.Draw(image)
+
+
+def _centred(draw: ImageDraw, text: str, x: float, y: float, colour: Colour = BLACK, size: int = TEXT) -> None:
+    draw.text((x, y), text, colour, _font(size), anchor="mm")
+
+
+def _between(first: Colour, second: Colour, share: float) -> Colour:
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    return red, green, blue
+
+
+def _tensor(image: Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
