@@ -8,8 +8,10 @@ import secrets
 import shlex
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -226,10 +228,16 @@ def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
     return sweep.after_job(hydra_config, config, folder, code, reason)
 
 
+def quiet_on_full_disks(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
+    """TensorBoard's thread shows a traceback for what the main thread is told too, and says in one sentence."""
+    return lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed)
+
+
 def main() -> None:
     """The command. Exit codes: 0 done, 1 a fault, 2 unusable configuration or data, 3 diverged, 130/143 interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are explained here
     logging.raiseExceptions = False  # a log that cannot be written is said once, by what else cannot be
+    threading.excepthook = quiet_on_full_disks(threading.excepthook)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.argv[1:] = resume_arguments(sys.argv[1:])

@@ -8,6 +8,7 @@ import logging.config
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -81,6 +82,7 @@ def command(main: Callable[[], object], line: str) -> Ended:
     with (
         mock.patch.dict(os.environ),
         mock.patch.object(sys, "argv", ["command", *shlex.split(line)]),
+        mock.patch.object(threading, "excepthook", threading.excepthook),
         # events are read in the order of their files' names, which have a second, a process and this number in them
         mock.patch.object(event_file_writer, "_global_uid", mock.Mock(get=event_files.__next__)),
         contextlib.redirect_stdout(out),

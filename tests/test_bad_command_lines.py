@@ -128,7 +128,7 @@ BAD = [
     ("model._target_=nope.Nope", "model._target_ must be an importable class or function", "got nope.Nope"),
     ("model._target_=os.getcwd", "model.latent_size=8 is not a key", "os.getcwd has none"),
     ("estimator._target_=torch.nn.Linear", "is not a key", "torch.nn.Linear has in_features"),
-    ("estimator=marginalization estimator._target_=torch.nn.Identity", "estimator._target_ must make an estimator"),
+    ("estimator=sparsemax estimator._target_=torch.nn.Identity", "estimator._target_ must make an estimator"),
     ("lr_factor=constant lr_factor._target_=torch.nn.Identity", "lr_factor._target_ must make a schedule", "number"),
     ("lr_factor=[1.5]", "lr_factor must be the name of a choice", "got [1.5]"),
     (
@@ -137,7 +137,7 @@ BAD = [
         "optimizer must be able to take a step",
         "closure",
     ),
-    ("estimator=marginalization estimator._target_=builtins.dict", "estimator._target_", "got builtins.dict"),
+    ("estimator=sparsemax estimator._target_=builtins.dict", "estimator._target_", "got builtins.dict"),
     # sweeps: no job is started
     ("-m seed=1,-2", "seed must be >= 0", "got -2", "(in the job seed=-2)"),
     ("objective.alpha=1,-1 -m", "objective.alpha must be >= 0", "(in the job objective.alpha=-1)"),
@@ -292,7 +292,7 @@ def test_class_that_fails_names_its_line(
     lines = ["class Mine:", "    def __init__(self, size=1):", "        self.size = size + None"]
     (tmp_path / "catvae_failing_plugin.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
-    line = "estimator=marginalization estimator._target_=catvae_failing_plugin.Mine +estimator.size=3"
+    line = "estimator=sparsemax estimator._target_=catvae_failing_plugin.Mine +estimator.size=3"
     assert exit_code(line, monkeypatch) == 2
     words = ("estimator cannot be built", "catvae_failing_plugin.py, line 3", "estimator.size=3")
     assert_one_sentence(capsys.readouterr().err, words)
@@ -402,7 +402,7 @@ def test_estimator_from_outside(
     (tmp_path / "mine" / "estimator").mkdir(parents=True)
     (tmp_path / "mine" / "estimator" / "own.yaml").write_text("_target_: catvae_plugin.Mine\nsharpness: 2.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    by_target = "data=digits estimator=marginalization estimator._target_=catvae_plugin.Mine +estimator.sharpness=1"
+    by_target = "data=digits estimator=sparsemax estimator._target_=catvae_plugin.Mine +estimator.sharpness=1"
     by_file = "--config-dir mine data=digits estimator=own"
     for line in (by_target, by_file, "-m " + by_file):
         assert exit_code(line + QUIET, monkeypatch) == 0, capsys.readouterr().err

@@ -151,7 +151,7 @@ def flawed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "flawed_plugin.py").write_text(FLAWED)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flawed_plugin", raising=False)
-    return f"{FEW} estimator=marginalization train.steps=8 train.checkpoint_every=2 estimator._target_=flawed_plugin."
+    return f"{FEW} estimator=sparsemax train.steps=8 train.checkpoint_every=2 estimator._target_=flawed_plugin."
 
 
 def test_divergence_stops_by_default(flawed: str, tmp_path: Path) -> None:

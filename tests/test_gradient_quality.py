@@ -389,7 +389,7 @@ class Unruly(Marginalization):
     [
         f"{CONV} {ESTIMATORS['score_function/moving_average']}",
         f"{MLP} estimator=score_function estimator/baseline=learned",
-        f"{MLP} estimator=marginalization estimator._target_=catvae_unruly_plugin.Unruly",
+        f"{MLP} estimator=sparsemax estimator._target_=catvae_unruly_plugin.Unruly",
     ],
 )
 def test_diagnostics_change_nothing(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
 ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 USUAL = 1000  # steps whose gradient norms tell what is usual
-ENOUGH = 5  # checkpoints that a disk should have room for
+ENOUGH = 10  # checkpoints that a disk should have room for; events take room as well
 # settings that change when a run stops or looks, and not what it computes
 FREE_TO_CHANGE = {
     "resume",
