@@ -75,7 +75,7 @@ def check(config: Config) -> None:
     from estimators.contract import Estimator
     from models.networks import ImageShape, Networks
 
-    known = facts(config.data.name, config.data.path)
+    known = facts(config.data.name, config.data.path, config.data.random_classes)
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
     estimator = build(config.estimator, "estimator")
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
@@ -139,7 +139,7 @@ def check_machine(config: Config) -> None:
     data = config.data
     try:
         draw_split(
-            *_labels(data.name, data.root, data.checksum, data.path),
+            *_labels(data.name, data.root, data.checksum, data.path, data.random_classes),
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
             split_seed=data.split_seed,
@@ -150,9 +150,9 @@ def check_machine(config: Config) -> None:
 
 
 @functools.cache
-def _labels(name: str, root: str, checksum: bool, path: str | None) -> tuple[Indices, int]:
+def _labels(name: str, root: str, checksum: bool, path: str | None, random_classes: int | None) -> tuple[Indices, int]:
     """The training images' labels, and the number of classes."""
-    source = load(name, root, "train", checksum, path)
+    source = load(name, root, "train", checksum, path, random_classes)
     return source.labels, source.num_classes
 
 

@@ -58,13 +58,16 @@ class DataConfig:
     split_seed: int = 0  # draws the split, and nothing else
     labelled_in_unlabelled: bool = True  # labelled images are also seen without their labels
     binarization: Binarization = Binarization.dynamic
+    random_classes: int | None = None  # every label replaced by one of so many at random: for timing
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"data.name must be one of {', '.join(NAMES)}, got {self.name}")
         if self.path is not None and self.name != OWN:
             raise ValueError(f"data.path is read by data={OWN} alone, got {self.path} with data={self.name}")
-        known = facts(self.name, self.path)
+        if self.random_classes is not None:
+            _at_least(2, data__random_classes=self.random_classes)
+        known = facts(self.name, self.path, self.random_classes)
         with_label = known.train_images - known.unknown_labels
         check_sizes(with_label, known.num_classes, self.num_labelled, self.num_validation)
         _at_least(0, data__split_seed=self.split_seed)

@@ -163,7 +163,7 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
     if not settings.estimators and own == OWN:
         names.append(OWN)
-    known = facts(run.config.data.name, run.config.data.path)
+    known = facts(run.config.data.name, run.config.data.path, run.config.data.random_classes)
     made = {}
     for name in names:
         if name == own:

@@ -106,7 +106,7 @@ class Run:
 
     def _load(self, part: str) -> Images:
         data = self.config.data
-        return load(data.name, data.root, part, data.checksum, data.path)
+        return load(data.name, data.root, part, data.checksum, data.path, data.random_classes)
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
