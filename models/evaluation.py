@@ -16,6 +16,7 @@ from estimators.contract import categorical_kl
 from models.vae import SemiSupervisedVAE
 
 CALIBRATION_BINS = 15
+ROWS = 8192  # of images and classes that go through the generator at once
 EVALUATION_SEED = 0  # the same binarization and noise for every run of one batch size, so that runs can be compared
 
 
@@ -50,6 +51,11 @@ class Evaluation:
 def one_hot_classes(num_classes: int, batch: int, device: torch.device) -> Tensor:
     """Every class for every image, [K, B, K]."""
     return torch.eye(num_classes, device=device).unsqueeze(1).expand(-1, batch, -1)
+
+
+def class_chunks(num_classes: int, x: Tensor) -> tuple[Tensor, ...]:
+    """Every class for every image of x [B, ...], in parts [S, B, K] of some thousands of rows, which memory holds."""
+    return one_hot_classes(num_classes, len(x), x.device).split(max(1, ROWS // len(x)))
 
 
 @contextmanager
@@ -108,14 +114,16 @@ def _exact_terms(
     """q(y|x) [B, K], the standard deviation of b(x, y) over y [B], and the exact bound and its parts, each [B]."""
     logits = model.classifier(x)
     q = logits.softmax(dim=-1)
-    classes = one_hot_classes(model.num_classes, len(x), x.device)
-    bound = model.bound(x, model.inference.features(x), classes, model.draw_noise(x, generator))
-    reconstruction = (q.T * bound.reconstruction).sum(dim=0)
-    kl_z = (q.T * bound.kl_z).sum(dim=0)
+    features, noise = model.inference.features(x), model.draw_noise(x, generator)
+    bounds = [model.bound(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
+    reconstructions, kls = (
+        torch.cat(parts) for parts in zip(*((b.reconstruction, b.kl_z) for b in bounds), strict=True)
+    )
+    reconstruction, kl_z = (q.T * reconstructions).sum(dim=0), (q.T * kls).sum(dim=0)
     kl_y = categorical_kl(logits)
     return (
         q,
-        bound.value.std(dim=0, correction=0),
+        (reconstructions - kls).std(dim=0, correction=0),
         {
             "bound": reconstruction - kl_z - kl_y,
             "reconstruction": reconstruction,
@@ -131,11 +139,11 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, gener
     A lower bound in expectation that tightens with S (Burda et al. 2016, eq. 8).
     """
     features = model.inference.features(x)
-    classes = one_hot_classes(model.num_classes, len(x), x.device)
     log_weights = []
     for _ in range(samples):
         noise = model.draw_noise(x, generator)
-        log_weights.append(model.log_weight(x, features, classes, noise))
+        parts = [model.log_weight(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
+        log_weights.append(torch.cat(parts))
     per_class = torch.stack(log_weights).logsumexp(dim=0) - math.log(samples)
     return per_class.logsumexp(dim=0) - math.log(model.num_classes)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 LEAST_CLASSES = 0.5  # of all classes, that predictions must be spread over
 LEAST_SPREAD = 1.0  # nats: the standard deviation of b(x,y) over y
 LEAST_KL_Z = 0.1  # nats
-MOST_GROWTH = 100.0  # times the usual gradient norm
+MOST_GROWTH = 100.0  # times the gradient norm of the first steps
 ENOUGH_NORMS = 50  # steps, before any norm is usual
 
 
@@ -58,12 +58,15 @@ def z_unused(kl_z: float) -> Alarm:
     return Alarm("z_unused", kl_z < LEAST_KL_Z, f"z is unused: its KL is {kl_z:.2g} nats, less than {LEAST_KL_Z:g}")
 
 
-def gradient_exploded(norms: Sequence[float], earlier: Sequence[float]) -> Alarm:
-    """Whether the largest of the gradient's latest norms is far above the median of the earlier ones."""
-    usual = statistics.median(earlier) if len(earlier) >= ENOUGH_NORMS else math.inf
+def gradient_exploded(norms: Sequence[float], early: Sequence[float]) -> Alarm:
+    """Whether the largest of the gradient's latest norms is far above the median of its first ones.
+
+    Not of those just before, which are next to nothing once a few labels have been learnt by heart.
+    """
+    usual = statistics.median(early) if len(early) >= ENOUGH_NORMS else math.inf
     largest = max(norms, default=0.0)
     return Alarm(
         "gradient_exploded",
         largest > MOST_GROWTH * usual,
-        f"the gradient exploded: its norm was {largest:.3g}, and {usual:.3g} is usual",
+        f"the gradient exploded: its norm was {largest:.3g}, and {usual:.3g} was usual in the first steps",
     )

@@ -73,7 +73,7 @@ class Report:
 
     def log_step(self, step: int) -> None:
         """Writes the means since the last call."""
-        earlier = list(self.run.earlier_norms)
+        early = self.run.early_norms
         means, norms = self.run.take_means()
         values = {f"train/{name}": mean for name, mean in means.items()}
         self._count()
@@ -84,7 +84,7 @@ class Report:
             values[tag] = float(metric)
         values["train/gradient_norm"] = norms[-1]
         self.board.scalars(values, step)
-        self.alarm(step, gradient_exploded(norms, earlier))
+        self.alarm(step, gradient_exploded(norms, early))
         self.shown["J"] = f"{values['train/J']:.2f}"
         if "train/temperature" in values:
             self.shown["temperature"] = f"{values['train/temperature']:.3f}"

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -37,7 +36,7 @@ from training.divergence import Diverged, raise_unless_finite
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
 ROLLBACKS = 5  # at most, each with half the learning rate of the one before
-USUAL = 1000  # steps whose gradient norms tell what is usual
+USUAL = 1000  # first steps, whose gradient norms tell what is usual
 ENOUGH = 10  # checkpoints that a disk should have room for; events take room as well
 # settings that change when a run stops or looks, and not what it computes
 FREE_TO_CHANGE = {
@@ -63,7 +62,7 @@ class Run:
         self.sums: dict[str, Tensor] = {}  # of J's terms since the last logging step, on the device
         self.summed = 0
         self.norms: list[Tensor] = []  # of the gradient, in the same steps
-        self.earlier_norms: deque[float] = deque(maxlen=USUAL)
+        self.early_norms: list[float] = []  # of the first USUAL steps
         self.device = choose_device(config.device.value)
         self.precision = choose_precision(config.precision.value, self.device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
@@ -160,7 +159,7 @@ class Run:
         means = {name: (total / self.summed).item() for name, total in self.sums.items()}
         norms: list[float] = torch.stack(self.norms).tolist()
         self.sums, self.summed, self.norms = {}, 0, []
-        self.earlier_norms.extend(norms)
+        self.early_norms = (self.early_norms + norms)[:USUAL]
         return means, norms
 
     def diagnose(self, after_draw: Callable[[], None] = lambda: None) -> Measurement:
@@ -187,7 +186,7 @@ class Run:
             "sums": self.sums,
             "summed": self.summed,
             "norms": self.norms,
-            "earlier_norms": list(self.earlier_norms),
+            "early_norms": self.early_norms,
             "config": plain(self.config),
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
@@ -239,7 +238,7 @@ class Run:
         self.unlooked = state.get("unlooked", False)
         self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
         self.norms = state.get("norms", [])
-        self.earlier_norms = deque(state.get("earlier_norms", ()), maxlen=USUAL)
+        self.early_norms = state.get("early_norms", [])
         self.step = state["step"]
 
     def describe(self) -> str:
