@@ -1,0 +1,105 @@
+"""README.md: its files are there, its examples run, and its commands are accepted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+import train
+from tests.runs import MLP, ROOT, command, run
+
+README = (ROOT / "README.md").read_text()
+TINY = "data=digits train.steps=2 train.log_every=1 evaluation.importance_samples=1 device=cpu"
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def block_with(kind: str, text: str) -> str:
+    (found,) = [block for block in blocks(kind) if text in block]
+    return found
+
+
+def commands() -> list[str]:
+    """Every command line of train.py, in blocks and in running text."""
+    running = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    texts = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines() + re.findall(r"`([^`]+)`", running)
+    lines = (re.sub(r"\s+#.*", "", " ".join(text.split())) for text in texts)
+    return [line.partition("train.py")[2].strip() for line in lines if "uv run train.py" in line]
+
+
+def test_linked_files_are_there() -> None:
+    linked = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    assert len(linked) > 5
+    assert all((ROOT / file).is_file() for file in linked)
+
+
+def test_pictures_are_small() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert len(pictures) >= 3
+    assert all((ROOT / picture).stat().st_size < 250_000 for picture in pictures)
+
+
+# what stands for a name of the reader's own, and what another test here runs
+PLACEHOLDERS = ("...", "FOLDER", "resume=", "--config-dir", "NAME", "FILE", "--help", "mine.npz")
+WHOLE = sorted(line for line in set(commands()) if not any(word in line for word in PLACEHOLDERS))
+
+
+@pytest.mark.parametrize("line", WHOLE)
+def test_command_is_accepted(line: str, tmp_path: Path) -> None:
+    if line.startswith("-m") or " -m " in line:
+        line = line.replace("hydra/launcher=slurm", "").replace("search=alpha_temperature_lr", "")
+        arguments = [word for word in shlex.split(line) if word != "-m" and not word.startswith("hydra.launcher")]
+        first = [re.sub(r"=range\(.*|=([^,]*),.*", lambda m: "=" + (m[1] or "0"), word) for word in arguments]
+        line = shlex.join(first)
+    ended = command(train.main, f"{line} --cfg job")
+    assert ended.code == 0, ended.said
+
+
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, group: str, name: str, yaml: str) -> str:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / f"{module}.py").write_text(block_with("python", {"estimator": "SoftmaxMean", "model": "wide("}[group]))
+    (tmp_path / group).mkdir()
+    (tmp_path / group / f"{name}.yaml").write_text(yaml)
+    return f"--config-dir {tmp_path} {group}={name}"
+
+
+def test_estimator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml = block_with("yaml", "SoftmaxMean")
+    line = plugin(tmp_path, monkeypatch, "estimators_of_mine", "estimator", "softmax_mean", yaml)
+    run(f"{line} {TINY} estimator.noise=0.2", tmp_path / "run")
+
+
+def test_networks_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml = "_target_: networks_of_mine.wide\nlatent_size: 10\nhidden: 300\n"
+    for setting in yaml.split("\n")[:-1]:
+        assert f"`{setting}`" in README
+    line = plugin(tmp_path, monkeypatch, "networks_of_mine", "model", "wide", yaml)
+    run(f"{line} {TINY}", tmp_path / "run")
+
+
+def test_images_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)
+    monkeypatch.chdir(tmp_path)
+    exec(block_with("python", "np.savez"), {"np": np, "images": images, "labels": digits.target})
+    (line,) = [line for line in commands() if "mine.npz" in line]
+    model = re.sub(r"data\S+", "", MLP)
+    run(f"{line} {model} train.steps=2", tmp_path / "run")
+
+
+def test_every_setting_of_the_table_exists() -> None:
+    composed = command(train.main, "--cfg job").out + command(train.main, "estimator=marginalization --cfg job").out
+    rows = re.findall(
+        r"^\| (`[^|]+`) \|", README[README.index("## Settings") : README.index("## Troubleshooting")], re.M
+    )
+    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    assert len(names) > 30
+    for name in names:
+        assert f"{name.rpartition('.')[2]}:" in composed or (ROOT / "configs" / name.replace(".", "/")).is_dir(), name
