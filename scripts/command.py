@@ -24,6 +24,10 @@ def refusing_bad_input() -> Iterator[None]:
         refuse(str(error))
     except OSError as error:
         refuse(explain(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        refuse("drawing this needs Matplotlib; it comes by: uv sync --extra figures")
 
 
 def writable(output: Path, suffixes: tuple[str, ...]) -> None:

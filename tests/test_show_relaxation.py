@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,11 @@ def test_it_refuses_what_it_cannot_draw(line: str, said: str, tmp_path: Path, mo
     assert "Traceback" not in ended.err
     assert ended.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ended = command(show.main, "")
+    assert ended.code == 2
+    assert ended.err == "catvae: drawing this needs Matplotlib; it comes by: uv sync --extra figures\n"
