@@ -1,25 +1,39 @@
-"""Times a training step of every estimator, in one sitting and turn by turn, so that a busy moment slows all alike.
+"""Times a training step: of every estimator, its parts, the arithmetic alone, a loop as first written, and Pyro.
 
-uv run python -m scripts.benchmark --rounds 20 model=mlp precision=fp32
+uv run python -m scripts.benchmark model=mlp train.batch_size_labelled=100
+uv run python -m scripts.benchmark --estimators marginalization,gumbel_softmax --peer pyro precision=fp32 model=mlp
+uv run python -m scripts.benchmark --classes 2,10,100,1000 experiment=jang2017_figure5 --estimators gumbel_softmax
 
-A step is the trainer's own: minibatch, J, backward, optimizer; nothing is logged. Prints the median over rounds.
+All of it in one sitting and turn by turn, so that a busy moment slows all alike. A step is the trainer's own, logging
+and guard included; a logging step's work is spread over train.log_every steps. Prints medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
-from scripts.command import positive, refusing_bad_input
-from scripts.gradient_quality import all_names, compose_estimator
+from scripts.command import positive, refusing_bad_input, writable
+from scripts.gradient_quality import all_names, compose_estimator, split_names
 
 if TYPE_CHECKING:
+    from models.networks import Networks
+    from models.vae import SemiSupervisedVAE
+    from training.report import Report
     from training.run import Run
 
 WARM_UP = 3  # steps before the first that counts
+LONGEST = 30.0  # seconds for one contender; fewer rounds where a step is slow
+PARTS = ("data", "forward", "backward", "guard", "optimizer", "logging")
+YARDSTICKS = ("plain loop, class by class", "plain loop, Gumbel-Softmax")
+PYRO = ("Pyro, enumerated in parallel", "Pyro, sampled")
 
 
 def compose_run(overrides: list[str], estimator: str) -> Run:
@@ -39,54 +53,276 @@ def compose_run(overrides: list[str], estimator: str) -> Run:
     return Run(config)
 
 
-def step(run: Run) -> Any:
-    """One training step; returns the estimator's metrics."""
-    from data.randomness import keyed_generator
-    from models.objective import objective
+class Trainer:
+    """train.py's step on a run, each part timed: tests hold its parameters to those of train.py."""
 
-    generator = keyed_generator(run.device, run.config.seed, "step", run.step)
-    batch = run.batches(run.step, generator)
-    with run.autocast():
-        result = objective(run.model, run.estimator, run.weights, *batch, step=run.step, generator=generator)
-    run.optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
-    run.optimizer.step()
-    run.step += 1
-    return result.metrics
+    def __init__(self, run: Run) -> None:
+        from training.divergence import FiniteGuard
+
+        self.run = run
+        self.guard = FiniteGuard(run.optimizer, run.parameters, run.device)
+        self.metrics: dict[str, Any] = {}
+
+    def step(self, report: Report | None = None) -> dict[str, float]:
+        """One step; returns the seconds of each part, until the device has done it."""
+        from data.randomness import keyed_generator
+        from models.objective import objective
+
+        run, seconds, mark = self.run, {}, Stopwatch(self.run.device)
+        generator = keyed_generator(run.device, run.config.seed, "step", run.step)
+        batch = run.batches(run.step, generator)
+        seconds["data"] = mark()
+        with run.autocast():
+            result = objective(run.model, run.estimator, run.weights, *batch, step=run.step, generator=generator)
+        seconds["forward"] = mark()
+        run.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        seconds["backward"] = mark()
+        self.guard.before_update(run.step, result.terms)
+        seconds["guard"] = mark()
+        run.set_learning_rate(run.step)
+        run.optimizer.step()
+        seconds["optimizer"] = mark()
+        run.step += 1
+        if report is not None:
+            report.add(result, self.guard.norm)
+            seconds["logging"] = mark()
+        self.metrics = result.metrics
+        return seconds
 
 
-def timed(run: Run) -> float:
-    """Seconds of a step, until the device has done it."""
+class Stopwatch:
+    """Seconds since the last call, until the device has done all that it was given."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.last = time.perf_counter()
+
+    def __call__(self) -> float:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
+
+
+def time_estimators(trainers: dict[str, Trainer], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each part of a step, for each estimator, taken in turns."""
+    import tempfile
+
+    from training.report import Report
+
+    with tempfile.TemporaryDirectory() as folder:
+        reports = {name: Report(trainer.run, Path(folder, name)) for name, trainer in trainers.items()}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+        for name, trainer in trainers.items():
+            reports[name].__enter__()
+            for _ in range(WARM_UP):
+                trainer.step(reports[name])
+        for _ in range(rounds):
+            for name, trainer in trainers.items():
+                if sum(sum(seconds.values()) for seconds in found[name]) < LONGEST:
+                    found[name].append(trainer.step(reports[name]))
+        medians = {name: {part: median(s[part] for s in steps) for part in PARTS} for name, steps in found.items()}
+        for name, trainer in trainers.items():
+            mark = Stopwatch(trainer.run.device)
+            reports[name].log_step(trainer.run.step)
+            medians[name]["logging"] += mark() / trainer.run.config.train.log_every
+            reports[name].__exit__()
+    return medians
+
+
+def networks_of(model: SemiSupervisedVAE) -> Networks:
+    from models.networks import Networks
+
+    return Networks(model.classifier, model.inference, model.generator, model.num_classes, model.latent_size)
+
+
+def time_peers(run: Run, rounds: int, with_pyro: bool) -> dict[str, float]:
+    """Median seconds of a step of each yardstick, in turns."""
+    from copy import deepcopy
+
+    from scripts.peers import MakeStep, plain_loop, pyro_svi, timed
+
+    makers: list[tuple[MakeStep, tuple[str, str]]] = [(plain_loop, YARDSTICKS)]
+    makers += [(pyro_svi, PYRO)] if with_pyro else []
+    steps = {
+        name: make(run, networks_of(deepcopy(run.model)), index == 1)
+        for make, names in makers
+        for index, name in enumerate(names)
+    }
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            if sum(found[name]) < LONGEST:
+                found[name].append(timed(step, run.device))
+    return {name: median(seconds) for name, seconds in found.items()}
+
+
+def peak_memory(overrides: list[str], name: str) -> float:
+    """MiB that a process needs at most for three steps, or that the GPU does; of a process of its own."""
+    command = [sys.executable, "-m", "scripts.benchmark", "--peak-of", name, *overrides]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    return float(ended.stdout)
+
+
+def print_peak(overrides: list[str], name: str) -> None:
+    import resource
+
     import torch
 
-    start = time.perf_counter()
-    step(run)
+    trainer = Trainer(compose_run(overrides, name))
+    for _ in range(WARM_UP):
+        trainer.step()
+    if trainer.run.device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def machine(run: Run) -> dict[str, Any]:
+    """What the figures depend on besides the program."""
+    import platform
+
+    import torch
+
+    from training.run_folder import git_commit, versions
+
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = models[0].partition(": ")[2] if models else processor
     if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)
-    return time.perf_counter() - start
+        processor = torch.cuda.get_device_name(run.device)
+    threads = torch.get_num_threads()
+    return {
+        "processor": processor,
+        "threads": threads,
+        "precision": run.precision,
+        "git_commit": git_commit(),
+        "versions": versions(),
+    }
+
+
+def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one configuration, printed and as a dictionary."""
+    from scripts.peers import floor
+
+    names = split_names(arguments.estimators) if arguments.estimators else all_names()
+    trainers = {name: Trainer(compose_run(arguments.overrides, name)) for name in names}
+    run = next(iter(trainers.values())).run
+    about = machine(run) | {"command": sys.argv[1:], "rounds": arguments.rounds}
+    model, data, settings = run.config.model["_target_"].rpartition(".")[2], run.config.data.name, run.config.train
+    print(
+        f"{model} on {data}, {settings.batch_size_labelled} + {settings.batch_size_unlabelled} images, "
+        f"{about['precision']}, {about['threads']} threads of {about['processor']}, {arguments.rounds} rounds\n"
+    )
+    medians = time_estimators(trainers, arguments.rounds)
+    rows = []
+    print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'floor':>8}", end="")
+    print("".join(f"{part:>10}" for part in PARTS) + (f"{'MiB':>8}" if arguments.memory else ""))
+    for name in sorted(names, key=lambda name: sum(medians[name].values())):
+        parts, trainer = medians[name], trainers[name]
+        seconds = sum(parts.values())
+        lowest, operations, rate = floor(trainer.run, trainer.step)
+        row = {
+            "estimator": name,
+            "evaluations": trainer.metrics["evaluations"],
+            "seconds": seconds,
+            "parts": parts,
+            "floor_seconds": lowest,
+            "floating_point_operations": operations,
+            "best_rate": rate,
+        }
+        shares = "".join(f"{parts[part] / seconds:>10.1%}" for part in PARTS)
+        print(f"{name:<30}{row['evaluations']:>6.3g}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}", end="")
+        print(f"{lowest / seconds:>8.0%}{shares}", end="")
+        if arguments.memory:
+            row["peak_mib"] = peak_memory(arguments.overrides, name)
+            print(f"{row['peak_mib']:>8.0f}", end="")
+        print()
+        rows.append(row)
+    print("\nfloor: the step's matrix products and convolutions alone, at the best rate of this machine, over its time")
+    peers = {}
+    if arguments.peer != "none":
+        peers = time_peers(run, arguments.rounds, arguments.peer == "pyro")
+        print(f"\n{'fp32':<36}{'ms':>9}{'steps/s':>9}")
+        for name, seconds in peers.items():
+            print(f"{name:<36}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}")
+    return about | {"estimators": rows, "peers": peers}
+
+
+def growth_table(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds a step against the number of classes, printed and as a dictionary."""
+    names = split_names(arguments.estimators) if arguments.estimators else ["marginalization", "gumbel_softmax"]
+    rows = []
+    print(f"{'classes':>8}" + "".join(f"{name:>24}" for name in names) + "    ms a step")
+    for number in arguments.classes:
+        overrides = [*arguments.overrides, f"data.random_classes={number}"]
+        trainers = {name: Trainer(compose_run(overrides, name)) for name in names}
+        medians = time_estimators(trainers, arguments.rounds)
+        seconds = {name: sum(medians[name].values()) for name in names}
+        rows.append({"classes": number, "seconds": seconds})
+        print(f"{number:>8}" + "".join(f"{1000 * seconds[name]:>24.2f}" for name in names), flush=True)
+    about = machine(trainers[names[0]].run) | {"command": sys.argv[1:], "rounds": arguments.rounds}
+    return about | {"growth": rows}
+
+
+def picture(rows: list[dict[str, Any]], about: str) -> Any:
+    """Steps a second against the number of classes (Jang et al. 2017, figure 5), a line an estimator."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    classes = [row["classes"] for row in rows]
+    for name in rows[0]["seconds"]:
+        speeds = [1 / row["seconds"][name] for row in rows]
+        axes.loglog(classes, speeds, marker="o", markersize=4)
+        axes.annotate(name, (classes[-1], speeds[-1]), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.set_xlabel("classes")
+    axes.set_ylabel("steps per second")
+    axes.set_title(about, fontsize=9, loc="left")
+    axes.margins(x=0.05)
+    axes.set_xlim(right=classes[-1] * 12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def numbers_of_classes(text: str) -> list[int]:
+    return [positive(number) for number in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of train.py")
-    parser.add_argument("--rounds", type=positive, default=20, help="steps of each estimator")
+    parser.add_argument("--rounds", type=positive, default=20, help="steps of each contender")
+    parser.add_argument("--estimators", help="names between commas; all of them by default")
+    parser.add_argument("--peer", choices=("none", "plain", "pyro"), default="none", help="time these as well")
+    parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
+    parser.add_argument("--classes", type=numbers_of_classes, help="time against the number of classes, random labels")
+    parser.add_argument("--picture", type=Path, help="of --classes: steps a second, as .png or .pdf")
+    parser.add_argument("--output", type=Path, help="a .json file for all figures")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with refusing_bad_input():
-        import torch
-
-        runs = {name: compose_run(arguments.overrides, name) for name in all_names()}
-        calls = {name: [step(run) for _ in range(WARM_UP)][-1]["evaluations"] for name, run in runs.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(arguments.rounds):
-            for name, run in runs.items():
-                seconds[name].append(timed(run))
-    first = next(iter(runs.values()))
-    threads = f", {torch.get_num_threads()} threads" if first.device.type == "cpu" else ""
-    print(f"{first.config.data.name}, {first.precision} on {first.device}{threads}, {arguments.rounds} rounds\n")
-    print(f"{'estimator':<30}{'calls':>6}{'ms a step':>11}{'steps/s':>9}")
-    for name in sorted(runs, key=lambda name: median(seconds[name])):
-        middle = median(seconds[name])
-        print(f"{name:<30}{calls[name]:>6.3g}{1000 * middle:>11.1f}{1 / middle:>9.1f}")
+        if arguments.output:
+            writable(arguments.output, (".json",))
+        if arguments.picture:
+            writable(arguments.picture, (".png", ".pdf"))
+        if arguments.peak_of:
+            print_peak(arguments.overrides, arguments.peak_of)
+            return
+        found = growth_table(arguments) if arguments.classes else steps_table(arguments)
+        if arguments.picture and arguments.classes:
+            about = f"{found['precision']}, {found['threads']} threads of {found['processor']}"
+            picture(found["growth"], about).savefig(arguments.picture, dpi=130)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,43 +1,96 @@
-"""scripts.benchmark: it times the trainer's own step."""
+"""scripts.benchmark: it times the trainer's own step, and what it is compared with."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from scripts import benchmark
+from scripts import benchmark, peers
 from scripts.gradient_quality import all_names
 from tests.runs import MLP, checkpoint, command, run
 
 
-def test_every_estimator_is_timed() -> None:
-    ended = command(benchmark.main, f"--rounds 1 {MLP}")
+def test_every_estimator_is_timed(tmp_path: Path) -> None:
+    ended = command(benchmark.main, f"--rounds 1 {MLP} --output {tmp_path / 'figures.json'}")
     assert (ended.code, ended.err) == (0, "")
     head, _, names, *rows = ended.out.splitlines()
-    assert head.startswith("digits, fp32 on cpu")
-    assert names.split() == ["estimator", "calls", "ms", "a", "step", "steps/s"]
-    cells = [row.split() for row in rows]
+    assert head.startswith("mlp on digits, 10 + 10 images, fp32, ")
+    assert names.split() == ["estimator", "calls", "ms", "steps/s", "floor", *benchmark.PARTS]
+    cells = [row.split() for row in rows[: len(all_names())]]
     assert {name for name, *_ in cells} == set(all_names())
     milliseconds = [float(row[2]) for row in cells]
     assert milliseconds == sorted(milliseconds)
-    assert all(float(row[2]) * float(row[3]) == pytest.approx(1000, rel=0.2) for row in cells)
+    for row in cells:
+        assert float(row[2]) * float(row[3]) == pytest.approx(1000, rel=0.05)
+        assert sum(float(share.rstrip("%")) for share in row[5:]) == pytest.approx(100, abs=0.5)
     assert dict((row[0], row[1]) for row in cells)["marginalization"] == "10"
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["estimator"] for row in found["estimators"]} == set(all_names())
+    assert found["threads"] == torch.get_num_threads()
 
 
 def test_a_timed_step_is_the_trainers(tmp_path: Path) -> None:
     line = f"{MLP} train.steps=3"
     run(f"{line} estimator=reinmax", tmp_path / "run")
-    timed = benchmark.compose_run(line.split(), "reinmax")
+    trainer = benchmark.Trainer(benchmark.compose_run(line.split(), "reinmax"))
     for _ in range(3):
-        benchmark.timed(timed)
+        trainer.step()
     trained = checkpoint(tmp_path / "run")["model"]
-    assert all(torch.equal(value, trained[name]) for name, value in timed.model.state_dict().items())
+    assert all(torch.equal(value, trained[name]) for name, value in trainer.run.model.state_dict().items())
+
+
+def test_the_floor_counts_the_products_of_a_step() -> None:
+    """Marginalization of an MLP: each layer's product forward, for its weights, and for its input unless that is x."""
+    batch, pixels, hidden, size, classes = 10, 64, 16, 2, 10
+    trainer = benchmark.Trainer(benchmark.compose_run(MLP.split(), "marginalization"))
+    seconds, operations, rate = peers.floor(trainer.run, trainer.step)
+    assert seconds == operations / rate > 0
+    rows = batch * (1 + classes)  # labelled, and unlabelled in every class
+    from_x = 2 * (2 * batch) * pixels * hidden  # classifier and inference network
+    per_row = hidden * 2 * size + size * hidden + hidden * pixels
+    from_classes = 2 * (batch + classes) * classes * hidden  # labels, and each class once
+    expected = 2 * (2 * from_x + 3 * (2 * batch) * hidden * classes + 3 * rows * per_row + 2 * from_classes)
+    assert operations == expected
+
+
+def test_growth_is_timed_and_drawn(tmp_path: Path) -> None:
+    line = MLP.replace("data.num_labelled=50", "data.num_labelled=\\${data.random_classes}")
+    ended = command(
+        benchmark.main,
+        f"--classes 2,20 --rounds 1 --estimators marginalization,gumbel_softmax {line} "
+        f"--output {tmp_path / 'growth.json'} --picture {tmp_path / 'growth.png'}",
+    )
+    assert ended.code == 0, ended.said
+    rows = json.loads((tmp_path / "growth.json").read_text())["growth"]
+    assert [row["classes"] for row in rows] == [2, 20]
+    assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("make", [peers.plain_loop, peers.pyro_svi])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_peers_learn(make: peers.MakeStep, sampled: bool) -> None:
+    """They are timed at real work: their bound rises."""
+    trainer = benchmark.Trainer(benchmark.compose_run([*MLP.split(), "objective.alpha=1"], "marginalization"))
+    vae = trainer.run.model
+    networks = benchmark.networks_of(vae)
+    step = make(trainer.run, networks, sampled)
+    before = trainer.run.evaluate(trainer.run.validation).bound
+    for _ in range(60):
+        step()
+    assert trainer.run.evaluate(trainer.run.validation).bound > before + 1
 
 
 def test_a_bad_argument_is_refused_in_one_sentence() -> None:
-    ended = command(benchmark.main, "data=digts")
-    assert ended.code == 2
-    assert ended.err.count("\n") == 1
-    assert "data must be one of" in ended.err
+    for line, said in (
+        ("data=digts", "data must be one of"),
+        ("--estimators nope", "estimators must be names out of"),
+        ("--output figures.txt", "--output must end in .json"),
+    ):
+        ended = command(benchmark.main, line)
+        assert ended.code == 2
+        assert ended.err.count("\n") == 1
+        assert said in ended.err

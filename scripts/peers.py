@@ -1,0 +1,175 @@
+"""What scripts.benchmark compares a step with: the arithmetic alone, a loop as first written, and Pyro."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.networks import Networks
+from models.vae import gaussian_kl
+from training.run import Run
+
+Step = Callable[[], None]
+MakeStep = Callable[[Run, Networks, bool], Step]
+
+
+def floor(run: Run, step: Callable[[], object]) -> tuple[float, float, float]:
+    """Seconds that the matrix products and convolutions of a step take alone at this machine's best rate.
+
+    Also the floating-point operations of the step, and that rate: of square matrix products in the run's precision, the
+    best of several sizes and tries.
+    """
+    with FlopCounterMode(display=False) as counter:
+        step()
+    operations = float(counter.get_total_flops())
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    best = 0.0
+    for size in (512, 1024, 2048):
+        a, b = (torch.randn(size, size, device=run.device).to(dtype) for _ in range(2))
+        for _ in range(12):
+            seconds = timed(lambda a=a, b=b: a @ b, run.device)  # type: ignore[misc]
+            best = max(best, 2 * size**3 / seconds)
+    return operations / best, operations, best
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class ImagesOneByOne(Dataset[tuple[Tensor, Tensor]]):
+    """Images uint8 [N, C, H, W] and one-hot classes [N, K], converted one at a time, as ToTensor does."""
+
+    def __init__(self, images: Tensor, classes: Tensor) -> None:
+        self.images, self.classes = images.cpu(), classes.cpu()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index].float() / 255, self.classes[index]
+
+
+def plain_loop(run: Run, networks: Networks, sampled: bool) -> Step:
+    """A PyTorch loop as one writes it first: DataLoader, float32, a loop over classes or F.gumbel_softmax, loss.item().
+
+    The networks are the run's own, called class by class.
+    """
+    settings, data, weights = run.config.train, run.batches.data, run.weights
+    unused = torch.zeros(len(data.x_unlabelled), networks.num_classes)
+    labelled = forever(ImagesOneByOne(data.x_labelled, data.y_labelled), settings.batch_size_labelled)
+    unlabelled = forever(ImagesOneByOne(data.x_unlabelled, unused), settings.batch_size_unlabelled)
+    modules: list[Any] = [networks.classifier, networks.inference, networks.generator]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    generator = torch.Generator(run.device).manual_seed(0)
+    losses: list[float] = []
+
+    def bound(x: Tensor, y: Tensor) -> Tensor:
+        loc, scale = networks.inference(networks.inference.features(x), y.unsqueeze(0))
+        z = loc + scale * torch.randn_like(scale)
+        logits = networks.generator(y.unsqueeze(0), z)[0]
+        log_likelihood = -F.binary_cross_entropy_with_logits(logits, x.flatten(1), reduction="none").sum(dim=-1)
+        return log_likelihood - gaussian_kl(loc, scale)[0]
+
+    def step() -> None:
+        (x_labelled, y_labelled), (x_unlabelled, _) = next(labelled), next(unlabelled)
+        x_labelled, y_labelled = torch.bernoulli(x_labelled).to(run.device), y_labelled.to(run.device)
+        x_unlabelled = torch.bernoulli(x_unlabelled).to(run.device)
+        log_q = networks.classifier(x_unlabelled, generator).log_softmax(dim=-1)
+        if sampled:
+            expected = bound(x_unlabelled, F.gumbel_softmax(log_q, tau=0.5))
+        else:
+            expected = torch.zeros(len(log_q), device=run.device)
+            for k, y in enumerate(torch.eye(networks.num_classes, device=run.device)):
+                expected = expected + log_q[:, k].exp() * bound(x_unlabelled, y.expand(len(log_q), -1))
+        entropy = -(log_q.exp() * log_q).sum(dim=-1)
+        classification = -F.cross_entropy(networks.classifier(x_labelled, generator), y_labelled)
+        j = bound(x_labelled, y_labelled).mean() + (expected + entropy).mean() + weights.alpha * classification
+        optimizer.zero_grad()
+        (-j).backward()
+        optimizer.step()
+        losses.append(-j.item())
+
+    return step
+
+
+def forever(data: Dataset[tuple[Tensor, Tensor]], batch_size: int) -> Iterator[Any]:
+    loader = DataLoader(data, batch_size=batch_size, shuffle=True)
+    for _ in repeat(None):
+        yield from loader
+
+
+def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
+    """M2 as a Pyro program: one SVI step with y enumerated in parallel, or sampled with the score function.
+
+    It is given ready minibatches, and J as one program; float32.
+    """
+    import pyro
+    import pyro.distributions as dist
+    import pyro.optim
+    from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+
+    pyro.clear_param_store()
+    weights, num_classes, size = run.weights, networks.num_classes, networks.latent_size
+    generator = torch.Generator(run.device).manual_seed(0)
+    prior = torch.full((num_classes,), 1 / num_classes, device=run.device)
+    zeros, ones = torch.zeros(size, device=run.device), torch.ones(size, device=run.device)
+
+    def with_samples(y: Tensor) -> Tensor:
+        return y.reshape(-1, *y.shape[-2:])
+
+    def p(name: str, x: Tensor, y: Tensor | None = None) -> None:
+        y = pyro.sample(f"y_{name}", dist.OneHotCategorical(probs=prior), obs=y)
+        z = pyro.sample(f"z_{name}", dist.Normal(zeros, ones).to_event(1))
+        logits = networks.generator(with_samples(y), with_samples(z)).reshape(*z.shape[:-1], -1)
+        pyro.sample(f"x_{name}", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x.flatten(1))
+
+    def q_of_z(name: str, x: Tensor, y: Tensor) -> None:
+        loc, scale = networks.inference(networks.inference.features(x), with_samples(y))
+        shape = (*torch.broadcast_shapes(y.shape[:-1], (len(x),)), size)
+        pyro.sample(f"z_{name}", dist.Normal(loc.reshape(shape), scale.reshape(shape)).to_event(1))
+
+    def program(x_labelled: Tensor, y_labelled: Tensor, x_unlabelled: Tensor) -> None:
+        for name in ("classifier", "inference", "generator"):
+            pyro.module(name, getattr(networks, name))
+        labelled, unlabelled = len(x_labelled), len(x_unlabelled)
+        with pyro.plate("labelled", labelled), pyro.poutine.scale(scale=weights.labelled / labelled):
+            p("labelled", x_labelled, y_labelled)
+        with pyro.plate("unlabelled", unlabelled), pyro.poutine.scale(scale=weights.unlabelled / unlabelled):
+            p("unlabelled", x_unlabelled)
+        with pyro.plate("classified", labelled), pyro.poutine.scale(scale=weights.alpha / labelled):
+            logits = networks.classifier(x_labelled, generator)
+            pyro.sample("label", dist.OneHotCategorical(logits=logits), obs=y_labelled)
+
+    def guide(x_labelled: Tensor, y_labelled: Tensor, x_unlabelled: Tensor) -> None:
+        labelled, unlabelled = len(x_labelled), len(x_unlabelled)
+        with pyro.plate("labelled", labelled), pyro.poutine.scale(scale=weights.labelled / labelled):
+            q_of_z("labelled", x_labelled, y_labelled)
+        with pyro.plate("unlabelled", unlabelled), pyro.poutine.scale(scale=weights.unlabelled / unlabelled):
+            q = dist.OneHotCategorical(logits=networks.classifier(x_unlabelled, generator))
+            infer: Any = {} if sampled else {"enumerate": "parallel"}
+            q_of_z("unlabelled", x_unlabelled, pyro.sample("y_unlabelled", q, infer=infer))
+
+    elbo = Trace_ELBO(max_plate_nesting=1) if sampled else TraceEnum_ELBO(max_plate_nesting=1)
+    svi = SVI(program, guide, pyro.optim.PyroOptim(torch.optim.Adam, {"lr": 1e-3}), loss=elbo)
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        svi.step(*run.batches(next(steps), generator))
+
+    return step
