@@ -210,7 +210,7 @@ def machine(run: Run) -> dict[str, Any]:
 
 def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one configuration, printed and as a dictionary."""
-    from scripts.peers import floor
+    from scripts.peers import best_rate, operations_of
 
     names = split_names(arguments.estimators) if arguments.estimators else all_names()
     trainers = {name: Trainer(compose_run(arguments.overrides, name)) for name in names}
@@ -222,13 +222,14 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{about['precision']}, {about['threads']} threads of {about['processor']}, {arguments.rounds} rounds\n"
     )
     medians = time_estimators(trainers, arguments.rounds)
-    rows = []
+    rows, rate = [], best_rate(run)
     print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'floor':>8}", end="")
     print("".join(f"{part:>10}" for part in PARTS) + (f"{'MiB':>8}" if arguments.memory else ""))
     for name in sorted(names, key=lambda name: sum(medians[name].values())):
         parts, trainer = medians[name], trainers[name]
         seconds = sum(parts.values())
-        lowest, operations, rate = floor(trainer.run, trainer.step)
+        operations = operations_of(trainer.step)
+        lowest = operations / rate
         row = {
             "estimator": name,
             "evaluations": trainer.metrics["evaluations"],
@@ -236,7 +237,6 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
             "parts": parts,
             "floor_seconds": lowest,
             "floating_point_operations": operations,
-            "best_rate": rate,
         }
         shares = "".join(f"{parts[part] / seconds:>10.1%}" for part in PARTS)
         print(f"{name:<30}{row['evaluations']:>6.3g}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}", end="")
@@ -253,7 +253,7 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{'fp32':<36}{'ms':>9}{'steps/s':>9}")
         for name, seconds in peers.items():
             print(f"{name:<36}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}")
-    return about | {"estimators": rows, "peers": peers}
+    return about | {"best_rate": rate, "estimators": rows, "peers": peers}
 
 
 def growth_table(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -21,23 +21,21 @@ Step = Callable[[], None]
 MakeStep = Callable[[Run, Networks, bool], Step]
 
 
-def floor(run: Run, step: Callable[[], object]) -> tuple[float, float, float]:
-    """Seconds that the matrix products and convolutions of a step take alone at this machine's best rate.
-
-    Also the floating-point operations of the step, and that rate: of square matrix products in the run's precision, the
-    best of several sizes and tries.
-    """
+def operations_of(step: Callable[[], object]) -> float:
+    """Floating-point operations of the matrix products and convolutions of a step."""
     with FlopCounterMode(display=False) as counter:
         step()
-    operations = float(counter.get_total_flops())
+    return float(counter.get_total_flops())
+
+
+def best_rate(run: Run) -> float:
+    """Floating-point operations a second of square matrix products in the run's precision, the best size and try."""
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     best = 0.0
     for size in (512, 1024, 2048):
         a, b = (torch.randn(size, size, device=run.device).to(dtype) for _ in range(2))
-        for _ in range(12):
-            seconds = timed(lambda a=a, b=b: a @ b, run.device)  # type: ignore[misc]
-            best = max(best, 2 * size**3 / seconds)
-    return operations / best, operations, best
+        best = max(best, *(2 * size**3 / timed(lambda a=a, b=b: a @ b, run.device) for _ in range(12)))  # type: ignore[misc]
+    return best
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
