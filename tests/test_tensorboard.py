@@ -168,3 +168,8 @@ def test_untrained_networks_raise_no_alarm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(f"{LINE}2 objective=supervised_only", folder)
     assert not {"alarm/z_unused", "alarm/generator_ignores_y"} & set(events(folder).Tags()["scalars"])
+
+
+def test_many_classes_are_not_drawn_one_by_one(tmp_path: Path) -> None:
+    run(f"{LINE}2 data.random_classes=41 data.num_labelled=41", tmp_path / "run")
+    assert set(events(tmp_path / "run").Tags()["images"]) == {"reconstructions", "worst_mistakes", "calibration"}

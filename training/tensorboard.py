@@ -43,6 +43,7 @@ LAYOUT = {
     },
 }
 LAYOUT_TAG, HEAD = b"custom_scalars__config__", 100_000  # the layout is among an event file's first bytes
+MOST_CLASSES = 40  # in a picture that has a place for each
 PROJECTED = 1000  # images in the projector
 PROJECTOR = """embeddings {{
   tensor_name: "z: mean of q(z|x,y) at the most probable y"
@@ -87,19 +88,23 @@ class TensorBoard:
         """What the model makes of images and of z, as grids.
 
         Held-out images above their reconstructions; generated images, a row a class, a column a style; held-out
-        images before their analogies in every class; and one walk through z, a row a class.
+        images before their analogies in every class; and one walk through z, a row a class. With more than
+        MOST_CLASSES, nothing that is drawn class by class.
         """
         generator = keyed_generator(data.x.device, 0, "pictures")
         images = binarize(data.x[:10], binarization, generator)
         shape = images.shape[1:]
         self.writer.add_image("reconstructions", grid(reconstructions(model, images), columns=10), step)
+        if model.num_classes > MOST_CLASSES:
+            return
         self.writer.add_image("generated", grid(generated(model, shape, generator), columns=10), step)
         self.writer.add_image("analogies", grid(analogies(model, images), columns=model.num_classes + 1), step)
         self.writer.add_image("walk_through_z", grid(interpolation(model, shape, generator, 10), columns=10), step)
 
     def predictions(self, q: Tensor, data: EvaluationData, step: int) -> None:
         """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
-        self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels)), step)
+        if q.shape[-1] <= MOST_CLASSES:
+            self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels)), step)
         self.writer.add_image("worst_mistakes", draw_mistakes(data.x, worst_mistakes(q, data.labels, 20)), step)
         self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
 
