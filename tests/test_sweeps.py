@@ -22,9 +22,9 @@ import train
 from data.datasets import DataError
 from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal
 from training import checkpoints, sweep
-from training.run_folder import hold, is_held, release
+from training.run_folder import hold, release
 
-EVERY = "train.checkpoint_every=20 train.log_every=10 train.validate_every=50"
+EVERY = "train.checkpoint_every=20 train.log_every=20 train.validate_every=60"
 LINE = f"-m {MLP} {ESTIMATORS['marginalization']} {EVERY} "
 JOBS = LINE + "seed=1,2,3 train.steps=60 estimator._target_=told.Told"
 DIVERGES = LINE + "optimizer.lr=1e30,3e-3 train.steps=20"
@@ -281,9 +281,25 @@ def test_job_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert f"{folder}/1 is in use" in one_sentence(refused.err)
 
 
+def test_job_of_a_killed_sweep_does_not_go_on_under_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, hydra = tmp_path / sweep.SWEEP_LOCK, OmegaConf.create({"launcher": {"_target_": "x.LocalLauncher"}})
+    monkeypatch.setenv(sweep.THIS_LOCK, str(lock))
+    monkeypatch.setenv(sweep.THIS_SWEEP, "one")
+    hold(lock)
+    lock.write_text("one")
+    assert not sweep.is_stopped(hydra)
+    lock.write_text("next")
+    assert sweep.is_stopped(hydra)
+    lock.write_text("one")
+    release(lock)
+    assert sweep.is_stopped(hydra)
+
+
 # ---- launchers ----
 
+
 @needs_joblib
+@pytest.mark.slow
 def test_joblib_tells_of_a_failed_job_and_shares_the_cores(tmp_path: Path) -> None:
     folder, line = tmp_path / "sweep", f"{DIVERGES} hydra/launcher=joblib hydra.launcher.n_jobs=2 "
     line += "estimator._target_=told.Told"
@@ -293,6 +309,15 @@ def test_joblib_tells_of_a_failed_job_and_shares_the_cores(tmp_path: Path) -> No
     assert "job 1: test accuracy" in ended.out
     assert "step/s" not in ended.said
     assert [path.name for path in tmp_path.glob("threads*")] == [f"threads{max(1, sweep.usable_cores() // 2)}"]
+
+
+@needs_joblib
+def test_joblib_with_one_job_at_a_time_stays_in_this_process(tmp_path: Path) -> None:
+    line, group, handler = LINE + "hydra/launcher=joblib", os.getpgrp(), signal.getsignal(signal.SIGINT)
+    ended = here(f"{line} hydra.launcher.n_jobs=1 train.steps=2 optimizer.lr=1e30,3e-3", tmp_path / "sweep")
+    assert ended.code == 3, ended.said
+    assert (tmp_path / "sweep" / "1" / "result.json").exists()
+    assert (os.getpgrp(), signal.getsignal(signal.SIGINT)) == (group, handler)
 
 
 def test_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,6 +424,21 @@ def test_search_outlives_trials_that_diverge(tmp_path: Path) -> None:
 
 @needs_optuna
 @old_sqlalchemy
+def test_search_that_cannot_go_on_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise DataError("no such file")
+
+    monkeypatch.setattr(train, "run_job", fail)
+    line = LINE + "hydra/sweeper=optuna hydra.sweeper.n_trials=2 hydra.sweeper.n_jobs=1 hydra.sweeper.sampler.seed=1 "
+    ended = here(line + "objective.alpha=1,2", tmp_path / "sweep")
+    assert ended.code == 2, ended.said
+    assert f"failed with exit code 2: {tmp_path}/sweep/0: no such file" in ended.err
+    assert "go on with the sweep by: " in ended.err
+    assert "Traceback" not in ended.said
+
+
+@needs_optuna
+@old_sqlalchemy
 def test_search_is_checked_before_work(tmp_path: Path) -> None:
     for space in ("optimizer.lr=interval(-1,1)", "objective.alpha=interval(0,-1)"):
         refused = here(f"-m data=digits hydra/sweeper=optuna {space}", tmp_path / "sweep")
@@ -422,7 +462,7 @@ def test_of_two_new_runs_in_a_folder_one_trains(tmp_path: Path) -> None:
             line = LINE.removeprefix("-m ") + f"train.steps=20 hydra.run.dir={folder} seed={seed}"
             processes.append(start(line, place))
         one, other = (end(process, place) for process, place in zip(processes, places, strict=True))
-        assert sorted([one.code, other.code]) == [0, 2], one.said + other.said
+        assert {one.code, other.code} == {0, 2}, one.said + other.said
         seed, refused = (1, other) if one.code == 0 else (2, one)
         assert str(folder) in one_sentence(refused.err)  # in use, or with a run by now
         assert refused.out == ""
