@@ -83,8 +83,8 @@ def _stop_by_signal(lock: Path) -> None:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if hasattr(signal, "pthread_sigmask"):
-        # a terminal sends Ctrl-C to the jobs' processes too, which do not take it, as this thread starts them; a
-        # thread that does nothing else takes it here
+        # a terminal sends Ctrl-C to submitit's processes too, which would kill their jobs; started by this thread, they
+        # do not take it. Another thread takes it here
         threading.Thread(target=threading.Event().wait, daemon=True).start()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
@@ -190,6 +190,8 @@ def beside_others(hydra: Any) -> Iterator[None]:
     for handler in [*logging.root.handlers, *errors.handlers]:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter(f"job {hydra.job.num}: %(message)s"))
+    if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # out of reach of Ctrl-C on the terminal, which joblib's processes take
     signal.signal(signal.SIGTERM, _end_job)
     _busy.set()
     _end_with_sweep(os.getppid())
