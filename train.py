@@ -242,20 +242,18 @@ def main() -> None:
     try:
         sys.argv[1:] = resume_arguments(sys.argv[1:])
         hydra_main()
-    except (*COMPOSING_ERRORS, ConfigError) as error:  # a job's own errors do not come here
-        refuse(explain(error, sys.argv[1:]))
-    except TypeError:  # how Hydra ends on a group that is given something else than names
-        if sentence := explain_group(sys.argv[1:]):
-            refuse(sentence)
-        raise
     except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
         print("catvae: interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        from training import sweep
-
-        if code := sweep.broken(error):
+    except Exception as error:  # a job's own errors do not come here
+        sweep = sys.modules.get("training.sweep")
+        if sweep and (code := sweep.broken(error)):
             sys.exit(code)
+        if isinstance(error, (*COMPOSING_ERRORS, ConfigError)):
+            refuse(explain(error, sys.argv[1:]))
+        # how Hydra ends on a group that is given something else than names
+        if isinstance(error, TypeError) and (sentence := explain_group(sys.argv[1:])):
+            refuse(sentence)
         raise
 
 

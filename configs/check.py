@@ -166,6 +166,7 @@ class CheckBeforeWork(Callback):
             _check_folder(config, folder)
             check_machine(checked)
             _hold_folder(folder)
+            _check_folder(config, folder)  # another process may have had it meanwhile
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
@@ -196,7 +197,7 @@ class CheckBeforeWork(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from training import sweep
 
-        if code := sweep.end(config):
+        if code := sweep.end():
             sys.exit(code)
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -35,12 +36,17 @@ def hold(lock: Path) -> None:
     if sys.platform != "win32":
         import fcntl
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            message = f"{lock.parent} is in use: another process trains there; wait for it, or stop it"
-            raise ConfigError(message) from None
+        for tries in reversed(range(5)):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if tries:
+                    time.sleep(0.02)  # is_held of another process has it for a moment
+                    continue
+                os.close(file)
+                message = f"{lock.parent} is in use: another process trains there; wait for it, or stop it"
+                raise ConfigError(message) from None
     _held[lock.resolve()] = file
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -27,15 +28,18 @@ from training.run_folder import LOCK, RESULT, hold, is_held, read_json, release,
 
 errors = logging.getLogger("catvae.errors")
 SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on
+THIS_LOCK, THIS_SWEEP = "CATVAE_SWEEP_LOCK", "CATVAE_SWEEP"  # tell a job's process which lock, and what is in it
 FAILED = "failed.json"
 SEARCH = "search.json"
-BASIC, PARALLEL, SLURM = "BasicLauncher", ("JoblibLauncher", "LocalLauncher"), "SlurmLauncher"
+BASIC, JOBLIB, LOCAL, SLURM = "BasicLauncher", "JoblibLauncher", "LocalLauncher", "SlurmLauncher"
+PARALLEL = (JOBLIB, LOCAL)
 ON_THIS_MACHINE = (BASIC, *PARALLEL)
 LET_GO = 20.0  # seconds that jobs of a killed sweep have for the step in hand and a checkpoint
 ROOT = Path(__file__).parent.parent
 WORST = 0.0  # accuracy, of a job that diverged
+_begun: list[Path] = []  # the folder that this process sweeps in
+_stopped: list[int] = []  # the signal that stops it
 _busy = threading.Event()  # a job is done in this process
-_stopped: list[int] = []  # the signal that stops the sweep of this process
 
 
 # ---- the process that starts the sweep ----
@@ -52,16 +56,19 @@ def begin(config: DictConfig) -> None:
     except ConfigError:
         message = f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}"
         raise ConfigError(f"{message}; wait for that one, or stop it") from None
-    _stopped.clear()
-    if launcher(config.hydra) == BASIC:
-        return
-    if launcher(config.hydra) == "JoblibLauncher":
+    _begun[:], _stopped[:] = [folder], []
+    if config.hydra.launcher._target_.endswith(JOBLIB):
         config.hydra.launcher.n_jobs = n_jobs(config.hydra.launcher)
         config.hydra.launcher.batch_size = "1"  # joblib's own guess, after jobs that were skipped, is many in a row
+    if launcher(config.hydra) == BASIC:
+        return
     # the jobs' processes start with the current folder on their path, and not with this program's
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if launcher(config.hydra) in PARALLEL:
-        _stop_by_signal(folder / SWEEP_LOCK)
+        lock, token = folder.resolve() / SWEEP_LOCK, secrets.token_hex(8)
+        lock.write_text(token)
+        os.environ |= {THIS_LOCK: str(lock), THIS_SWEEP: token}
+        _stop_by_signal(lock)
 
 
 def _stop_by_signal(lock: Path) -> None:
@@ -75,6 +82,11 @@ def _stop_by_signal(lock: Path) -> None:
         _say("stopping; the running jobs save first")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "pthread_sigmask"):
+        # a terminal sends Ctrl-C to submitit's processes too, which would kill their jobs; started by this thread, they
+        # do not take it. Another thread takes it here
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
 def check_search(config: DictConfig) -> None:
@@ -108,9 +120,9 @@ def check_folder(folder: Path, config: Config) -> None:
         raise ConfigError(f"hydra.sweep.dir must be new, or this sweep's, got {folder} with another run: {changed}")
 
 
-def end(config: DictConfig) -> int:
+def end() -> int:
     """Says how the jobs ended, if not all are done; returns the sweep's exit code, the worst of theirs."""
-    folder = Path(config.hydra.sweep.dir)
+    folder = _begun[0]
     release(folder / SWEEP_LOCK)
     best = folder / "optimization_results.yaml"
     if best.exists():
@@ -130,12 +142,13 @@ def end(config: DictConfig) -> int:
 
 
 def broken(error: Exception) -> int | None:
-    """Says that the sweep lost a job's process, if it did; returns the exit code then."""
-    if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError"):
+    """Says how the sweep of this process ended if its jobs made it end with `error`; returns the exit code then."""
+    lost = type(error).__name__ in ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError")
+    if not _begun or not (lost or _stopped or any(_begun[0].rglob(FAILED))):
         return None
-    reason = str(error).strip().splitlines()[0]
-    _say(f"a job ended early ({reason}); go on with the sweep by the same command, with its hydra.sweep.dir")
-    return 128 + _stopped[0] if _stopped else 1
+    if lost and not _stopped:
+        _say(f"the process of a job ended early: {' '.join(str(error).split()[:20])}")
+    return end() or 1
 
 
 def command(folder: Path) -> str:
@@ -148,13 +161,19 @@ def command(folder: Path) -> str:
 
 
 def launcher(hydra: Any) -> str:
-    """The name of the class, which a preset of another name has too."""
-    return str(hydra.launcher._target_).rpartition(".")[2]
+    """The name of the class, which a preset of another name has too; joblib does one job at a time in this process."""
+    name = str(hydra.launcher._target_).rpartition(".")[2]
+    return BASIC if name == JOBLIB and n_jobs(hydra.launcher) == 1 else name
 
 
 def is_stopped(hydra: Any) -> bool:
-    """Whether the process that started this job wants no more of it, or is gone."""
-    return launcher(hydra) in PARALLEL and not is_held(Path(hydra.sweep.dir) / SWEEP_LOCK)
+    """Whether the process that started this job wants no more of it, or is gone: another may have its lock by then."""
+    return launcher(hydra) in PARALLEL and _is_let_go()
+
+
+def _is_let_go() -> bool:
+    lock = Path(os.environ[THIS_LOCK])
+    return not is_held(lock) or lock.read_text() != os.environ[THIS_SWEEP]
 
 
 @contextmanager
@@ -171,36 +190,33 @@ def beside_others(hydra: Any) -> Iterator[None]:
     for handler in [*logging.root.handlers, *errors.handlers]:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter(f"job {hydra.job.num}: %(message)s"))
-    if os.getpgrp() != os.getpid():
-        os.setpgid(0, 0)  # Ctrl-C on the terminal is for the process that started the sweep, which lets jobs save
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    _end_with(os.getppid())
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.3):
-            if is_stopped(hydra):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # out of reach of Ctrl-C on the terminal, which joblib's processes take
+    signal.signal(signal.SIGTERM, _end_job)
     _busy.set()
+    _end_with_sweep(os.getppid())
     try:
         yield
     finally:
-        done.set()
-        watcher.join()
         _busy.clear()
 
 
+def _end_job(number: int, frame: FrameType | None) -> None:
+    if _busy.is_set():  # or it is done, and its result is on the way
+        sys.exit(128 + number)
+
+
 @functools.cache  # once a process
-def _end_with(parent: int) -> None:
-    """Joblib's processes would wait for the next job for ever after their parent was killed."""
+def _end_with_sweep(parent: int) -> None:
+    """Ends the job when the sweep is stopped, and the process, which would wait for another job, with its parent."""
 
     def watch() -> None:
+        told = False
         while os.getppid() == parent or _busy.is_set():
-            time.sleep(0.5)
+            if _busy.is_set() and not told and _is_let_go():
+                told = True
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
         os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -237,7 +253,7 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
     if code in (1, 2, 3):
         write_json(folder / FAILED, {"exit_code": code, "reason": reason, "on_divergence": config.on_divergence.value})
         return WORST if code == 3 else None
-    if launcher(hydra) in ("LocalLauncher", SLURM) and code == 128 + signal.SIGUSR2:
+    if launcher(hydra) in (LOCAL, SLURM) and code == 128 + signal.SIGUSR2:
         signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
     if code in (130, 143) and launcher(hydra) in PARALLEL:  # the process that started the sweep says so
         return None
