@@ -82,7 +82,9 @@ def slow_write(self, data):
 write_record, RecordWriter.write = RecordWriter.write, slow_write
 os.fsync, os.replace, os.unlink = watched_fsync, watched_replace, watched_unlink
 """
-MOMENTS = 31  # of FEW: four for split.json, result.json and checkpoints 0, 2, ..., 8 each; three checkpoints go
+# of FEW: four for split.json, result.json, three files of the projector and checkpoints 0, 2, ..., 8 each, and three
+# checkpoints that go
+MOMENTS = 43
 DRAWN = random.Random(0)
 AT_START, AT_WORK = [DRAWN.random() for _ in range(4)], [DRAWN.random() for _ in range(15)]
 Start = Callable[..., subprocess.Popen[str]]
@@ -194,7 +196,7 @@ def test_killed_while_writing(start: Start, whole: Callable[[str], Path], tmp_pa
         6: "half of a file",
         20: "all of .step_00000006.pt.partial",
         22: "step_00000002.pt gone",
-        29: "half of a file",
+        41: "half of a file",
     }
     _, err = start(FEW, tmp_path / "at${oc.env:KILLED_AT}", *moments).communicate(timeout=120)
     assert err == ""
@@ -212,7 +214,7 @@ def test_every_moment_is_known(start: Start, tmp_path: Path) -> None:
     assert not died(start(FEW, tmp_path / "run"))
     names = moments_until_death(tmp_path / "run")
     assert len(names) == MOMENTS
-    assert names.count("half of a file") == 7
+    assert names.count("half of a file") == 10
     assert names[-1] == "result.json in place"
 
 
