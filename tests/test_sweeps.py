@@ -352,10 +352,13 @@ def test_submitit_puts_a_preempted_job_back(undisturbed: list[dict[str, Any]], t
     line = f"{JOBS} hydra/launcher=submitit_local train.checkpoint_every=100000"
     process = start(line, folder, SLOW=str(tmp_path))
     wait_for(lambda: at_work(folder), process)
-    warned = [pid for pid in processes_in(tmp_path) if b"core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    for pid in warned:
+
+    def submitted() -> list[int]:
+        return [pid for pid in processes_in(tmp_path) if b"core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    wait_for(lambda: (folder / "0" / "result.json").exists() and len(submitted()) == 2, process)  # the slow ones
+    for pid in submitted():
         os.kill(pid, signal.SIGUSR2)
-    assert warned
     ended = end(process, folder)
     assert ended.code == 0, ended.said
     assert json.loads((folder / "1" / "result.json").read_text())["start_step"] >= 20
