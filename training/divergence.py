@@ -40,8 +40,10 @@ class FiniteGuard:
         norms = torch._foreach_norm(list(gradients.values()))
         self.norm = torch.stack(norms).norm()
         self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
+        values = torch.stack([*(term.detach() for term in terms.values()), *norms]).double()
+        if not self.deferred and values.isfinite().all():
+            return
         # float64, in which the step's number is exact
-        values = torch.stack([value.detach().double() for value in (*terms.values(), *norms)])
         row = torch.cat([values.new_full((1,), step), values])
         if self.first_bad is None:
             self.first_bad = torch.full_like(row, -1.0)
