@@ -280,14 +280,11 @@ def picture(rows: list[dict[str, Any]], about: str) -> Any:
     axes = figure.add_subplot()
     classes = [row["classes"] for row in rows]
     for name in rows[0]["seconds"]:
-        speeds = [1 / row["seconds"][name] for row in rows]
-        axes.loglog(classes, speeds, marker="o", markersize=4)
-        axes.annotate(name, (classes[-1], speeds[-1]), xytext=(6, 0), textcoords="offset points", va="center")
+        axes.loglog(classes, [1 / row["seconds"][name] for row in rows], marker="o", markersize=4, label=name)
+    axes.legend(frameon=False, loc="lower left")
     axes.set_xlabel("classes")
     axes.set_ylabel("steps per second")
     axes.set_title(about, fontsize=9, loc="left")
-    axes.margins(x=0.05)
-    axes.set_xlim(right=classes[-1] * 12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     return figure
