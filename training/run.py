@@ -266,7 +266,7 @@ class Run:
 def keep_freed_memory() -> None:
     """Has glibc keep what a step frees for the next step, instead of asking the system for it anew, page by page.
 
-    It took a sixth of the step of marginalization on a CPU (docs/performance.md). Other C libraries have no mallopt.
+    It took a sixth of a step that enumerates classes on a CPU (docs/performance.md). Other C libraries have no mallopt.
     """
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # malloc.h
     with suppress(OSError, AttributeError, TypeError):
