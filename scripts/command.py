@@ -12,6 +12,11 @@ from configs.schema import ConfigError
 from configs.wording import explain
 from data.datasets import DataError
 
+COME_BY = {
+    "matplotlib": "drawing this needs Matplotlib; it comes by: uv sync --extra figures",
+    "pyro": "--peer pyro needs Pyro; it comes by: uv sync --group dev",
+}
+
 
 @contextmanager
 def refusing_bad_input() -> Iterator[None]:
@@ -25,9 +30,10 @@ def refusing_bad_input() -> Iterator[None]:
     except OSError as error:
         refuse(explain(error))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
+        package = (error.name or "").partition(".")[0]
+        if package not in COME_BY:
             raise
-        refuse("drawing this needs Matplotlib; it comes by: uv sync --extra figures")
+        refuse(COME_BY[package])
 
 
 def writable(output: Path, suffixes: tuple[str, ...]) -> None:

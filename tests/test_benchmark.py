@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def test_peers_learn(make: peers.MakeStep, sampled: bool) -> None:
     for _ in range(60):
         step()
     assert trainer.run.evaluate(trainer.run.validation).bound > before + 1
+
+
+def test_without_pyro_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyro", None)
+    ended = command(benchmark.main, f"--peer pyro --rounds 1 --estimators marginalization {MLP}")
+    assert ended.code == 2
+    assert ended.err == "catvae: --peer pyro needs Pyro; it comes by: uv sync --group dev\n"
 
 
 def test_a_bad_argument_is_refused_in_one_sentence() -> None:
