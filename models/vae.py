@@ -46,8 +46,9 @@ class BernoulliLogLikelihood(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         pixel_logits, x = ctx.saved_tensors
-        kind = pixel_logits.dtype
-        return gradient.to(kind).unsqueeze(-1) * (x.to(kind) - pixel_logits.sigmoid()), None
+        # in bf16 the difference would be 0 for every white pixel that is likelier than 0.998
+        residual = x - pixel_logits.to(torch.promote_types(pixel_logits.dtype, torch.float32)).sigmoid()
+        return (gradient.unsqueeze(-1) * residual).to(pixel_logits.dtype), None
 
 
 class SemiSupervisedVAE(nn.Module):

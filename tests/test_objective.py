@@ -411,6 +411,17 @@ def test_log_likelihood_s_written_gradient_is_its_gradient_twice_over() -> None:
     assert torch.autograd.gradcheck(written, logits)
 
 
+def test_log_likelihood_s_gradient_in_bf16_is_that_of_float32_rounded_once() -> None:
+    """A white pixel of probability 0.999 has a gradient of 0.001, which 1 - sigmoid in bf16 would make 0."""
+    logits = torch.linspace(-12, 12, 50).bfloat16().view(1, 1, -1).requires_grad_()
+    for pixel in (0.0, 1.0):
+        x = torch.full((1, 50), pixel)
+        (gradient,) = torch.autograd.grad(bernoulli_log_likelihood(logits, x).sum(), logits)
+        exact = x - logits.detach().double().sigmoid()
+        torch.testing.assert_close(gradient.double(), exact, rtol=2**-8, atol=1e-7)
+        assert gradient.dtype == torch.bfloat16
+
+
 def test_log_likelihood_is_summed_over_pixels_in_float32() -> None:
     random = generator()
     logits, x = torch.randn(3, 2, 784, generator=random), torch.rand(2, 784, generator=random).round()
