@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -311,6 +312,8 @@ def main() -> None:
             writable(arguments.output, (".json",))
         if arguments.picture:
             writable(arguments.picture, (".png", ".pdf"))
+        if arguments.peer == "pyro":
+            import_module("pyro")  # refused before any work
         if arguments.peak_of:
             print_peak(arguments.overrides, arguments.peak_of)
             return
