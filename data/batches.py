@@ -56,7 +56,7 @@ def binarize(images: Tensor, binarization: Binarization, generator: torch.Genera
     """
     if binarization == "dynamic":
         uniform = random_int16(images.shape, generator).clamp_(min=1 - 2**15)
-        return (uniform <= _highest_that_lights(images)).float()
+        return uniform.le_(_highest_that_lights(images)).float()
     intensity = images.float() / 255
     if binarization == "threshold":
         return (intensity > 0.5).float()
@@ -96,7 +96,7 @@ class ShuffledIndices:
 
 
 class Batches:
-    """x_labelled [B, C, H, W], y_labelled [B, K] and x_unlabelled [B', C, H, W] of a step, on the device, binarized."""
+    """The images [B + B', C, H, W] of a step, binarized, the labelled ones first; and their classes [B, K]."""
 
     def __init__(
         self,
@@ -114,10 +114,9 @@ class Batches:
         self.labelled = ShuffledIndices(sizes[0], batch_size_labelled, seed, "labelled order", device)
         self.unlabelled = ShuffledIndices(sizes[1], batch_size_unlabelled, seed, "unlabelled order", device)
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        labelled, unlabelled = self.labelled(step), self.unlabelled(step)
-        return (
-            binarize(self.data.x_labelled.index_select(0, labelled), self.binarization, generator),
-            self.data.y_labelled.index_select(0, labelled),
-            binarize(self.data.x_unlabelled.index_select(0, unlabelled), self.binarization, generator),
-        )
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        labelled = self.labelled(step)
+        x_labelled = self.data.x_labelled.index_select(0, labelled)
+        x_unlabelled = self.data.x_unlabelled.index_select(0, self.unlabelled(step))
+        x = binarize(torch.cat([x_labelled, x_unlabelled]), self.binarization, generator)
+        return x, self.data.y_labelled.index_select(0, labelled)

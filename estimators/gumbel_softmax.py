@@ -50,6 +50,7 @@ class GumbelSoftmax(Estimator):
         super().__init__()
         self.temperature = temperature
         self.num_samples = at_least("num_samples", num_samples, 1)
+        self.calls_once = num_samples == 1
         self.kl = kl
         self.prior_temperature = positive("prior_temperature", prior_temperature)
         temperature_at(temperature, 0)

@@ -103,6 +103,7 @@ class ScoreFunction(Estimator):
             )
         self.baseline = baseline
         self.num_samples = num_samples
+        self.calls_once = num_samples == 1
 
     def prepare(self, context_size: int, num_classes: int) -> None:
         self.baseline.prepare(context_size, num_classes)

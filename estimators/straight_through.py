@@ -23,6 +23,7 @@ class StraightThrough(Estimator):
         super().__init__()
         self.temperature = temperature
         self.num_samples = at_least("num_samples", num_samples, 1)
+        self.calls_once = num_samples == 1
         temperature_at(temperature, 0)
 
     def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

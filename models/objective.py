@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from estimators.contract import Estimator, entropy
-from models.vae import SemiSupervisedVAE
+from models.vae import Bound, SemiSupervisedVAE
 
 
 @dataclass(frozen=True)
@@ -34,35 +34,38 @@ def objective(
     model: SemiSupervisedVAE,
     estimator: Estimator,
     weights: Weights,
-    x_labelled: Tensor,
+    x: Tensor,
     y_labelled: Tensor,
-    x_unlabelled: Tensor,
     *,
     step: int,
     generator: torch.Generator,
 ) -> Objective:
     """J = E_labelled[L] + E_unlabelled[U] + alpha E_labelled[log q(y|x)] (Jang et al. 2017, eq. 12), by minibatch.
 
-    L(x, y) = b(x, y) + log p(y) for images x_labelled [B, C, H, W] with one-hot classes y_labelled [B, K];
-    U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for images x_unlabelled, its first term by the estimator.
-    The loss is -J plus the estimator's auxiliary loss.
+    x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
+    L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
+    its first term by the estimator. The loss is -J plus the estimator's auxiliary loss.
     """
-    x = torch.cat([x_labelled, x_unlabelled])
-    labelled = x_labelled.shape[0]
+    labelled, num_classes = y_labelled.shape
     logits = model.classifier(x, generator)
     logits_labelled, logits_unlabelled = logits[:labelled], logits[labelled:]
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
     features = model.inference.features(x)
     noise = model.draw_noise(x, generator)
-
-    bound = model.bound(x_labelled, features[:labelled], y_labelled.unsqueeze(0), noise[:labelled])
-    log_prior = -math.log(y_labelled.shape[-1])
-    labelled_bound = (bound.value + log_prior).mean()
+    bound: Bound | None = None  # of the labelled images
 
     def cost(y: Tensor) -> Tensor:
-        return model.bound(x_unlabelled, features[labelled:], y, noise[labelled:]).value
+        nonlocal bound
+        if estimator.calls_once:  # the labelled images share the pass, which saves one (docs/performance.md)
+            both = model.bound(x, features, torch.cat([y_labelled.unsqueeze(0), y], dim=1), noise)
+            bound = both.of_images(slice(labelled))
+            return both.of_images(slice(labelled, None)).value
+        return model.bound(x[labelled:], features[labelled:], y, noise[labelled:]).value
 
-    estimate = estimator(cost, logits_unlabelled, step=step, context=x_unlabelled, generator=generator)
+    estimate = estimator(cost, logits_unlabelled, step=step, context=x[labelled:], generator=generator)
+    if bound is None:
+        bound = model.bound(x[:labelled], features[:labelled], y_labelled.unsqueeze(0), noise[:labelled])
+    labelled_bound = bound.value.mean() - math.log(num_classes)
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 
     j = weights.labelled * labelled_bound + weights.unlabelled * unlabelled_bound + weights.alpha * classification

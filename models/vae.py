@@ -23,6 +23,9 @@ class Bound:
     def value(self) -> Tensor:
         return self.reconstruction - self.kl_z
 
+    def of_images(self, rows: slice) -> Bound:
+        return Bound(self.reconstruction[:, rows], self.kl_z[:, rows])
+
 
 def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """KL(N(loc, scale^2) || N(0, I)) summed over the last axis, nats (Kingma & Welling 2014, appendix B)."""

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from training.run import Run
 
 WARM_UP = 3  # steps before the first that counts
+TURN = 6  # steps in a row, as in training, of which the first does not count: it finds its memory cold
 LONGEST = 30.0  # seconds for one contender; fewer rounds where a step is slow
 PARTS = ("data", "forward", "backward", "guard", "optimizer", "logging")
 YARDSTICKS = ("plain loop, class by class", "plain loop, Gumbel-Softmax")
-PYRO = ("Pyro, enumerated in parallel", "Pyro, sampled")
+PYRO = ("Pyro's M2, enumerated in parallel", "Pyro's M2, sampled")
+PYRO_OURS = ("Pyro, our networks, enumerated in parallel", "Pyro, our networks, sampled")
 
 
 def compose_run(overrides: list[str], estimator: str) -> Run:
@@ -124,7 +126,7 @@ def time_estimators(trainers: dict[str, Trainer], rounds: int) -> dict[str, dict
         for _ in range(rounds):
             for name, trainer in trainers.items():
                 if sum(sum(seconds.values()) for seconds in found[name]) < LONGEST:
-                    found[name].append(trainer.step(reports[name]))
+                    found[name] += [trainer.step(reports[name]) for _ in range(TURN)][1:]
         medians = {name: {part: median(s[part] for s in steps) for part in PARTS} for name, steps in found.items()}
         for name, trainer in trainers.items():
             mark = Stopwatch(trainer.run.device)
@@ -144,13 +146,17 @@ def time_peers(run: Run, rounds: int, with_pyro: bool) -> dict[str, float]:
     """Median seconds of a step of each yardstick, in turns."""
     from copy import deepcopy
 
-    from scripts.peers import MakeStep, plain_loop, pyro_svi, timed
+    from models.networks import MLPClassifier
+    from scripts.peers import MakeStep, concatenating, plain_loop, pyro_svi, timed
 
-    makers: list[tuple[MakeStep, tuple[str, str]]] = [(plain_loop, YARDSTICKS)]
-    makers += [(pyro_svi, PYRO)] if with_pyro else []
+    ours = networks_of(run.model)
+    makers: list[tuple[MakeStep, Networks, tuple[str, str]]] = [(plain_loop, ours, YARDSTICKS)]
+    if with_pyro:
+        makers += [(pyro_svi, concatenating(ours), PYRO)] if isinstance(ours.classifier, MLPClassifier) else []
+        makers += [(pyro_svi, ours, PYRO_OURS)]
     steps = {
-        name: make(run, networks_of(deepcopy(run.model)), index == 1)
-        for make, names in makers
+        name: make(run, deepcopy(networks), index == 1)
+        for make, networks, names in makers
         for index, name in enumerate(names)
     }
     found: dict[str, list[float]] = {name: [] for name in steps}
@@ -160,7 +166,7 @@ def time_peers(run: Run, rounds: int, with_pyro: bool) -> dict[str, float]:
     for _ in range(rounds):
         for name, step in steps.items():
             if sum(found[name]) < LONGEST:
-                found[name].append(timed(step, run.device))
+                found[name] += [timed(step, run.device) for _ in range(TURN)][1:]
     return {name: median(seconds) for name, seconds in found.items()}
 
 
@@ -211,7 +217,7 @@ def machine(run: Run) -> dict[str, Any]:
 
 def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one configuration, printed and as a dictionary."""
-    from scripts.peers import best_rate, operations_of
+    from scripts.peers import best_rate, operations_of, seconds_of_products
 
     names = split_names(arguments.estimators) if arguments.estimators else all_names()
     trainers = {name: Trainer(compose_run(arguments.overrides, name)) for name in names}
@@ -224,30 +230,34 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     medians = time_estimators(trainers, arguments.rounds)
     rows, rate = [], best_rate(run)
-    print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'floor':>8}", end="")
+    print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'products':>10}{'floor':>8}", end="")
     print("".join(f"{part:>10}" for part in PARTS) + (f"{'MiB':>8}" if arguments.memory else ""))
     for name in sorted(names, key=lambda name: sum(medians[name].values())):
         parts, trainer = medians[name], trainers[name]
         seconds = sum(parts.values())
-        operations = operations_of(trainer.step)
+        operations, products = operations_of(trainer.step), seconds_of_products(trainer.step, run.device)
         lowest = operations / rate
         row = {
             "estimator": name,
             "evaluations": trainer.metrics["evaluations"],
             "seconds": seconds,
             "parts": parts,
+            "products_seconds": products,
             "floor_seconds": lowest,
             "floating_point_operations": operations,
         }
         shares = "".join(f"{parts[part] / seconds:>10.1%}" for part in PARTS)
         print(f"{name:<30}{row['evaluations']:>6.3g}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}", end="")
-        print(f"{lowest / seconds:>8.0%}{shares}", end="")
+        print(f"{products / seconds:>10.0%}{lowest / seconds:>8.0%}{shares}", end="")
         if arguments.memory:
             row["peak_mib"] = peak_memory(arguments.overrides, name)
             print(f"{row['peak_mib']:>8.0f}", end="")
         print()
         rows.append(row)
-    print("\nfloor: the step's matrix products and convolutions alone, at the best rate of this machine, over its time")
+    print(
+        "\nproducts: the step's matrix products and convolutions alone, each by itself and its best try, over its time"
+    )
+    print("floor: the same, at the best rate of any square product on this machine")
     peers = {}
     if arguments.peer != "none":
         peers = time_peers(run, arguments.rounds, arguments.peer == "pyro")
@@ -298,7 +308,7 @@ def numbers_of_classes(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of train.py")
-    parser.add_argument("--rounds", type=positive, default=20, help="steps of each contender")
+    parser.add_argument("--rounds", type=positive, default=20, help="turns of each contender, of some steps each")
     parser.add_argument("--estimators", help="names between commas; all of them by default")
     parser.add_argument("--peer", choices=("none", "plain", "pyro"), default="none", help="time these as well")
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")

@@ -188,7 +188,8 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
     def training_images(name: str) -> Iterator[Tensor]:
         for index in tqdm(range(settings.warmup), f"{name}, warm-up", disable=None, leave=False):
             generator = keyed_generator(run.device, settings.seed, "warm-up images", index)
-            yield run.batches(index, generator)[2]
+            x, y_labelled = run.batches(index, generator)
+            yield x[len(y_labelled) :]
 
     for name, estimator in estimators.items():
         if needs_warm_up(estimator, run):

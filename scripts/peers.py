@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.networks import Networks
+from models.networks import GaussianHead, MLPClassifier, Networks
 from models.vae import gaussian_kl
 from training.run import Run
 
-Step = Callable[[], None]
+aten = torch.ops.aten
+Step = Callable[[], object]
 MakeStep = Callable[[Run, Networks, bool], Step]
 
 
@@ -26,6 +29,29 @@ def operations_of(step: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         step()
     return float(counter.get_total_flops())
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products and convolutions that run under it, with their arguments."""
+
+    KINDS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Step] = []
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if f.overloadpacket in self.KINDS:
+            kept = [argument.clone() if isinstance(argument, Tensor) else argument for argument in args]
+            self.calls.append(partial(f, *kept, **(kwargs or {})))
+        return f(*args, **(kwargs or {}))
+
+
+def seconds_of_products(step: Callable[[], object], device: torch.device) -> float:
+    """What the matrix products and convolutions of a step take by themselves: each in its own shape, its best try."""
+    with Products() as products:
+        step()
+    return sum(min(timed(call, device) for _ in range(12)) for call in products.calls)
 
 
 def best_rate(run: Run) -> float:
@@ -112,6 +138,34 @@ def forever(data: Dataset[tuple[Tensor, Tensor]], batch_size: int) -> Iterator[A
         yield from loader
 
 
+class Concatenating(nn.Module):
+    """One hidden layer over concatenated inputs, whose axes before the last are broadcast."""
+
+    def __init__(self, sizes: Sequence[int], hidden: int, last: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(sum(sizes), hidden), nn.ReLU(), last)
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def forward(self, *parts: Tensor) -> Any:
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return self.layers(torch.cat([part.expand(*shape, -1) for part in parts], dim=-1))
+
+
+def concatenating(networks: Networks) -> Networks:
+    """Fully connected networks of the same sizes over (x, y) and (y, z), as Pyro's own M2 has them (ss_vae_M2.py)."""
+    assert isinstance(networks.classifier, MLPClassifier)
+    (hidden, pixels), size, classes = (
+        networks.classifier.hidden.weight.shape,
+        networks.latent_size,
+        networks.num_classes,
+    )
+    head, last = GaussianHead(hidden, size, "softplus"), nn.Linear(hidden, pixels)
+    inference = Concatenating((pixels, classes), hidden, head)
+    return Networks(networks.classifier, inference, Concatenating((classes, size), hidden, last), classes, size)
+
+
 def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     """M2 as a Pyro program: one SVI step with y enumerated in parallel, or sampled with the score function.
 
@@ -168,6 +222,7 @@ def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     steps = iter(range(10**9))
 
     def step() -> None:
-        svi.step(*run.batches(next(steps), generator))
+        x, y_labelled = run.batches(next(steps), generator)
+        svi.step(x[: len(y_labelled)], y_labelled, x[len(y_labelled) :])
 
     return step

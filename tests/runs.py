@@ -96,7 +96,8 @@ def command(main: Callable[[], object], line: str) -> Ended:
         finally:
             GlobalHydra.instance().clear()
             HydraConfig.instance().cfg = None
-            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "root": {"handlers": []}})
+            fresh = {"level": "WARNING", "handlers": []}
+            logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "root": fresh})
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -225,9 +225,8 @@ def ours(
         model,
         estimator,
         WEIGHTS,
-        batch.x_labelled,
+        torch.cat([batch.x_labelled, batch.x_unlabelled]),
         batch.y_labelled,
-        batch.x_unlabelled,
         step=0,
         generator=seeded(seed),
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.networks import Networks
+from models.vae import SemiSupervisedVAE
 from scripts import benchmark, peers
 from scripts.gradient_quality import all_names
 from tests.runs import MLP, checkpoint, command, run
@@ -19,14 +22,14 @@ def test_every_estimator_is_timed(tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (0, "")
     head, _, names, *rows = ended.out.splitlines()
     assert head.startswith("mlp on digits, 10 + 10 images, fp32, ")
-    assert names.split() == ["estimator", "calls", "ms", "steps/s", "floor", *benchmark.PARTS]
+    assert names.split() == ["estimator", "calls", "ms", "steps/s", "products", "floor", *benchmark.PARTS]
     cells = [row.split() for row in rows[: len(all_names())]]
     assert {name for name, *_ in cells} == set(all_names())
     milliseconds = [float(row[2]) for row in cells]
     assert milliseconds == sorted(milliseconds)
     for row in cells:
         assert float(row[2]) * float(row[3]) == pytest.approx(1000, rel=0.05)
-        assert sum(float(share.rstrip("%")) for share in row[5:]) == pytest.approx(100, abs=0.5)
+        assert sum(float(share.rstrip("%")) for share in row[6:]) == pytest.approx(100, abs=0.5)
     assert dict((row[0], row[1]) for row in cells)["marginalization"] == "10"
     found = json.loads((tmp_path / "figures.json").read_text())
     assert {row["estimator"] for row in found["estimators"]} == set(all_names())
@@ -70,13 +73,16 @@ def test_growth_is_timed_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("make", [peers.plain_loop, peers.pyro_svi])
+@pytest.mark.parametrize(
+    ("make", "networks_from"),
+    [(peers.plain_loop, lambda ours: ours), (peers.pyro_svi, lambda ours: ours), (peers.pyro_svi, peers.concatenating)],
+)
 @pytest.mark.parametrize("sampled", [False, True])
-def test_peers_learn(make: peers.MakeStep, sampled: bool) -> None:
+def test_peers_learn(make: peers.MakeStep, networks_from: Callable[[Networks], Networks], sampled: bool) -> None:
     """They are timed at real work: their bound rises."""
     trainer = benchmark.Trainer(benchmark.compose_run([*MLP.split(), "objective.alpha=1"], "marginalization"))
-    vae = trainer.run.model
-    networks = benchmark.networks_of(vae)
+    networks = networks_from(benchmark.networks_of(trainer.run.model))
+    trainer.run.model = SemiSupervisedVAE(networks)
     step = make(trainer.run, networks, sampled)
     before = trainer.run.evaluate(trainer.run.validation).bound
     for _ in range(60):

@@ -201,7 +201,7 @@ def planted_run(tmp_path: Path, plant: Callable[[Run], None]) -> str:
     """Trains the smallest model with `plant` called before the third step, and returns what it diverged of."""
     original = Batches.__call__
 
-    def batches(self: Batches, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def batches(self: Batches, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if step == 2:
             plant(made[0])
         return original(self, step, generator)

@@ -368,6 +368,22 @@ def test_f_sees_valid_class_vectors(case: Case) -> None:
 
 
 @each(CASES)
+def test_calls_once_is_said_of_those_that_do(case: Case) -> None:
+    """f then takes other work along: it must be called so, and its gradient left to the loss."""
+    estimator, logits = case.build(4), torch.zeros(3, 4, requires_grad=True)
+    weight, called = torch.randn(4, generator=seeded(0)).requires_grad_(), []
+
+    def f(y: Tensor) -> Tensor:
+        called.append(y.shape[0])
+        return (y * weight).sum(dim=-1).square()
+
+    value = estimator(f, logits, step=0, context=torch.zeros(3, CONTEXT_SIZE), generator=seeded(0)).value
+    assert not estimator.calls_once or called == [1]
+    value.sum().backward()  # the first call's graph is still whole
+    assert weight.grad is not None
+
+
+@each(CASES)
 def test_evaluations_are_the_calls_of_f_per_image(case: Case) -> None:
     logits, weight = small_batch()
     spy = Spy(cost(weight))

@@ -36,7 +36,7 @@ def gradient(vae: SemiSupervisedVAE, estimator: Marginalization, precision: str 
     y = torch.eye(vae.num_classes)[:BATCH]
     vae.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        result = objective(vae, estimator, Weights(1, 1, 1), x[:BATCH], y, x[BATCH:], step=0, generator=random)
+        result = objective(vae, estimator, Weights(1, 1, 1), x, y, step=0, generator=random)
     result.loss.backward()
     return result.loss.item(), torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None])
 
@@ -128,7 +128,7 @@ from estimators.marginalization import Marginalization
 vae = SemiSupervisedVAE(mlp(ImageShape(1, 28, 28), 1000, latent_size=50, hidden=500, dropout=0.5, scale="softplus"))
 x, y = torch.rand(200, 1, 28, 28).round(), torch.eye(1000)[:100]
 random = torch.Generator().manual_seed(0)
-objective(vae, Marginalization(), Weights(1, 1, 1), x[:100], y, x[100:], step=0, generator=random).loss.backward()
+objective(vae, Marginalization(), Weights(1, 1, 1), x, y, step=0, generator=random).loss.backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -72,8 +72,7 @@ def noise_for(batch: int) -> Tensor:
 def run(model: SemiSupervisedVAE, estimator: Estimator, shape: ImageShape) -> Objective:
     x = images(shape, LABELLED + UNLABELLED)
     y = torch.eye(model.num_classes)[:LABELLED]
-    parts = x[:LABELLED], y, x[LABELLED:]
-    return objective(model, estimator, Weights(1.0, 1.0, 1.0), *parts, step=0, generator=generator())
+    return objective(model, estimator, Weights(1.0, 1.0, 1.0), x, y, step=0, generator=generator())
 
 
 # --- shapes
@@ -174,7 +173,7 @@ def test_work_on_x_is_done_once_whatever_the_estimator(
     for shapes in once:
         assert [size[0] for size in shapes] == [LABELLED + UNLABELLED]
     rows = [size[:-1].numel() for size in generated]
-    assert sorted(rows) == sorted([LABELLED, evaluations * UNLABELLED])
+    assert sum(rows) == LABELLED + evaluations * UNLABELLED
     assert result.metrics["evaluations"] == evaluations
 
 

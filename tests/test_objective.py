@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,10 @@ from torch.distributions import kl_divergence
 
 from data.batches import EvaluationData
 from estimators.contract import CostFunction, Estimate, Estimator, categorical_kl, entropy
+from estimators.gumbel_softmax import GumbelSoftmax
 from estimators.marginalization import Marginalization
+from estimators.schedules import constant
+from estimators.straight_through import ReinMax
 from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
 from models.objective import Objective, Weights, objective
@@ -125,9 +130,8 @@ def bound(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> Bound:
 
 
 def run(model: SemiSupervisedVAE, estimator: Estimator, weights: Weights = WEIGHTS, seed: int = 0) -> Objective:
-    return objective(
-        model, estimator, weights, X_LABELLED, Y_LABELLED, X_UNLABELLED, step=17, generator=generator(seed)
-    )
+    x = torch.cat([X_LABELLED, X_UNLABELLED])
+    return objective(model, estimator, weights, x, Y_LABELLED, step=17, generator=generator(seed))
 
 
 # --- the bound of one class
@@ -334,6 +338,21 @@ def test_estimator_is_called_by_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(cost, expected_bound(model, X_UNLABELLED, NOISE[2:]))
     through_f = torch.autograd.grad(cost.sum(), called["logits"], allow_unused=True)
     assert through_f == (None,)  # f does not close over the logits
+
+
+@pytest.mark.parametrize("make", [GumbelSoftmax, ReinMax])
+def test_a_pass_shared_with_the_labelled_images_changes_no_number(make: Callable[..., Estimator]) -> None:
+    model = small_model(dropout=0.5)
+    found = []
+    for calls_once in (True, False):
+        estimator = make(partial(constant, value=0.7))
+        assert estimator.calls_once
+        estimator.calls_once = calls_once
+        result = run(model, estimator)
+        gradients = torch.autograd.grad(result.loss, list(model.parameters()))
+        found.append([*result.terms.values(), *gradients])
+    for shared, alone in zip(*found, strict=True):
+        torch.testing.assert_close(shared, alone)
 
 
 def test_noise_comes_from_the_generator_alone() -> None:

@@ -37,12 +37,12 @@ class FiniteGuard:
     def before_update(self, step: int, terms: dict[str, Tensor]) -> None:
         """Raises Diverged, or on a device that runs ahead, blocks this and all later updates."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        if not self.deferred and self._sums_are_finite(terms, gradients):
+            return
         norms = torch._foreach_norm(list(gradients.values()))
         self.norm = torch.stack(norms).norm()
         self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
         values = torch.stack([*(term.detach() for term in terms.values()), *norms]).double()
-        if not self.deferred and values.isfinite().all():
-            return
         # float64, in which the step's number is exact
         row = torch.cat([values.new_full((1,), step), values])
         if self.first_bad is None:
@@ -53,6 +53,13 @@ class FiniteGuard:
             self.optimizer.found_inf = (self.first_bad[0] >= 0).float()  # type: ignore[attr-defined]
         else:
             self.raise_if_diverged()
+
+    def _sums_are_finite(self, terms: dict[str, Tensor], gradients: dict[str, Tensor]) -> bool:
+        """Whether the terms' sum and the gradients' squared norm are, which is a quick look at all of them."""
+        flat = (gradient.reshape(-1) for gradient in gradients.values())
+        squares = torch.stack([torch.dot(gradient, gradient) for gradient in flat])
+        self.norm = squares.sum().sqrt()
+        return math.isfinite(self.norm) and math.isfinite(sum(term.item() for term in terms.values()))
 
     def raise_if_diverged(self) -> None:
         if self.first_bad is None:
