@@ -36,13 +36,13 @@ OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cach
 
 def train(run: Run, report: Report, folder: Path) -> int:
     """Trains from the run's step to its last; returns 0, or 128 + the number of the signal that stopped it."""
-    from data.randomness import keyed_generator
-    from models.objective import objective
     from training.divergence import FiniteGuard
     from training.interruption import Interruption
+    from training.update import ReplayedUpdate, Update
 
     settings = run.config.train
     guard = FiniteGuard(run.optimizer, run.parameters, run.device)
+    update = ReplayedUpdate(run, guard) if run.config.cuda_graph else Update(run, guard)
     with Interruption() as interruption:
         if run.unlooked:
             look(run, report, interruption)
@@ -51,15 +51,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
             if interruption.exit_code:
                 return stopped(run, folder, interruption)
         for step in range(run.step, settings.steps):
-            generator = keyed_generator(run.device, run.config.seed, "step", step)
-            batch = run.batches(step, generator)
-            with run.autocast():
-                result = objective(run.model, run.estimator, run.weights, *batch, step=step, generator=generator)
-            run.optimizer.zero_grad(set_to_none=True)
-            result.loss.backward()
-            guard.before_update(step, result.terms)
-            run.set_learning_rate(step)
-            run.optimizer.step()
+            result = update(step)
             run.step = done = step + 1
             report.add(result, guard.norm)
 

@@ -146,6 +146,7 @@ class Config:
     precision: Precision = Precision.auto
     resume: str | None = None  # a run folder to go on with
     on_divergence: OnDivergence = OnDivergence.stop  # or back to the last checkpoint, with half the learning rate
+    cuda_graph: bool = False  # a step is recorded once and replayed; on a GPU alone
     deterministic: bool = False  # same seed, same bits on a GPU too, or a refusal that names the operation
 
     def __post_init__(self) -> None:

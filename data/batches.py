@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,8 +116,16 @@ class Batches:
         self.unlabelled = ShuffledIndices(sizes[1], batch_size_unlabelled, seed, "unlabelled order", device)
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        labelled = self.labelled(step)
+        return self.take(self.rows(step), generator)
+
+    def rows(self, step: int) -> tuple[Tensor, Tensor]:
+        """The numbers of the labelled and of the unlabelled images of a step."""
+        return self.labelled(step), self.unlabelled(step)
+
+    def take(self, rows: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The images of these rows, binarized by the generator, and the classes of the labelled ones."""
+        labelled, unlabelled = rows
         x_labelled = self.data.x_labelled.index_select(0, labelled)
-        x_unlabelled = self.data.x_unlabelled.index_select(0, self.unlabelled(step))
+        x_unlabelled = self.data.x_unlabelled.index_select(0, unlabelled)
         x = binarize(torch.cat([x_labelled, x_unlabelled]), self.binarization, generator)
         return x, self.data.y_labelled.index_select(0, labelled)

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 
-def keyed_generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator that depends on (seed, purpose, index) alone.
+def key(seed: int, purpose: str, index: int = 0) -> int:
+    """A generator's seed that depends on (seed, purpose, index) alone.
 
     Only 32 bits reach PyTorch's Mersenne twister, so the index is spread by an odd constant: within 2^32 indices of
-    one purpose no two generators are alike.
+    one purpose no two keys are alike.
     """
-    key = zlib.crc32(f"{seed}/{purpose}".encode()) + index * 0x9E3779B1
-    return torch.Generator(device).manual_seed(key % 2**32)
+    return (zlib.crc32(f"{seed}/{purpose}".encode()) + index * 0x9E3779B1) % 2**32
+
+
+def keyed_generator(device: torch.device, seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A new generator with the key of (seed, purpose, index)."""
+    return torch.Generator(device).manual_seed(key(seed, purpose, index))
 
 
 def random_int16(shape: torch.Size, generator: torch.Generator) -> Tensor:

@@ -47,6 +47,14 @@ class Estimator(nn.Module):
 
     calls_once = False
 
+    def depends_on(self, step: int) -> object:
+        """What of `step` an estimate depends on: equal at two steps that do the same but for randomness and data.
+
+        The step itself where a class does not say, which is always right; a step is recorded as a CUDA graph only
+        while this stays equal.
+        """
+        return step
+
     def prepare(self, context_size: int, num_classes: int) -> None:
         """Called once, before parameters are counted: makes networks of the estimator's own, if it has any.
 

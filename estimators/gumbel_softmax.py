@@ -55,6 +55,9 @@ class GumbelSoftmax(Estimator):
         self.prior_temperature = positive("prior_temperature", prior_temperature)
         temperature_at(temperature, 0)
 
+    def depends_on(self, step: int) -> object:
+        return self.temperature(step)
+
     def draw(self, log_y: Tensor) -> Tensor:
         """The class vectors [S, B, K] that f sees, from relaxed log y [S, B, K]."""
         return log_y.exp()

@@ -25,6 +25,9 @@ class Marginalization(Estimator):
         self.chunk = None if chunk is None else at_least("chunk", chunk, 1)
         self._affordable: dict[torch.Size, int] = {}
 
+    def depends_on(self, step: int) -> object:
+        return None
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:

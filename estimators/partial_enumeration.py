@@ -27,6 +27,9 @@ class SumAndSample(Estimator):
         super().__init__()
         self.num_exact = at_least("num_exact", num_exact, 1)
 
+    def depends_on(self, step: int) -> object:
+        return None
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
@@ -68,6 +71,9 @@ class UnorderedSet(Estimator):
         super().__init__()
         self.num_samples = at_least("num_samples", num_samples, 2)
 
+    def depends_on(self, step: int) -> object:
+        return None
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
@@ -101,7 +107,7 @@ def ratios(members: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
     for size in reversed(range(len(members))):
         for taken in map(frozenset, combinations(everyone, size)):
             left = sorted(everyone - taken)
-            remaining = torch.stack([*members[left], log_rest]).logsumexp(dim=0)
+            remaining = torch.stack([*(members[a] for a in left), log_rest]).logsumexp(dim=0)
             onward = torch.stack([members[a] + log_v[taken | {a}] for a in left]).logsumexp(dim=0)
             log_v[taken] = onward - remaining
     first = torch.stack([log_v[frozenset({s})] - log_v[frozenset()] for s in everyone])

@@ -45,6 +45,9 @@ class REBAR(Estimator):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.num_samples = at_least("num_samples", num_samples, 1)
 
+    def depends_on(self, step: int) -> object:
+        return None
+
     def control(self, relaxed_costs: Tensor, relaxed: Tensor, context: Tensor) -> Tensor:
         """c [S, B] at relaxed y [S, B, K], given f there [S, B]."""
         return self.scale * relaxed_costs

@@ -108,6 +108,9 @@ class ScoreFunction(Estimator):
     def prepare(self, context_size: int, num_classes: int) -> None:
         self.baseline.prepare(context_size, num_classes)
 
+    def depends_on(self, step: int) -> object:
+        return None
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
@@ -137,6 +140,9 @@ class MuProp(Estimator):
     def __init__(self, num_samples: int = 1) -> None:
         super().__init__()
         self.num_samples = at_least("num_samples", num_samples, 1)
+
+    def depends_on(self, step: int) -> object:
+        return None
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator

@@ -26,6 +26,9 @@ class StraightThrough(Estimator):
         self.calls_once = num_samples == 1
         temperature_at(temperature, 0)
 
+    def depends_on(self, step: int) -> object:
+        return self.temperature(step)
+
     def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """What y [S, B, K] has its gradient from, broadcastable to y, given log q [B, K]."""
         return (log_q / temperature).softmax(dim=-1)

@@ -34,8 +34,11 @@ class FiniteGuard:
         self.norm = torch.zeros(())  # of the whole gradient at the last step, on the device
         self.first_bad: Tensor | None = None  # [step, terms and norms...] of the first bad step; step -1 before
 
-    def before_update(self, step: int, terms: dict[str, Tensor]) -> None:
-        """Raises Diverged, or on a device that runs ahead, blocks this and all later updates."""
+    def before_update(self, step: int | Tensor, terms: dict[str, Tensor]) -> None:
+        """Raises Diverged, or on a device that runs ahead, blocks this and all later updates.
+
+        Nothing here depends on the step but by its value, which a recorded step has as a tensor [].
+        """
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         if not self.deferred and self._sums_are_finite(terms, gradients):
             return
@@ -44,13 +47,15 @@ class FiniteGuard:
         self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
         values = torch.stack([*(term.detach() for term in terms.values()), *norms]).double()
         # float64, in which the step's number is exact
-        row = torch.cat([values.new_full((1,), step), values])
+        row = torch.cat([torch.as_tensor(step, dtype=values.dtype, device=values.device).view(1), values])
         if self.first_bad is None:
             self.first_bad = torch.full_like(row, -1.0)
+            self.found_inf = torch.zeros((), device=row.device)
         is_first = (self.first_bad[0] < 0) & ~values.isfinite().all()
-        self.first_bad = torch.where(is_first, row, self.first_bad)
+        self.first_bad.copy_(torch.where(is_first, row, self.first_bad))
         if self.deferred:
-            self.optimizer.found_inf = (self.first_bad[0] >= 0).float()  # type: ignore[attr-defined]
+            self.found_inf.copy_(self.first_bad[0] >= 0)
+            self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         else:
             self.raise_if_diverged()
 

@@ -78,7 +78,7 @@ class Report:
         values = {f"train/{name}": mean for name, mean in means.items()}
         self._count()
         values["train/steps_per_second"] = self.steps / (self.seconds - self.logged_at)
-        values["train/learning_rate"] = self.run.optimizer.param_groups[0]["lr"]
+        values["train/learning_rate"] = float(self.run.optimizer.param_groups[0]["lr"])
         for name, metric in self.metrics.items():
             tag = "train/temperature" if name == "temperature" else f"estimator/{name}"
             values[tag] = float(metric)

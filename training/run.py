@@ -81,6 +81,8 @@ class Run:
         self.parameters = dict(self.model.named_parameters())
         self.parameters |= {f"estimator.{name}": p for name, p in self.estimator.named_parameters()}
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
+        if config.cuda_graph and not (self.device.type == "cuda" and self.optimizer.defaults.get("fused")):
+            raise ConfigError(f"cuda_graph needs device=cuda and optimizer.fused=true, got device={self.device}")
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
         self.binarization: Binarization = config.data.binarization.value
@@ -151,7 +153,7 @@ class Run:
 
     def add(self, result: Objective, gradient_norm: Tensor) -> None:
         """Takes in a step's terms, without waiting for the device."""
-        self.norms.append(gradient_norm)
+        self.norms.append(gradient_norm.clone())  # a recorded step writes the next one to the same place
         for name, term in result.terms.items():
             self.sums[name] = self.sums.get(name, 0) + term.detach()
         self.summed += 1
@@ -207,8 +209,12 @@ class Run:
 
     def set_learning_rate(self, step: int) -> None:
         """optimizer.lr times lr_factor(step), halved by each rollback."""
+        rate = self.optimizer.defaults["lr"] * self.lr_factor(step) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
-            group["lr"] = self.optimizer.defaults["lr"] * self.lr_factor(step) * 0.5**self.rollbacks
+            if isinstance(group["lr"], Tensor):  # a recorded step reads it there
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def roll_back(self, folder: Path, diverged: Diverged) -> None:
         """Takes up the newest checkpoint, with half the learning rate; raises `diverged` if it may not."""
@@ -311,7 +317,8 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changes(before: dict[str, Any], config: Config) -> str:
     """What makes `config` another experiment than the flat one before; empty if nothing does."""
-    before, now = {"deterministic": False} | before, flat(plain(config))  # runs from before lack that key
+    before = {"deterministic": False, "cuda_graph": False} | before  # runs from before lack these keys
+    now = flat(plain(config))
     changed = {key for key in now.keys() | before.keys() if before.get(key) != now.get(key)} - FREE_TO_CHANGE
     return ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed))
 

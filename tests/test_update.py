@@ -1,0 +1,163 @@
+"""One step of training, and what a recording of it does at other steps: CUDA graphs, emulated on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.objective import Objective
+from scripts.benchmark import compose_run
+from scripts.gradient_quality import all_names
+from tests.runs import CONV, MLP, run
+from training import update
+from training.divergence import Diverged, FiniteGuard
+from training.run import Run
+
+aten = torch.ops.aten
+WAITING = (aten._local_scalar_dense, aten.nonzero, aten.lift_fresh)  # for the device, or for the host's memory
+STEPS = 9
+
+
+class Recording(TorchDispatchMode):
+    """Records operations with the tensors that they ran on; a replay runs them again, into the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
+        self.own: set[int] = set()  # storages that came to be while recording
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what others held
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor) and storage(tensor) not in self.own | self.before.keys():
+                self.before[storage(tensor)] = tensor, tensor.detach().clone()
+        outputs = operation(*args, **(kwargs or {}))
+        produced = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        self.own |= {storage(tensor) for tensor in produced} - self.before.keys()
+        self.calls.append((operation, args, kwargs or {}, produced))
+        return outputs
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """A graph is recorded without being run."""
+        for tensor, value in self.before.values():
+            tensor.copy_(value)
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for operation, args, kwargs, places in self.calls:
+            produced = [leaf for leaf in tree_leaves(operation(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for place, now in zip(places, produced, strict=True):
+                if storage(place) != storage(now):
+                    place.copy_(now)
+
+
+def storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Has recordings emulated, and lists them."""
+    made: list[Recording] = []
+
+    def record(work: Callable[[], Objective], generator: torch.Generator) -> tuple[Callable[[], None], Objective]:
+        made.append(Recording())
+        drawn_from = generator.get_state()
+        with made[-1]:
+            result = work()
+        made[-1].undo()
+        generator.set_state(drawn_from)
+        return made[-1].replay, result
+
+    monkeypatch.setattr(update, "record", record)
+    monkeypatch.setattr(update, "beside", lambda work: work())
+    return made
+
+
+def trained(kind: type[update.Update], line: str, estimator: str) -> tuple[Run, list[dict[str, float]]]:
+    """A run after some steps, and the terms of each, as a GPU would do them: without looking at a number."""
+    # a rate that float32 holds: a recorded step reads it from a tensor
+    made = compose_run([*line.split(), "optimizer.lr=0.00390625"], estimator)
+    guard = FiniteGuard(made.optimizer, made.parameters, made.device)
+    guard.deferred = True
+    step_once, terms = kind(made, guard), []
+    for step in range(STEPS):
+        result = step_once(step)
+        made.step = step + 1
+        made.add(result, guard.norm)
+        terms.append({name: term.item() for name, term in result.terms.items()})
+    guard.raise_if_diverged()
+    return made, terms
+
+
+def assert_replayed_is_the_same(line: str, estimator: str) -> None:
+    (run_once, once), (replayed, again) = (
+        trained(kind, line, estimator) for kind in (update.Update, update.ReplayedUpdate)
+    )
+    assert once == again
+    for name, value in run_once.model.state_dict().items():
+        assert torch.equal(value, replayed.model.state_dict()[name]), name
+    for name, value in run_once.estimator.state_dict().items():
+        assert torch.equal(value, replayed.estimator.state_dict()[name]), name
+    assert run_once.take_means() == replayed.take_means()
+
+
+@pytest.mark.parametrize("estimator", all_names())
+def test_a_replayed_step_has_the_numbers_of_one_that_is_run(estimator: str, recordings: list[Recording]) -> None:
+    assert_replayed_is_the_same(MLP, estimator)
+    assert len(recordings) == (estimator != "sparsemax")  # how often that calls f depends on the numbers
+    for operation, *_ in (call for recording in recordings for call in recording.calls):
+        assert operation.overloadpacket not in WAITING, operation
+
+
+def test_a_replayed_step_of_the_convolutional_networks_is_the_same(recordings: list[Recording]) -> None:
+    assert_replayed_is_the_same(CONV, "gumbel_softmax")
+    assert len(recordings) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "recorded"),
+    [
+        ("estimator.temperature.rate=0.1 estimator.temperature.every=5", 2),  # steps 3, and 5 to 9
+        ("schedule@estimator.temperature=linear estimator.temperature.steps=6", 1),  # from 6 on, where it rests
+    ],
+)
+def test_a_step_is_recorded_anew_when_the_temperature_has_changed(
+    schedule: str, recorded: int, recordings: list[Recording]
+) -> None:
+    assert_replayed_is_the_same(MLP, f"gumbel_softmax({schedule})")
+    assert len(recordings) == recorded
+
+
+def test_the_learning_rate_of_a_replayed_step_is_the_step_s(recordings: list[Recording]) -> None:
+    line = f"{MLP} lr_factor=linear lr_factor.start=1 lr_factor.end=0.5 lr_factor.steps=8"
+    assert_replayed_is_the_same(line, "marginalization")
+
+
+def test_a_bad_number_in_a_replayed_step_is_named_and_blocks_the_update(recordings: list[Recording]) -> None:
+    made = compose_run(MLP.split(), "marginalization")
+    guard = FiniteGuard(made.optimizer, made.parameters, made.device)
+    guard.deferred = True
+    step_once = update.ReplayedUpdate(made, guard)
+    for step in range(6):
+        step_once(step)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    made.batches.data.y_labelled.fill_(float("nan"))
+    for step in range(6, 9):
+        step_once(step)
+    assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+    with pytest.raises(Diverged, match=r"^labelled_bound is nan at step 6$"):
+        guard.raise_if_diverged()
+
+
+def test_a_graph_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
+    said = run(f"{MLP} cuda_graph=true", tmp_path / "run", code=2).err
+    assert said == "catvae: cuda_graph needs device=cuda and optimizer.fused=true, got device=cpu\n"
