@@ -136,6 +136,25 @@ def time_estimators(trainers: dict[str, Trainer], rounds: int) -> dict[str, dict
     return medians
 
 
+def time_in_a_row(overrides: list[str], name: str, number: int) -> dict[str, float]:
+    """Seconds of a step on a GPU, run and replayed as a CUDA graph, where nothing waits for the device in between."""
+    from functools import partial
+
+    from scripts.peers import timed
+    from training.divergence import FiniteGuard
+    from training.update import ReplayedUpdate, Update
+
+    found = {}
+    for label, kind in (("eager", Update), ("graph", ReplayedUpdate)):
+        run = compose_run(overrides, name)
+        update = kind(run, FiniteGuard(run.optimizer, run.parameters, run.device))
+        for step in range(2 * WARM_UP):
+            update(step)
+        steps = range(2 * WARM_UP, 2 * WARM_UP + number)
+        found[label] = timed(partial(list, map(update, steps)), run.device) / number
+    return found
+
+
 def networks_of(model: SemiSupervisedVAE) -> Networks:
     from models.networks import Networks
 
@@ -231,7 +250,8 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     medians = time_estimators(trainers, arguments.rounds)
     rows, rate = [], best_rate(run)
     print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'products':>10}{'floor':>8}", end="")
-    print("".join(f"{part:>10}" for part in PARTS) + (f"{'MiB':>8}" if arguments.memory else ""))
+    print("".join(f"{part:>10}" for part in PARTS) + (f"{'MiB':>8}" if arguments.memory else ""), end="")
+    print(f"{'eager ms':>10}{'graph ms':>10}" if run.device.type == "cuda" else "")
     for name in sorted(names, key=lambda name: sum(medians[name].values())):
         parts, trainer = medians[name], trainers[name]
         seconds = sum(parts.values())
@@ -252,6 +272,9 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.memory:
             row["peak_mib"] = peak_memory(arguments.overrides, name)
             print(f"{row['peak_mib']:>8.0f}", end="")
+        if run.device.type == "cuda":
+            row["in_a_row"] = time_in_a_row(arguments.overrides, name, TURN * arguments.rounds)
+            print("".join(f"{1000 * seconds:>10.3f}" for seconds in row["in_a_row"].values()), end="")
         print()
         rows.append(row)
     print(

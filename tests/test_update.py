@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models.objective import Objective
-from scripts.benchmark import compose_run
+from scripts.benchmark import compose_run, time_in_a_row
 from scripts.gradient_quality import all_names
 from tests.runs import CONV, MLP, run
 from training import update
@@ -156,6 +156,13 @@ def test_a_bad_number_in_a_replayed_step_is_named_and_blocks_the_update(recordin
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     with pytest.raises(Diverged, match=r"^labelled_bound is nan at step 6$"):
         guard.raise_if_diverged()
+
+
+def test_replayed_steps_are_timed_beside_those_that_are_run(recordings: list[Recording]) -> None:
+    seconds = time_in_a_row(MLP.split(), "gumbel_softmax", 4)
+    assert set(seconds) == {"eager", "graph"}
+    assert min(seconds.values()) > 0
+    assert len(recordings) == 1
 
 
 def test_a_graph_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
