@@ -55,6 +55,35 @@ class Dropout(nn.Module):
         return input * mask.to(input.dtype).mul_(2**16 / self.kept)
 
 
+class RandomMotion(nn.Module):
+    """Turns and shifts each image [B, C, H, W] by chance; without a generator, as in evaluation, it is the identity.
+
+    The angle is uniform within +-`rotation` degrees and each shift within +-`shift` pixels. A pixel's value is the
+    nearest one's, so that binary images stay so, and 0 where the image has none. Raises ValueError for negative limits.
+    """
+
+    def __init__(self, rotation: float, shift: float) -> None:
+        super().__init__()
+        if not (0 <= rotation <= 180 and 0 <= shift < math.inf):
+            raise ValueError(f"rotation must be in [0, 180] and shift >= 0, got {rotation} and {shift}")
+        self.rotation, self.shift = rotation, shift
+
+    def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or not (self.rotation or self.shift):
+            return x
+        batch, channels, height, width = x.shape
+        chance = 2 * torch.rand(3, batch, 1, 1, device=x.device, generator=generator) - 1
+        angle, (right, down) = chance[0] * math.radians(self.rotation), chance[1:] * self.shift
+        row = torch.arange(height, device=x.device).view(height, 1) - (height - 1) / 2
+        column = torch.arange(width, device=x.device) - (width - 1) / 2
+        from_row = (angle.cos() * row + angle.sin() * column + down + (height - 1) / 2).round().long()
+        from_column = (angle.cos() * column - angle.sin() * row + right + (width - 1) / 2).round().long()
+        inside = (from_row >= 0) & (from_row < height) & (from_column >= 0) & (from_column < width)
+        source = from_row.clamp(0, height - 1) * width + from_column.clamp(0, width - 1)
+        pixels = x.flatten(2).gather(2, source.view(batch, 1, -1).expand(-1, channels, -1))
+        return (pixels * inside.view(batch, 1, -1)).view(x.shape)
+
+
 def joined_linear(first: int, num_classes: int, out: int) -> tuple[nn.Linear, nn.Linear]:
     """A linear layer over the concatenation of `first` inputs and a class vector, as two layers to be added.
 
@@ -166,8 +195,11 @@ class ConvClassifier(nn.Module):
     on the labels alone from 81 % to 90 %.
     """
 
-    def __init__(self, shape: ImageShape, num_classes: int, channels: int, dropout: float) -> None:
+    def __init__(
+        self, shape: ImageShape, num_classes: int, channels: int, dropout: float, rotation: float, shift: float
+    ) -> None:
         super().__init__()
+        self.motion = RandomMotion(rotation, shift)
         widths = (channels, 2 * channels, 4 * channels)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(inputs, outputs, size, padding=size // 2)
@@ -179,7 +211,7 @@ class ConvClassifier(nn.Module):
         self.logits = nn.Linear(widths[-1] * math.prod(sides), num_classes)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        hidden = x
+        hidden = self.motion(x, generator)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             hidden = F.relu(norm(F.max_pool2d(convolution(hidden), 3, stride=2, padding=1)))
         return self.logits(self.dropout(hidden.flatten(1), generator)).float()
@@ -313,14 +345,18 @@ def conv(
     hidden: int,
     dropout: float,
     scale: ScaleFunction,
+    rotation: float = 0.0,
+    shift: float = 0.0,
 ) -> Networks:
     """The networks of Jang et al. 2017, section 4.3: `channels` at half resolution, twice as many at a quarter.
 
-    Raises ValueError for sizes below 1 and dropout outside [0, 1).
+    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` pixels; J
+    stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside [0, 1), and
+    negative limits.
     """
     _check_positive(latent_size=latent_size, channels=channels, hidden=hidden)
     return Networks(
-        ConvClassifier(shape, num_classes, channels, dropout),
+        ConvClassifier(shape, num_classes, channels, dropout, rotation, shift),
         ConvInference(shape, num_classes, latent_size, channels, hidden, scale),
         ConvGenerator(shape, num_classes, latent_size, channels),
         num_classes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from estimators.contract import Estimator
 from estimators.gumbel_softmax import GumbelSoftmax, StraightThroughGumbelSoftmax
 from estimators.marginalization import Marginalization
 from estimators.score_function import LeaveOneOut, MovingAverage, ScoreFunction
-from models.networks import Dropout, ImageShape, Networks, conv, joined_linear, mlp
+from models.networks import Dropout, ImageShape, Networks, RandomMotion, conv, joined_linear, mlp
 from models.objective import Objective, Weights, objective
 from models.vae import SemiSupervisedVAE
 
@@ -319,6 +320,67 @@ def test_classifier_drops_out_only_where_a_generator_is_given(build: Builder) ->
     assert torch.equal(model.classifier(x, generator(1)), dropped)
     without = model_of(build, SIZES["8x8"], 10, dropout=0.0)
     assert torch.equal(without.classifier(x, generator(1)), without.classifier(x))
+
+
+# --- images turned and shifted by chance
+
+
+def test_motion_is_the_identity_without_a_generator_or_limits() -> None:
+    x = images(COLOUR, 4)
+    assert torch.equal(RandomMotion(20.0, 2.0)(x, None), x)
+    assert torch.equal(RandomMotion(0.0, 0.0)(x, generator()), x)
+
+
+def test_motion_shifts_within_its_limit_and_fills_with_zeros() -> None:
+    """A single pixel of an image lands at every place within the limit, and nowhere else; what leaves is gone."""
+    x = torch.zeros(2000, 2, 9, 9)
+    x[:, 0, 4, 4] = x[:, 1, 0, 0] = 1
+    moved = RandomMotion(0.0, 2.0)(x, generator())
+    reached = moved.amax(dim=0)
+    expected = torch.zeros(2, 9, 9)
+    expected[0, 2:7, 2:7] = expected[1, :3, :3] = 1
+    assert torch.equal(reached, expected)
+    assert set(moved.sum(dim=(2, 3)).flatten().tolist()) == {0.0, 1.0}
+    assert (moved[:, 0].sum(dim=(1, 2)) == 1).all()
+
+
+def test_motion_turns_to_both_sides_within_its_limit_and_keeps_binary_pixels() -> None:
+    x = torch.zeros(2000, 1, 21, 21)
+    x[..., 10, 11:] = 1  # a hand that points to the right
+    moved = RandomMotion(30.0, 0.0)(x, generator())
+    assert set(moved.unique().tolist()) == {0.0, 1.0}
+    angles = torch.tensor(
+        [
+            math.degrees(math.atan2(10 - i[:, 1].float().mean(), i[:, 2].float().mean() - 10))
+            for i in (image.nonzero() for image in moved)
+        ]
+    )
+    assert -32 < angles.min() < -27
+    assert 27 < angles.max() < 32
+    assert abs(angles.mean()) < 4 * 30 / 3**0.5 / 2000**0.5
+
+
+def test_motion_draws_from_its_generator_alone_and_for_each_image() -> None:
+    x, motion = images(SIZES["28x28"], 1).expand(20, -1, -1, -1), RandomMotion(15.0, 2.0)
+    first = motion(x, generator(3))
+    torch.rand(5)
+    assert torch.equal(motion(x, generator(3)), first)
+    assert not torch.equal(motion(x, generator(4)), first)
+    assert len({tuple(image.flatten().tolist()) for image in first}) > 15
+
+
+def test_only_the_classifier_s_images_are_moved_and_only_in_training() -> None:
+    still, moving = (model_of(build_conv, SIZES["28x28"], 10, dropout=0.0, rotation=r) for r in (0.0, 20.0))
+    x = images(SIZES["28x28"], 3)
+    assert torch.equal(still.classifier(x), moving.classifier(x))
+    assert not torch.equal(still.classifier(x, generator(1)), moving.classifier(x, generator(1)))
+    assert torch.equal(features(still, x), features(moving, x))
+
+
+@pytest.mark.parametrize("limits", [{"rotation": -1.0}, {"rotation": 181.0}, {"shift": -0.5}, {"shift": math.inf}])
+def test_impossible_motion_is_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"^rotation must be in \[0, 180\] and shift >= 0, got "):
+        build_conv(SIZES["8x8"], 10, **limits)
 
 
 # --- the joined linear layer
