@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from training.run import Run
 
 WARM_UP = 3  # steps before the first that counts
-TURN = 6  # steps in a row, as in training, of which the first does not count: it finds its memory cold
+TURN = 20  # steps in a row, as in training, of which the first does not count: it finds its memory cold
 LONGEST = 30.0  # seconds for one contender; fewer rounds where a step is slow
 PARTS = ("data", "forward", "backward", "guard", "optimizer", "logging")
 YARDSTICKS = ("plain loop, class by class", "plain loop, Gumbel-Softmax")
