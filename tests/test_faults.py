@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shlex
 import signal
@@ -167,6 +168,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_half_the_step(flawed: st
     assert [step for step, _ in rates] == list(range(1, 9))
     assert [rate / rates[0][1] for _, rate in rates] == pytest.approx([1.0] * 4 + [0.25] * 4)
     assert checkpoint(tmp_path / "run")["rollbacks"] == 2
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["rollbacks"] == 2
     resume(tmp_path / "run", "train.steps=10")
     assert curve(tmp_path / "run", "train/learning_rate")[-1][1] == pytest.approx(rates[0][1] / 4)
 

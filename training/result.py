@@ -27,6 +27,7 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "split_hash": run.split.hash,
         "steps": run.step,
         "start_step": report.start,  # > 0 after a resume; the next two count from there
+        "rollbacks": run.rollbacks,  # each has halved the learning rate
         "seconds": report.seconds,
         "steps_per_second": steps_here / report.seconds if report.seconds else None,
         "device": run.device.type,
