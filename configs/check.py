@@ -136,6 +136,10 @@ def check_machine(config: Config) -> None:
 
     if config.device.value == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device must be auto or cpu where PyTorch finds no CUDA device, got cuda")
+    if config.cuda_graph and (config.device.value == "cpu" or not torch.cuda.is_available()):
+        raise ConfigError("cuda_graph must be false where no CUDA device trains, got true")
+    if config.cuda_graph and not config.optimizer.get("fused"):
+        raise ConfigError("cuda_graph must be false where optimizer.fused is not true, got true")
     data = config.data
     try:
         draw_split(

@@ -167,4 +167,5 @@ def test_replayed_steps_are_timed_beside_those_that_are_run(recordings: list[Rec
 
 def test_a_graph_is_refused_where_there_is_no_gpu(tmp_path: Path) -> None:
     said = run(f"{MLP} cuda_graph=true", tmp_path / "run", code=2).err
-    assert said == "catvae: cuda_graph needs device=cuda and optimizer.fused=true, got device=cpu\n"
+    assert said == "catvae: cuda_graph must be false where no CUDA device trains, got true\n"
+    assert not (tmp_path / "run").exists()

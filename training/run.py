@@ -81,8 +81,6 @@ class Run:
         self.parameters = dict(self.model.named_parameters())
         self.parameters |= {f"estimator.{name}": p for name, p in self.estimator.named_parameters()}
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
-        if config.cuda_graph and not (self.device.type == "cuda" and self.optimizer.defaults.get("fused")):
-            raise ConfigError(f"cuda_graph needs device=cuda and optimizer.fused=true, got device={self.device}")
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
         self.binarization: Binarization = config.data.binarization.value
