@@ -18,10 +18,11 @@ from models.evaluation import calibration_error
 from models.networks import ImageShape, conv
 from models.vae import SemiSupervisedVAE
 from scripts import evaluate, generate
-from tests.runs import MLP, Ended, command, run
+from scripts.benchmark import compose_run
+from tests.runs import CONV, MLP, Ended, command, run
 from training import checkpoints
 from training.pictures import analogies, beside, grid, interpolation, reconstructions, save_figure, turn_about
-from training.run import Run, stored_run
+from training.run import Run, changes, flat, plain, stored_run
 
 K, SHAPE = 3, torch.Size((2, 6, 5))
 NAMES = ("accuracy", "bound", "reconstruction", "kl_y", "kl_z", "calibration_error")
@@ -251,7 +252,17 @@ def test_beside_and_figure_keep_the_pixels(tmp_path: Path) -> None:
 
 def test_runs_from_before_a_key_was_there_can_be_read(folder: Path, tmp_path: Path) -> None:
     state = torch.load(checkpoints.stored(folder)[-1], weights_only=True)
-    for section, key in ((state["config"], "deterministic"), (state["config"]["data"], "path")):
+    config = state["config"]
+    for section, key in ((config, "deterministic"), (config, "cuda_graph"), (config["data"], "path")):
         del section[key]
     torch.save(state, tmp_path / "old.pt")
     assert stored_run(folder, tmp_path / "old.pt").step == 8
+
+
+def test_a_run_from_before_motion_is_the_same_experiment_with_none() -> None:
+    config = compose_run([*CONV.split(), "train.steps=1"], "marginalization").config
+    before = flat(plain(config))
+    del before["model.rotation"], before["model.shift"]
+    assert changes(before, config) == ""
+    config.model["rotation"] = 10.0
+    assert changes(before, config) == "model.rotation=10.0 (was 0.0)"

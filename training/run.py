@@ -51,6 +51,9 @@ FREE_TO_CHANGE = {
 FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
+# keys that older runs do not have, and what those did
+SINCE = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
+
 
 class Run:
     """A run's data, model, estimator and optimizer, and the number of steps done. Raises ConfigError, DataError."""
@@ -315,8 +318,8 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changes(before: dict[str, Any], config: Config) -> str:
     """What makes `config` another experiment than the flat one before; empty if nothing does."""
-    before = {"deterministic": False, "cuda_graph": False} | before  # runs from before lack these keys
     now = flat(plain(config))
+    before = {key: value for key, value in SINCE.items() if key in now} | before
     changed = {key for key in now.keys() | before.keys() if before.get(key) != now.get(key)} - FREE_TO_CHANGE
     return ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed))
 
