@@ -49,7 +49,7 @@ def signalling(function: Callable[..., Any], call: int) -> Callable[..., Any]:
 
 
 MOMENTS = {
-    "a step": (Batches, "__call__", 7),
+    "a step": (Batches, "rows", 7),
     "the first batch of a validation": (evaluation, "_exact_terms", 1),
     "the last batch of a validation": (evaluation, "_exact_terms", 4),
     "the validation of the last step": (evaluation, "_exact_terms", 5),
