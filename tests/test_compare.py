@@ -23,7 +23,7 @@ from scripts import compare
 from scripts.comparison import figures
 from scripts.comparison.groups import Comparison
 from scripts.comparison.groups import compare as compared
-from scripts.comparison.report import COSTS, page
+from scripts.comparison.report import COSTS, as_markdown, page
 from scripts.comparison.runs import METRICS, read_all
 from scripts.comparison.statistics import holm, paired, summarize, t_quantile, t_two_sided
 from tests.runs import MLP, Ended, command, run
@@ -432,6 +432,15 @@ def test_markdown_has_a_row_a_group(two_groups: Path) -> None:
     assert rows[0].startswith("| 1 | `marginalization` | 4 | 0.9325 ± 0.0272 (0.0171) | -22.50 ± 2.05 (1.29) |")
     head = next(line for line in lines if "test accuracy" in line and line.startswith("|"))
     assert head.count("|") == rows[0].count("|")
+
+
+def test_markdown_shows_every_run_in_the_order_of_its_seed(tmp_path: Path) -> None:
+    for seed in (10, 2, 0):
+        make_run(tmp_path / str(seed), 0.9 + seed / 1000, seed=seed)
+    (table,) = [block for block in as_markdown(comparison(tmp_path)).split("\n\n") if "| split_seed |" in block]
+    cells = [[cell.strip() for cell in row.split("|")] for row in table.splitlines()[2:]]
+    seed, accuracy = (table.splitlines()[0].split("|").index(f" {name} ") for name in ("seed", "test accuracy"))
+    assert [(row[seed], row[accuracy]) for row in cells] == [("0", "0.9000"), ("2", "0.9020"), ("10", "0.9100")]
 
 
 NASTY = """<script>&"'|`x"""

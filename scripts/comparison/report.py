@@ -207,6 +207,8 @@ def as_markdown(comparison: Comparison) -> str:
         blocks.append(markdown_table(rows))
     if said := about_test(comparison):
         blocks += [" ".join(said), markdown_table(test_table(comparison))]
+    if any(len(group.runs) > 1 for group in comparison.groups):
+        blocks += ["Every run:", markdown_table(run_table(comparison))]
     if comparison.unfinished:
         blocks += [f"{UNFINISHED_SAID}:", markdown_table([UNFINISHED, *unfinished_rows(comparison)])]
     if comparison.notes:
@@ -214,6 +216,20 @@ def as_markdown(comparison: Comparison) -> str:
     if lines := conditions(comparison):
         blocks.append("\n".join(f"- {line}" for line in lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def run_table(comparison: Comparison) -> list[list[str]]:
+    """Every run that counts, by group and draw, so that a published mean shows what it is the mean of."""
+    names = columns(comparison)
+    table = [["", "group", "split_seed", "seed", *(METRICS[name].title for name in names)]]
+    for place, group in enumerate(comparison.groups, 1):
+        rows = []
+        for run in group.runs:
+            draw = [str(run.config.get(key, DASH)) for key in ("data.split_seed", "seed")]
+            rows.append([*draw, *(optional(run.values.get(name), METRICS[name]) for name in names)])
+        rows.sort(key=lambda row: [seed.rjust(20) for seed in row[:2]])  # 2 before 10
+        table += [[str(place), f"`{group.name}`", *row] for row in rows]
+    return table
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
