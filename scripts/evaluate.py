@@ -41,6 +41,9 @@ def main() -> None:
         type=positive,
         help="draws of z per class for log p(x), of every part; if not given, the run's own number, of the test part",
     )
+    parser.add_argument(
+        "--binarization", choices=("dynamic", "threshold", "none"), help="other pixels than the run was trained with"
+    )
     parser.add_argument("--output", type=Path, help="a .json file to write the same to")
     arguments = parser.parse_args()
     with refusing_bad_input():
@@ -50,6 +53,7 @@ def main() -> None:
         from training.run import stored_run
 
         run = stored_run(arguments.folder, arguments.checkpoint)
+        run.binarization = arguments.binarization or run.binarization
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(part, arguments.importance_samples)

@@ -103,6 +103,13 @@ def test_importance_samples(folder: Path) -> None:
     assert more["test_accuracy"] == own["test_accuracy"]
 
 
+def test_evaluate_with_other_pixels_than_the_runs(folder: Path) -> None:
+    own = measured(f"{folder} --part val")
+    assert measured(f"{folder} --part val --binarization none") == own
+    bounds = {measured(f"{folder} --part val --binarization {how}")["val_bound"] for how in ("dynamic", "threshold")}
+    assert len(bounds | {own["val_bound"]}) == 3
+
+
 def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
     printed = measured(f"{folder} --part val --output {tmp_path}/found.json")
     assert json.loads((tmp_path / "found.json").read_text()) == printed
