@@ -80,10 +80,9 @@ class ObjectiveConfig:
     labelled: float = 1.0
     unlabelled: float = 1.0
     alpha: float = 1.0
-    balance: float = 0.0  # on KL(mean of q(y|x) || p(y)), beside J
 
     def __post_init__(self) -> None:
-        for key in ("labelled", "unlabelled", "alpha", "balance"):
+        for key in ("labelled", "unlabelled", "alpha"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"objective.{key} must be >= 0 and finite, got {value}")

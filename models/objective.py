@@ -14,16 +14,11 @@ from models.vae import Bound, SemiSupervisedVAE
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of J's three terms; Jang et al. 2017 have labelled = unlabelled = 1 and alpha free, and no balance."""
+    """Weights of J's three terms; Jang et al. 2017 have labelled = unlabelled = 1 and alpha free."""
 
     labelled: float
     unlabelled: float
     alpha: float
-    balance: float = 0.0
-
-
-REMEMBERED = 0.99  # of the class frequencies, from one step to the next
-LEAST_FREQUENCY = 1e-6  # whose logarithm is taken: a class may die out
 
 
 @dataclass
@@ -49,8 +44,7 @@ def objective(
 
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
-    its first term by the estimator. The loss is -J plus the estimator's auxiliary loss, and with a weight on balance
-    `class_imbalance`, which is no part of J.
+    its first term by the estimator. The loss is -J plus the estimator's auxiliary loss.
     """
     labelled, num_classes = y_labelled.shape
     logits = model.classifier(x, generator)
@@ -85,24 +79,4 @@ def objective(
         "reconstruction": bound.reconstruction.mean(),
         "entropy_y": entropy(logits_unlabelled).mean(),
     }
-    loss = estimate.auxiliary - j
-    if weights.balance:
-        penalty, terms["class_imbalance"] = class_imbalance(logits_unlabelled, model.class_frequencies)
-        loss = loss + weights.balance * penalty
-    return Objective(loss, terms, estimate.metrics)
-
-
-def class_imbalance(logits: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Of KL(f || p(y)), f the mean of q(y|x) over images and p(y) uniform: what to differentiate, and its value, nats.
-
-    A minibatch is too small to tell f, so that `frequencies` [K] keeps a running mean, which takes in the softmax of
-    `logits` [B, K] here. d KL / d f_y = log(f_y K) + 1, and its 1 moves no logit: the gradient with respect to a
-    minibatch is that of sum_y mean_b q(y|x_b) log(f_y K). The alignment of Berthelot et al. 2020 (ReMixMatch, section
-    3.1), by gradient.
-    """
-    q = torch.softmax(logits, dim=-1).mean(dim=0)
-    with torch.no_grad():
-        frequencies.lerp_(q.to(frequencies.dtype), 1 - REMEMBERED)
-        log_ratio = (frequencies.clamp_min(LEAST_FREQUENCY) * len(frequencies)).log()
-        value = (frequencies * log_ratio).sum()
-    return (q * log_ratio).sum(), value
+    return Objective(estimate.auxiliary - j, terms, estimate.metrics)

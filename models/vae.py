@@ -64,9 +64,6 @@ class SemiSupervisedVAE(nn.Module):
         self.generator = networks.generator
         self.num_classes = networks.num_classes
         self.latent_size = networks.latent_size
-        # the running mean of q(y|x) over unlabelled minibatches [K]; objective.balance keeps it
-        self.class_frequencies: Tensor
-        self.register_buffer("class_frequencies", torch.full((networks.num_classes,), 1 / networks.num_classes))
 
     def bound(self, x: Tensor, features: Tensor, y: Tensor, noise: Tensor) -> Bound:
         """b(x, y) at y [S, B, K] for images x [B, C, H, W] with features [B, H], by one draw of z a class.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from estimators.schedules import constant
 from estimators.straight_through import ReinMax
 from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
-from models.objective import Objective, Weights, class_imbalance, objective
+from models.objective import Objective, Weights, objective
 from models.vae import Bound, SemiSupervisedVAE, bernoulli_log_likelihood, gaussian_kl
 
 # torch.distributions is not annotated
@@ -289,49 +288,6 @@ def test_gradient_of_the_loss_is_that_of_minus_j(monkeypatch: pytest.MonkeyPatch
     actual = torch.autograd.grad(run(model, Marginalization()).loss, parameters)
     for gradient, of_j in zip(actual, expected, strict=True):
         torch.testing.assert_close(gradient, -of_j, rtol=1e-4, atol=1e-5)
-
-
-def test_gradient_of_imbalance_is_that_of_the_kl_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.objective.REMEMBERED", 0.0)  # the running mean is that of the minibatch
-    logits = torch.randn(5, K, generator=generator(), requires_grad=True)
-    divergence = kl_divergence(Categorical(torch.softmax(logits, dim=-1).mean(dim=0)), uniform(1))[0]
-    (expected,) = torch.autograd.grad(divergence, logits)
-    penalty, value = class_imbalance(logits, torch.full((K,), 1 / K))
-    (actual,) = torch.autograd.grad(penalty, logits)
-    torch.testing.assert_close(value, divergence.detach())
-    torch.testing.assert_close(actual, expected)
-    assert actual.abs().max() > 0.01
-
-
-def test_balance_pulls_a_rare_class_back_even_from_none() -> None:
-    frequencies = torch.tensor([0.6, 0.4, 0.0])
-    logits = torch.zeros(1, K, requires_grad=True)
-    penalty, value = class_imbalance(logits, frequencies)
-    (gradient,) = torch.autograd.grad(penalty, logits)
-    assert gradient[0, 0] > gradient[0, 1] > 0 > gradient[0, 2]
-    assert 0 < value < math.log(K)
-    torch.testing.assert_close(frequencies.sum(), torch.tensor(1.0))
-
-
-def test_frequencies_of_the_classes_are_a_running_mean() -> None:
-    frequencies = torch.full((K,), 1 / K)
-    logits = torch.tensor([[50.0, 0.0, 0.0]])
-    for _ in range(100):
-        class_imbalance(logits, frequencies)
-    torch.testing.assert_close(frequencies, torch.tensor([1 - 2 / 3 * 0.99**100, *[0.99**100 / 3] * 2]))
-
-
-def test_balance_joins_the_loss_and_not_j() -> None:
-    model, balanced = small_model(), small_model()
-    without, result = run(model, Marginalization()), run(balanced, Marginalization(), replace(WEIGHTS, balance=20.0))
-    assert "class_imbalance" not in without.terms
-    assert torch.equal(model.class_frequencies, torch.full((K,), 1 / K))
-    assert torch.equal(result.terms["J"], without.terms["J"])
-    frequencies = torch.full((K,), 1 / K)
-    penalty, value = class_imbalance(balanced.classifier(X_UNLABELLED), frequencies)
-    assert torch.equal(balanced.class_frequencies, frequencies)
-    torch.testing.assert_close(result.terms["class_imbalance"], value)
-    torch.testing.assert_close(result.loss, without.loss + 20.0 * penalty)
 
 
 class Recorder(Estimator):

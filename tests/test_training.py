@@ -257,7 +257,6 @@ RESUMED = {name: f"{MLP} {line}" for name, line in ESTIMATORS.items()} | {
     "conv": CONV,
     "cosine": f"{MLP} schedule@estimator.temperature=cosine estimator.temperature.steps=10",
     "bf16": f"{CONV} precision=bf16",
-    "balance": f"{MLP} objective.balance=20",
     "learning rate": f"{MLP} optimizer=sgd lr_factor=cosine lr_factor.steps=10",
 }
 

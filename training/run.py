@@ -52,13 +52,7 @@ FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 # keys that older runs do not have, and what those did
-SINCE = {
-    "deterministic": False,
-    "cuda_graph": False,
-    "model.rotation": 0.0,
-    "model.shift": 0.0,
-    "objective.balance": 0.0,
-}
+SINCE = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
 
 
 class Run:
@@ -242,7 +236,6 @@ class Run:
             raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
         if state["split_hash"] != self.split.hash:
             raise ConfigError("resume found another dataset than the run's: the split's hash differs")
-        state["model"].setdefault("class_frequencies", self.model.class_frequencies)  # runs from before have none
         self.model.load_state_dict(state["model"])
         self.estimator.load_state_dict(state["estimator"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -270,10 +263,9 @@ class Run:
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""
         w, labelled, unlabelled = self.weights, len(self.split.labelled), len(self.split.unlabelled)
-        balance = f"; the loss adds {w.balance:g} KL(mean of q(y|x) || p(y))" if w.balance else ""
         return (
             f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
-            f"{balance}; effective weight per image: "
+            "; effective weight per image: "
             f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         )
 
