@@ -166,6 +166,32 @@ def concatenating(networks: Networks) -> Networks:
     return Networks(networks.classifier, inference, Concatenating((classes, size), hidden, last), classes, size)
 
 
+def pyro_generates(networks: Networks, name: str, x: Tensor, y: Tensor | None) -> None:
+    """p(y) p(z) p(x|y,z) for a minibatch, as a part of a Pyro program."""
+    import pyro
+    import pyro.distributions as dist
+
+    size, num_classes = networks.latent_size, networks.num_classes
+    y = pyro.sample(f"y_{name}", dist.OneHotCategorical(probs=x.new_full((num_classes,), 1 / num_classes)), obs=y)
+    z = pyro.sample(f"z_{name}", dist.Normal(x.new_zeros(size), x.new_ones(size)).to_event(1))
+    logits = networks.generator(with_samples(y), with_samples(z)).reshape(*z.shape[:-1], -1)
+    pyro.sample(f"x_{name}", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x.flatten(1))
+
+
+def pyro_infers(networks: Networks, name: str, x: Tensor, y: Tensor) -> None:
+    """q(z|x,y) for a minibatch, as a part of a Pyro guide."""
+    import pyro
+    import pyro.distributions as dist
+
+    loc, scale = networks.inference(networks.inference.features(x), with_samples(y))
+    shape = (*torch.broadcast_shapes(y.shape[:-1], (len(x),)), networks.latent_size)
+    pyro.sample(f"z_{name}", dist.Normal(loc.reshape(shape), scale.reshape(shape)).to_event(1))
+
+
+def with_samples(y: Tensor) -> Tensor:
+    return y.reshape(-1, *y.shape[-2:])
+
+
 def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     """M2 as a Pyro program: one SVI step with y enumerated in parallel, or sampled with the score function.
 
@@ -177,33 +203,17 @@ def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 
     pyro.clear_param_store()
-    weights, num_classes, size = run.weights, networks.num_classes, networks.latent_size
+    weights = run.weights
     generator = torch.Generator(run.device).manual_seed(0)
-    prior = torch.full((num_classes,), 1 / num_classes, device=run.device)
-    zeros, ones = torch.zeros(size, device=run.device), torch.ones(size, device=run.device)
-
-    def with_samples(y: Tensor) -> Tensor:
-        return y.reshape(-1, *y.shape[-2:])
-
-    def p(name: str, x: Tensor, y: Tensor | None = None) -> None:
-        y = pyro.sample(f"y_{name}", dist.OneHotCategorical(probs=prior), obs=y)
-        z = pyro.sample(f"z_{name}", dist.Normal(zeros, ones).to_event(1))
-        logits = networks.generator(with_samples(y), with_samples(z)).reshape(*z.shape[:-1], -1)
-        pyro.sample(f"x_{name}", dist.Bernoulli(logits=logits, validate_args=False).to_event(1), obs=x.flatten(1))
-
-    def q_of_z(name: str, x: Tensor, y: Tensor) -> None:
-        loc, scale = networks.inference(networks.inference.features(x), with_samples(y))
-        shape = (*torch.broadcast_shapes(y.shape[:-1], (len(x),)), size)
-        pyro.sample(f"z_{name}", dist.Normal(loc.reshape(shape), scale.reshape(shape)).to_event(1))
 
     def program(x_labelled: Tensor, y_labelled: Tensor, x_unlabelled: Tensor) -> None:
         for name in ("classifier", "inference", "generator"):
             pyro.module(name, getattr(networks, name))
         labelled, unlabelled = len(x_labelled), len(x_unlabelled)
         with pyro.plate("labelled", labelled), pyro.poutine.scale(scale=weights.labelled / labelled):
-            p("labelled", x_labelled, y_labelled)
+            pyro_generates(networks, "labelled", x_labelled, y_labelled)
         with pyro.plate("unlabelled", unlabelled), pyro.poutine.scale(scale=weights.unlabelled / unlabelled):
-            p("unlabelled", x_unlabelled)
+            pyro_generates(networks, "unlabelled", x_unlabelled, None)
         with pyro.plate("classified", labelled), pyro.poutine.scale(scale=weights.alpha / labelled):
             logits = networks.classifier(x_labelled, generator)
             pyro.sample("label", dist.OneHotCategorical(logits=logits), obs=y_labelled)
@@ -211,11 +221,11 @@ def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     def guide(x_labelled: Tensor, y_labelled: Tensor, x_unlabelled: Tensor) -> None:
         labelled, unlabelled = len(x_labelled), len(x_unlabelled)
         with pyro.plate("labelled", labelled), pyro.poutine.scale(scale=weights.labelled / labelled):
-            q_of_z("labelled", x_labelled, y_labelled)
+            pyro_infers(networks, "labelled", x_labelled, y_labelled)
         with pyro.plate("unlabelled", unlabelled), pyro.poutine.scale(scale=weights.unlabelled / unlabelled):
             q = dist.OneHotCategorical(logits=networks.classifier(x_unlabelled, generator))
             infer: Any = {} if sampled else {"enumerate": "parallel"}
-            q_of_z("unlabelled", x_unlabelled, pyro.sample("y_unlabelled", q, infer=infer))
+            pyro_infers(networks, "unlabelled", x_unlabelled, pyro.sample("y_unlabelled", q, infer=infer))
 
     elbo = Trace_ELBO(max_plate_nesting=1) if sampled else TraceEnum_ELBO(max_plate_nesting=1)
     svi = SVI(program, guide, pyro.optim.PyroOptim(torch.optim.Adam, {"lr": 1e-3}), loss=elbo)
@@ -224,5 +234,58 @@ def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     def step() -> None:
         x, y_labelled = run.batches(next(steps), generator)
         svi.step(x[: len(y_labelled)], y_labelled, x[len(y_labelled) :])
+
+    return step
+
+
+def pyro_example(run: Run, networks: Networks, sampled: bool) -> Step:
+    """M2 as Pyro's own example trains it (ss_vae_M2.py --aux-loss): an SVI step for each minibatch and loss.
+
+    The labelled images take a step of the ELBO and one of the classification loss, the unlabelled a step of the ELBO.
+    It is given ready minibatches; float32.
+    """
+    import pyro
+    import pyro.distributions as dist
+    import pyro.optim
+    from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+
+    pyro.clear_param_store()
+    generator = torch.Generator(run.device).manual_seed(0)
+
+    def register() -> None:
+        for name in ("classifier", "inference", "generator"):
+            pyro.module(name, getattr(networks, name))
+
+    def program(x: Tensor, y: Tensor | None = None) -> None:
+        register()
+        with pyro.plate("data", len(x)):
+            pyro_generates(networks, "data", x, y)
+
+    def guide(x: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(x)):
+            if y is None:
+                q = dist.OneHotCategorical(logits=networks.classifier(x, generator))
+                infer: Any = {} if sampled else {"enumerate": "parallel"}
+                y = pyro.sample("y_data", q, infer=infer)
+            pyro_infers(networks, "data", x, y)
+
+    def classify(x: Tensor, y: Tensor) -> None:
+        register()
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=run.weights.alpha):
+            pyro.sample("label", dist.OneHotCategorical(logits=networks.classifier(x, generator)), obs=y)
+
+    optimizer = pyro.optim.PyroOptim(torch.optim.Adam, {"lr": 1e-3})
+    elbo = Trace_ELBO(max_plate_nesting=1) if sampled else TraceEnum_ELBO(max_plate_nesting=1)
+    labelled = SVI(program, guide, optimizer, loss=Trace_ELBO())
+    unlabelled = SVI(program, guide, optimizer, loss=elbo)
+    classification = SVI(classify, lambda x, y: None, optimizer, loss=Trace_ELBO())
+    steps = iter(range(10**9))
+
+    def step() -> None:
+        x, y_labelled = run.batches(next(steps), generator)
+        x_labelled, x_unlabelled = x[: len(y_labelled)], x[len(y_labelled) :]
+        labelled.step(x_labelled, y_labelled)
+        classification.step(x_labelled, y_labelled)
+        unlabelled.step(x_unlabelled)
 
     return step

@@ -75,7 +75,12 @@ def test_growth_is_timed_and_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "networks_from"),
-    [(peers.plain_loop, lambda ours: ours), (peers.pyro_svi, lambda ours: ours), (peers.pyro_svi, peers.concatenating)],
+    [
+        (peers.plain_loop, lambda ours: ours),
+        (peers.pyro_svi, lambda ours: ours),
+        (peers.pyro_svi, peers.concatenating),
+        (peers.pyro_example, peers.concatenating),
+    ],
 )
 @pytest.mark.parametrize("sampled", [False, True])
 def test_peers_learn(make: peers.MakeStep, networks_from: Callable[[Networks], Networks], sampled: bool) -> None:
