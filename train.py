@@ -121,30 +121,31 @@ def run_in(folder: Path, checked: Config) -> int:
     from training.divergence import Diverged
     from training.report import Report
     from training.result import finish, is_finished
-    from training.run import Run
+    from training.run import Run, threads_kept
     from training.run_folder import SPLIT, write_json
 
-    run = Run(checked)
-    if checked.resume:
-        run.restore_newest(folder)
-        prune(folder)  # a run that was killed right after saving has one too many
-        if is_finished(folder, checked):
-            log.info("%s is finished already, and stays as it is", folder)
-            return 0
-    else:
-        write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
-        run.save(folder)
-    with Report(run, folder) as report:
-        while True:
-            try:
-                code = train(run, report, folder)
-                break
-            except Diverged as diverged:
-                run.roll_back(folder, diverged)
-                report.roll_back(run.step)
-        if code == 0:
-            finish(run, report, folder)
-    return code
+    with threads_kept():
+        run = Run(checked)
+        if checked.resume:
+            run.restore_newest(folder)
+            prune(folder)  # a run that was killed right after saving has one too many
+            if is_finished(folder, checked):
+                log.info("%s is finished already, and stays as it is", folder)
+                return 0
+        else:
+            write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
+            run.save(folder)
+        with Report(run, folder) as report:
+            while True:
+                try:
+                    code = train(run, report, folder)
+                    break
+                except Diverged as diverged:
+                    run.roll_back(folder, diverged)
+                    report.roll_back(run.step)
+            if code == 0:
+                finish(run, report, folder)
+        return code
 
 
 def ended_by(error: Exception, folder: Path) -> int:

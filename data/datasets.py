@@ -165,7 +165,7 @@ def _download(name: str, root: Path) -> None:
             for file in sorted(Path(own, folder).iterdir()):
                 file.replace(root / folder / file.name)
     except (RuntimeError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")  # torchvision's last attempt
         raise DataError(
             f"data={name} is not in {root} and could not be downloaded ({reason}); "
             f"put its files into {root / DATASETS[name].folder / 'raw'}, "

@@ -24,6 +24,7 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 from training import checkpoints
+from training.run import threads_kept
 
 ROOT = Path(train.__file__).parent
 # says all that has to do with the numbers, so that another default changes no golden run
@@ -87,6 +88,7 @@ def command(main: Callable[[], object], line: str) -> Ended:
         mock.patch.object(event_file_writer, "_global_uid", mock.Mock(get=event_files.__next__)),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        threads_kept(),
     ):
         code: object = 0
         try:

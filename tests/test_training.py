@@ -55,7 +55,7 @@ from tests.runs import (
     run,
 )
 from training import checkpoints
-from training.run import Run, plain
+from training.run import Run, plain, threads_kept
 from training.tensorboard import HPARAM_METRICS
 
 MNIST = Path(os.environ.get("CATVAE_DATA", "~/.cache/catvae")).expanduser() / "MNIST" / "raw"
@@ -199,6 +199,26 @@ def test_sweep_runs_each_job_in_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 # ---- determinism ----
+
+
+def test_small_minibatches_take_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def train_steps(*arguments: Any) -> int:
+        threads.append(torch.get_num_threads())
+        return loop(*arguments)
+
+    loop = train.train
+    monkeypatch.setattr(train, "train", train_steps)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with threads_kept():
+        torch.set_num_threads(3)
+        sweep = f"hydra.sweep.dir={tmp_path} train.steps=1 train.batch_size_unlabelled=10,501,502,10"
+        assert command(train.main, f"-m {MLP} {sweep}").code == 0  # 10 + 502 images of digits have 2^15 pixels
+        assert threads == [1, 1, 3, 1]
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        run(f"{MLP} train.steps=1", tmp_path / "asked")
+        assert threads[-1] == 3
 
 
 @each_estimator

@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -80,6 +80,7 @@ class Run:
             self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
             self.estimator: Estimator = build(config.estimator, "estimator")
             self.estimator.prepare(shape.size, source.num_classes)
+        share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
         self.parameters = dict(self.model.named_parameters())
         self.parameters |= {f"estimator.{name}": p for name, p in self.estimator.named_parameters()}
@@ -281,6 +282,25 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
         mallopt(trim_threshold, 2**30)
         mallopt(top_pad, 64 * 2**20)
+
+
+def share_cores(pixels: int) -> None:
+    """One thread for a minibatch of so few pixels that PyTorch would not split it (its grain is 2^15 elements).
+
+    More gain nothing there, and on a busy machine each operation waits for the slowest. OMP_NUM_THREADS overrules it.
+    """
+    if pixels < 2**15 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Puts the number of threads back in the end: the next job of a sweep chooses its own."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def choose_device(name: str) -> torch.device:
