@@ -188,6 +188,23 @@ def pyro_infers(networks: Networks, name: str, x: Tensor, y: Tensor) -> None:
     pyro.sample(f"z_{name}", dist.Normal(loc.reshape(shape), scale.reshape(shape)).to_event(1))
 
 
+def pyro_draws_class(networks: Networks, name: str, x: Tensor, sampled: bool, generator: torch.Generator) -> Tensor:
+    """y ~ q(y|x) for a minibatch, sampled or enumerated in parallel, as a part of a Pyro guide."""
+    import pyro
+    import pyro.distributions as dist
+
+    infer: Any = {} if sampled else {"enumerate": "parallel"}
+    y: Tensor = pyro.sample(f"y_{name}", dist.OneHotCategorical(logits=networks.classifier(x, generator)), infer=infer)
+    return y
+
+
+def register_with_pyro(networks: Networks) -> None:
+    import pyro
+
+    for name in ("classifier", "inference", "generator"):
+        pyro.module(name, getattr(networks, name))
+
+
 def with_samples(y: Tensor) -> Tensor:
     return y.reshape(-1, *y.shape[-2:])
 
@@ -207,8 +224,7 @@ def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
     generator = torch.Generator(run.device).manual_seed(0)
 
     def program(x_labelled: Tensor, y_labelled: Tensor, x_unlabelled: Tensor) -> None:
-        for name in ("classifier", "inference", "generator"):
-            pyro.module(name, getattr(networks, name))
+        register_with_pyro(networks)
         labelled, unlabelled = len(x_labelled), len(x_unlabelled)
         with pyro.plate("labelled", labelled), pyro.poutine.scale(scale=weights.labelled / labelled):
             pyro_generates(networks, "labelled", x_labelled, y_labelled)
@@ -223,9 +239,8 @@ def pyro_svi(run: Run, networks: Networks, sampled: bool) -> Step:
         with pyro.plate("labelled", labelled), pyro.poutine.scale(scale=weights.labelled / labelled):
             pyro_infers(networks, "labelled", x_labelled, y_labelled)
         with pyro.plate("unlabelled", unlabelled), pyro.poutine.scale(scale=weights.unlabelled / unlabelled):
-            q = dist.OneHotCategorical(logits=networks.classifier(x_unlabelled, generator))
-            infer: Any = {} if sampled else {"enumerate": "parallel"}
-            pyro_infers(networks, "unlabelled", x_unlabelled, pyro.sample("y_unlabelled", q, infer=infer))
+            y = pyro_draws_class(networks, "unlabelled", x_unlabelled, sampled, generator)
+            pyro_infers(networks, "unlabelled", x_unlabelled, y)
 
     elbo = Trace_ELBO(max_plate_nesting=1) if sampled else TraceEnum_ELBO(max_plate_nesting=1)
     svi = SVI(program, guide, pyro.optim.PyroOptim(torch.optim.Adam, {"lr": 1e-3}), loss=elbo)
@@ -252,25 +267,19 @@ def pyro_example(run: Run, networks: Networks, sampled: bool) -> Step:
     pyro.clear_param_store()
     generator = torch.Generator(run.device).manual_seed(0)
 
-    def register() -> None:
-        for name in ("classifier", "inference", "generator"):
-            pyro.module(name, getattr(networks, name))
-
     def program(x: Tensor, y: Tensor | None = None) -> None:
-        register()
+        register_with_pyro(networks)
         with pyro.plate("data", len(x)):
             pyro_generates(networks, "data", x, y)
 
     def guide(x: Tensor, y: Tensor | None = None) -> None:
         with pyro.plate("data", len(x)):
             if y is None:
-                q = dist.OneHotCategorical(logits=networks.classifier(x, generator))
-                infer: Any = {} if sampled else {"enumerate": "parallel"}
-                y = pyro.sample("y_data", q, infer=infer)
+                y = pyro_draws_class(networks, "data", x, sampled, generator)
             pyro_infers(networks, "data", x, y)
 
     def classify(x: Tensor, y: Tensor) -> None:
-        register()
+        register_with_pyro(networks)
         with pyro.plate("data", len(x)), pyro.poutine.scale(scale=run.weights.alpha):
             pyro.sample("label", dist.OneHotCategorical(logits=networks.classifier(x, generator)), obs=y)
 
