@@ -14,7 +14,17 @@ from estimators.contract import Estimator
 from estimators.gumbel_softmax import GumbelSoftmax, StraightThroughGumbelSoftmax
 from estimators.marginalization import Marginalization
 from estimators.score_function import LeaveOneOut, MovingAverage, ScoreFunction
-from models.networks import Dropout, ImageShape, Networks, RandomMotion, conv, joined_linear, mlp
+from models.networks import (
+    DoubleSize,
+    Dropout,
+    ImageShape,
+    Networks,
+    RandomMotion,
+    SameSize,
+    conv,
+    joined_linear,
+    mlp,
+)
 from models.objective import Objective, Weights, objective
 from models.vae import SemiSupervisedVAE
 
@@ -406,3 +416,18 @@ def test_joined_linear_is_initialised_as_the_one_layer_would_be() -> None:
     for parameter in (layers[0].weight, layers[0].bias, layers[1].weight):
         assert 0.99 * limit < parameter.abs().max() <= limit
         assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("layer", [SameSize(5, 5), SameSize(5, 2), DoubleSize(5, 1), DoubleSize(5, 3)])
+def test_transposed_convolutions_keep_their_output_and_gradients(layer: nn.ConvTranspose2d) -> None:
+    layer.double()
+    x = torch.randn(4, 5, 7, 6, dtype=torch.double, requires_grad=True)
+    expected = nn.ConvTranspose2d.forward(layer, x)
+    output = layer(x)
+    torch.testing.assert_close(output, expected)
+    direction = torch.randn_like(expected)
+    inputs = (x, *layer.parameters())
+    for gradient, correct in zip(
+        torch.autograd.grad(output, inputs, direction), torch.autograd.grad(expected, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(gradient, correct)
