@@ -241,7 +241,7 @@ class ConvInference(nn.Module):
         return self.head(F.relu(features.unsqueeze(0) + self.from_class(once_if_shared(y))))
 
 
-class SameSize(nn.ConvTranspose2d):
+class TransposedConvSameSize(nn.ConvTranspose2d):
     """A transposed convolution of kernel 3, stride 1, padding 1, computed as the convolution that it is.
 
     [B, I, H, W] -> [B, O, H, W]. For 1,000 images that takes half the time on a CPU (docs/performance.md).
@@ -254,7 +254,7 @@ class SameSize(nn.ConvTranspose2d):
         return F.conv2d(input, self.weight.flip(2, 3).transpose(0, 1), self.bias, padding=1)
 
 
-class DoubleSize(nn.ConvTranspose2d):
+class TransposedConvDoubleSize(nn.ConvTranspose2d):
     """A transposed convolution of kernel 4, stride 2, padding 1, computed as a convolution of kernel 3.
 
     [B, I, H, W] -> [B, O, 2H, 2W]. Each of the four pixels that an input pixel becomes sees 3 x 3 inputs, through the
@@ -287,9 +287,9 @@ class ConvGenerator(nn.Module):
         self.from_latent, self.from_class = joined_linear(latent_size, num_classes, size)
         self.layers = nn.ModuleList(
             [
-                SameSize(2 * channels, 2 * channels),
+                TransposedConvSameSize(2 * channels, 2 * channels),
                 nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
-                DoubleSize(channels, shape.channels),
+                TransposedConvDoubleSize(channels, shape.channels),
             ]
         )
 

@@ -15,12 +15,12 @@ from estimators.gumbel_softmax import GumbelSoftmax, StraightThroughGumbelSoftma
 from estimators.marginalization import Marginalization
 from estimators.score_function import LeaveOneOut, MovingAverage, ScoreFunction
 from models.networks import (
-    DoubleSize,
     Dropout,
     ImageShape,
     Networks,
     RandomMotion,
-    SameSize,
+    TransposedConvDoubleSize,
+    TransposedConvSameSize,
     conv,
     joined_linear,
     mlp,
@@ -418,9 +418,13 @@ def test_joined_linear_is_initialised_as_the_one_layer_would_be() -> None:
         assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("layer", [SameSize(5, 5), SameSize(5, 2), DoubleSize(5, 1), DoubleSize(5, 3)])
-def test_transposed_convolutions_keep_their_output_and_gradients(layer: nn.ConvTranspose2d) -> None:
-    layer.double()
+@pytest.mark.parametrize("kind", [TransposedConvSameSize, TransposedConvDoubleSize])
+@pytest.mark.parametrize("outputs", [1, 3, 5])
+def test_transposed_convolutions_keep_their_output_and_gradients(
+    kind: Callable[[int, int], nn.ConvTranspose2d], outputs: int
+) -> None:
+    torch.manual_seed(0)
+    layer = kind(5, outputs).double()
     x = torch.randn(4, 5, 7, 6, dtype=torch.double, requires_grad=True)
     expected = nn.ConvTranspose2d.forward(layer, x)
     output = layer(x)
