@@ -41,8 +41,8 @@ class Estimator(nn.Module):
     """A gradient estimator: parameters and buffers are its own state, and travel in checkpoints.
 
     State changes in training mode alone. Whatever needs the sizes of the data is made in `prepare`.
-    An estimator sets `calls_once` if it calls f once, at one class vector an image (S = 1), and leaves the gradient
-    through f to the loss: f then takes other work along in the same pass.
+    An estimator sets `calls_once` if it calls f once and leaves the gradient through f to the loss: f then takes other
+    work along in the same pass.
     """
 
     calls_once = False

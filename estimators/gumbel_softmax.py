@@ -40,6 +40,8 @@ class GumbelSoftmax(Estimator):
     Raises ValueError for num_samples < 1, a temperature <= 0 or prior_temperature <= 0.
     """
 
+    calls_once = True
+
     def __init__(
         self,
         temperature: Schedule,
@@ -50,7 +52,6 @@ class GumbelSoftmax(Estimator):
         super().__init__()
         self.temperature = temperature
         self.num_samples = at_least("num_samples", num_samples, 1)
-        self.calls_once = num_samples == 1
         self.kl = kl
         self.prior_temperature = positive("prior_temperature", prior_temperature)
         temperature_at(temperature, 0)

@@ -25,6 +25,9 @@ class Marginalization(Estimator):
         self.chunk = None if chunk is None else at_least("chunk", chunk, 1)
         self._affordable: dict[torch.Size, int] = {}
 
+    def prepare(self, context_size: int, num_classes: int) -> None:
+        self.calls_once = num_classes <= min(FEW, self.chunk or FEW)
+
     def depends_on(self, step: int) -> object:
         return None
 
@@ -45,7 +48,7 @@ class Marginalization(Estimator):
                     for part in classes.split(chunk)
                 ]
             )
-        value = (logits.float().softmax(dim=-1).T * costs).sum(dim=0)
+        value = (logits.float().softmax(dim=-1).T.contiguous() * costs).sum(dim=0)
         return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(num_classes)})
 
 

@@ -23,6 +23,8 @@ class SumAndSample(Estimator):
     without it. With num_exact = K it is exact. Raises ValueError for num_exact < 1.
     """
 
+    calls_once = True
+
     def __init__(self, num_exact: int = 1) -> None:
         super().__init__()
         self.num_exact = at_least("num_exact", num_exact, 1)
@@ -66,6 +68,8 @@ class UnorderedSet(Estimator):
     R(S, s) = P(S | s is drawn first) / P(S), and R^{-s} the same among the classes without s, where R^{-s}(S, s) = 1.
     With num_samples = K it is exact. Costs 2^num_samples small sums. Raises ValueError for num_samples < 2.
     """
+
+    calls_once = True
 
     def __init__(self, num_samples: int = 2) -> None:
         super().__init__()
@@ -121,6 +125,8 @@ class SparsemaxSum(Estimator):
     Exact for p, whose KL it reports; but evaluation takes softmax(logits) for q(y|x), and against that it is biased.
     f is called as often as the largest support among the images has classes; `support` is the mean size.
     """
+
+    calls_once = True
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator

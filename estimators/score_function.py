@@ -94,6 +94,8 @@ class ScoreFunction(Estimator):
     Raises ValueError for num_samples below 1, or below 2 with the leave-one-out baseline.
     """
 
+    calls_once = True
+
     def __init__(self, baseline: Baseline, num_samples: int = 1) -> None:
         super().__init__()
         minimum = getattr(baseline, "minimum_samples", 1)
@@ -103,7 +105,6 @@ class ScoreFunction(Estimator):
             )
         self.baseline = baseline
         self.num_samples = num_samples
-        self.calls_once = num_samples == 1
 
     def prepare(self, context_size: int, num_classes: int) -> None:
         self.baseline.prepare(context_size, num_classes)

@@ -19,11 +19,12 @@ class StraightThrough(Estimator):
     Raises ValueError for num_samples < 1 or a temperature <= 0.
     """
 
+    calls_once = True
+
     def __init__(self, temperature: Schedule, num_samples: int = 1) -> None:
         super().__init__()
         self.temperature = temperature
         self.num_samples = at_least("num_samples", num_samples, 1)
-        self.calls_once = num_samples == 1
         temperature_at(temperature, 0)
 
     def depends_on(self, step: int) -> object:

@@ -106,6 +106,15 @@ def once_if_shared(y: Tensor) -> Tensor:
     return y[:, :1] if y.stride(1) == 0 else y
 
 
+def over_both(from_latent: nn.Linear, from_class: nn.Linear, z: Tensor, y: Tensor) -> Tensor:
+    """from_latent(z) + from_class(y) [S, B, H], in one product unless images share their classes."""
+    y = once_if_shared(y)
+    if y.shape[:-1] != z.shape[:-1]:
+        return from_class(y) + from_latent(z)
+    weight = torch.cat([from_latent.weight, from_class.weight], dim=1)
+    return F.linear(torch.cat([z, y], dim=-1), weight, from_latent.bias)
+
+
 class GaussianHead(nn.Module):
     """q(z|x,y) from the hidden layer [S, B, H]: loc and scale, each [S, B, Z]."""
 
@@ -115,7 +124,8 @@ class GaussianHead(nn.Module):
         self.scale = scale
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        loc, raw_scale = self.parameters_of_z(hidden).float().chunk(2, dim=-1)
+        halves = self.parameters_of_z(hidden).chunk(2, dim=-1)
+        loc, raw_scale = (half.contiguous().float() for half in halves)  # what is not contiguous is slow
         scale = F.softplus(raw_scale) if self.scale == "softplus" else raw_scale.exp()
         return loc, scale + MINIMUM_SCALE
 
@@ -130,7 +140,7 @@ class MLPClassifier(nn.Module):
         self.logits = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        hidden = F.relu(self.hidden(x.flatten(1)))
+        hidden = F.relu(self.hidden(x.flatten(1)), inplace=True)
         return self.logits(self.dropout(hidden, generator)).float()
 
 
@@ -148,7 +158,7 @@ class MLPInference(nn.Module):
         return self.from_image(x.flatten(1))
 
     def forward(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(F.relu(features.unsqueeze(0) + self.from_class(once_if_shared(y))))
+        return self.head(F.relu(features.unsqueeze(0) + self.from_class(once_if_shared(y)), inplace=True))
 
 
 class MLPGenerator(nn.Module):
@@ -160,7 +170,7 @@ class MLPGenerator(nn.Module):
         self.pixels = nn.Linear(hidden, shape.size)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.pixels(F.relu(self.from_class(once_if_shared(y)) + self.from_latent(z)))
+        return self.pixels(F.relu(over_both(self.from_latent, self.from_class, z, y), inplace=True))
 
 
 def _halved(side: int) -> int:
@@ -296,7 +306,7 @@ class ConvGenerator(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         samples, batch, _ = z.shape
         channels, height, width = self.grid
-        hidden = self.from_class(once_if_shared(y)) + self.from_latent(z)
+        hidden = over_both(self.from_latent, self.from_class, z, y)
         # channels last in memory, which convolutions are faster on
         hidden = hidden.view(samples * batch, height, width, channels).permute(0, 3, 1, 2)
         for layer in self.layers:

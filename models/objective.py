@@ -57,9 +57,18 @@ def objective(
     def cost(y: Tensor) -> Tensor:
         nonlocal bound
         if estimator.calls_once:  # the labelled images share the pass, which saves one (docs/performance.md)
-            both = model.bound(x, features, torch.cat([y_labelled.unsqueeze(0), y], dim=1), noise)
+            samples, batch, _ = y.shape
+
+            def in_pairs(of_images: Tensor) -> Tensor:
+                """A row for each labelled image, and one for each sample of each unlabelled image."""
+                if samples == 1:
+                    return of_images
+                return torch.cat([of_images[:labelled], *[of_images[labelled:]] * samples])
+
+            classes = torch.cat([y_labelled, y.flatten(0, 1)]).unsqueeze(0)
+            both = model.bound(in_pairs(x), in_pairs(features), classes, in_pairs(noise))
             bound = both.of_images(slice(labelled))
-            return both.of_images(slice(labelled, None)).value
+            return both.of_images(slice(labelled, None)).value.view(samples, batch)
         return model.bound(x[labelled:], features[labelled:], y, noise[labelled:]).value
 
     estimate = estimator(cost, logits_unlabelled, step=step, context=x[labelled:], generator=generator)

@@ -35,10 +35,24 @@ def gradient(vae: SemiSupervisedVAE, estimator: Marginalization, precision: str 
     x = torch.rand(2 * BATCH, 1, 8, 8, generator=random).round()
     y = torch.eye(vae.num_classes)[:BATCH]
     vae.zero_grad()
+    estimator.prepare(SHAPE.size, vae.num_classes)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         result = objective(vae, estimator, Weights(1, 1, 1), x, y, step=0, generator=random)
     result.loss.backward()
     return result.loss.item(), torch.cat([p.grad.flatten() for p in vae.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "chunk", "expected"),
+    [(10, None, True), (16, None, True), (17, None, False), (10, 10, True), (10, 9, False), (1000, 1000, False)],
+)
+def test_labelled_images_share_the_pass_of_few_classes_in_one_chunk(
+    num_classes: int, chunk: int | None, expected: bool
+) -> None:
+    """Beyond, a row of x for every class would be memory that chunks are there to bound."""
+    estimator = Marginalization(chunk)
+    estimator.prepare(SHAPE.size, num_classes)
+    assert estimator.calls_once == expected
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])

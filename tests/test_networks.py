@@ -24,6 +24,7 @@ from models.networks import (
     conv,
     joined_linear,
     mlp,
+    over_both,
 )
 from models.objective import Objective, Weights, objective
 from models.vae import SemiSupervisedVAE
@@ -406,6 +407,22 @@ def test_joined_linear_is_a_linear_layer_over_the_concatenation() -> None:
     expected = joined(torch.cat([x.expand(3, -1, -1), y], dim=-1))
     torch.testing.assert_close(first(x) + second(y), expected)
     assert second.bias is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_linear_layer_over_z_and_y_is_the_sum_of_the_two(shared: bool) -> None:
+    first, second = joined_linear(6, 3, 5)
+    z, given = torch.randn(4, 2, 6, generator=generator()), torch.rand(4, 1 if shared else 2, 3, generator=generator())
+    y = given.requires_grad_().expand(-1, 2, -1)
+    joined = over_both(first, second, z, y)
+    torch.testing.assert_close(joined, first(z) + second(y))
+    inputs = (given, *first.parameters(), *second.parameters())
+    for gradient, expected in zip(
+        torch.autograd.grad(joined.square().sum(), inputs),
+        torch.autograd.grad((first(z) + second(y)).square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_joined_linear_is_initialised_as_the_one_layer_would_be() -> None:

@@ -18,8 +18,11 @@ from data.batches import EvaluationData
 from estimators.contract import CostFunction, Estimate, Estimator, categorical_kl, entropy
 from estimators.gumbel_softmax import GumbelSoftmax
 from estimators.marginalization import Marginalization
+from estimators.partial_enumeration import SparsemaxSum, SumAndSample, UnorderedSet
 from estimators.schedules import constant
+from estimators.score_function import LeaveOneOut, ScoreFunction
 from estimators.straight_through import ReinMax
+from models import vae
 from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
 from models.objective import Objective, Weights, objective
@@ -340,12 +343,25 @@ def test_estimator_is_called_by_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     assert through_f == (None,)  # f does not close over the logits
 
 
-@pytest.mark.parametrize("make", [GumbelSoftmax, ReinMax])
-def test_a_pass_shared_with_the_labelled_images_changes_no_number(make: Callable[..., Estimator]) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(GumbelSoftmax, partial(constant, value=0.7)),
+        partial(GumbelSoftmax, partial(constant, value=0.7), num_samples=3),
+        partial(ReinMax, partial(constant, value=0.7)),
+        partial(ScoreFunction, LeaveOneOut(), num_samples=2),
+        SumAndSample,
+        UnorderedSet,
+        SparsemaxSum,
+        Marginalization,
+    ],
+)
+def test_a_pass_shared_with_the_labelled_images_changes_no_number(make: Callable[[], Estimator]) -> None:
     model = small_model(dropout=0.5)
     found = []
     for calls_once in (True, False):
-        estimator = make(partial(constant, value=0.7))
+        estimator = make()
+        estimator.prepare(SHAPE.size, K)
         assert estimator.calls_once
         estimator.calls_once = calls_once
         result = run(model, estimator)
@@ -412,7 +428,7 @@ def test_log_likelihood_agrees_with_torch_and_is_finite_at_extreme_logits() -> N
     logits = torch.tensor([-1e30, -1e4, -100.0, -20.5, -1.0, 0.0, 0.1, 19.5, 20.5, 100.0, 1e4, 1e30])
     for pixel in (0.0, 1.0, 0.3):
         x = torch.full_like(logits, pixel)
-        actual = torch.stack([bernoulli_log_likelihood(logits[i : i + 1], x[i : i + 1]) for i in range(12)])
+        actual = bernoulli_log_likelihood(logits.view(1, -1, 1), x.view(-1, 1))[0]
         assert actual.isfinite().all()
         torch.testing.assert_close(actual, Bernoulli(logits=logits, validate_args=False).log_prob(x))
 
@@ -448,6 +464,22 @@ def test_log_likelihood_is_summed_over_pixels_in_float32() -> None:
     torch.testing.assert_close(bernoulli_log_likelihood(logits, x), expected)
     rough = bernoulli_log_likelihood(logits.bfloat16(), x)
     torch.testing.assert_close(rough, bernoulli_log_likelihood(logits.bfloat16().float(), x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cached", [1, 20, 50])
+def test_log_likelihood_in_blocks_is_that_of_the_whole(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = generator()
+    logits, x = torch.randn(3, 7, 10, generator=random).requires_grad_(), torch.rand(7, 10, generator=random)
+    weights = torch.randn(3, 7, generator=random)
+
+    def value_and_gradient() -> tuple[Tensor, Tensor]:
+        value = bernoulli_log_likelihood(logits, x)
+        return value, torch.autograd.grad(value, logits, weights)[0]
+
+    whole = value_and_gradient()
+    monkeypatch.setattr(vae, "CACHED", cached)
+    for found, expected in zip(value_and_gradient(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("scale", ["softplus", "exp"])
