@@ -124,8 +124,7 @@ class GaussianHead(nn.Module):
         self.scale = scale
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        halves = self.parameters_of_z(hidden).chunk(2, dim=-1)
-        loc, raw_scale = (half.contiguous().float() for half in halves)  # what is not contiguous is slow
+        loc, raw_scale = self.parameters_of_z(hidden).float().chunk(2, dim=-1)
         scale = F.softplus(raw_scale) if self.scale == "softplus" else raw_scale.exp()
         return loc, scale + MINIMUM_SCALE
 

@@ -22,7 +22,6 @@ from estimators.partial_enumeration import SparsemaxSum, SumAndSample, Unordered
 from estimators.schedules import constant
 from estimators.score_function import LeaveOneOut, ScoreFunction
 from estimators.straight_through import ReinMax
-from models import vae
 from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
 from models.objective import Objective, Weights, objective
@@ -464,22 +463,6 @@ def test_log_likelihood_is_summed_over_pixels_in_float32() -> None:
     torch.testing.assert_close(bernoulli_log_likelihood(logits, x), expected)
     rough = bernoulli_log_likelihood(logits.bfloat16(), x)
     torch.testing.assert_close(rough, bernoulli_log_likelihood(logits.bfloat16().float(), x), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("cached", [1, 20, 50])
-def test_log_likelihood_in_blocks_is_that_of_the_whole(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    random = generator()
-    logits, x = torch.randn(3, 7, 10, generator=random).requires_grad_(), torch.rand(7, 10, generator=random)
-    weights = torch.randn(3, 7, generator=random)
-
-    def value_and_gradient() -> tuple[Tensor, Tensor]:
-        value = bernoulli_log_likelihood(logits, x)
-        return value, torch.autograd.grad(value, logits, weights)[0]
-
-    whole = value_and_gradient()
-    monkeypatch.setattr(vae, "CACHED", cached)
-    for found, expected in zip(value_and_gradient(), whole, strict=True):
-        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("scale", ["softplus", "exp"])
