@@ -107,9 +107,10 @@ def once_if_shared(y: Tensor) -> Tensor:
 
 
 def over_both(from_latent: nn.Linear, from_class: nn.Linear, z: Tensor, y: Tensor) -> Tensor:
-    """from_latent(z) + from_class(y) [S, B, H], in one product unless images share their classes."""
+    """from_latent(z) + from_class(y) [S, B, H], in one product unless images share classes or have more than rows."""
     y = once_if_shared(y)
-    if y.shape[:-1] != z.shape[:-1]:
+    *rows, num_classes = y.shape
+    if y.shape[:-1] != z.shape[:-1] or num_classes > math.prod(rows):
         return from_class(y) + from_latent(z)
     weight = torch.cat([from_latent.weight, from_class.weight], dim=1)
     return F.linear(torch.cat([z, y], dim=-1), weight, from_latent.bias)

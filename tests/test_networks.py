@@ -409,10 +409,12 @@ def test_joined_linear_is_a_linear_layer_over_the_concatenation() -> None:
     assert second.bias is None
 
 
+@pytest.mark.parametrize("num_classes", [3, 8, 9])
 @pytest.mark.parametrize("shared", [True, False])
-def test_linear_layer_over_z_and_y_is_the_sum_of_the_two(shared: bool) -> None:
-    first, second = joined_linear(6, 3, 5)
-    z, given = torch.randn(4, 2, 6, generator=generator()), torch.rand(4, 1 if shared else 2, 3, generator=generator())
+def test_linear_layer_over_z_and_y_is_the_sum_of_the_two(shared: bool, num_classes: int) -> None:
+    first, second = joined_linear(6, num_classes, 5)
+    z = torch.randn(4, 2, 6, generator=generator())
+    given = torch.rand(4, 1 if shared else 2, num_classes, generator=generator())
     y = given.requires_grad_().expand(-1, 2, -1)
     joined = over_both(first, second, z, y)
     torch.testing.assert_close(joined, first(z) + second(y))
