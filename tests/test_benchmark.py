@@ -54,8 +54,8 @@ def test_the_floor_counts_the_products_of_a_step() -> None:
     operations = peers.operations_of(trainer.step)
     rows = batch * (1 + classes)  # labelled, and unlabelled in every class
     from_x = 2 * (2 * batch) * pixels * hidden  # classifier and inference network
-    per_row = hidden * 2 * size + size * hidden + hidden * pixels
-    from_classes = 2 * (batch + classes) * classes * hidden  # labels, and each class once
+    per_row = hidden * 2 * size + (size + classes) * hidden + hidden * pixels
+    from_classes = rows * classes * hidden  # of the inference network, whose y needs no gradient
     expected = 2 * (2 * from_x + 3 * (2 * batch) * hidden * classes + 3 * rows * per_row + 2 * from_classes)
     assert operations == expected
 
