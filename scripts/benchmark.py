@@ -191,11 +191,26 @@ def time_peers(run: Run, rounds: int, with_pyro: bool) -> dict[str, float]:
     return {name: median(seconds) for name, seconds in found.items()}
 
 
+def apart(*arguments: str) -> str:
+    """What this script prints with other arguments, in a process of its own."""
+    command = [sys.executable, "-m", "scripts.benchmark", *arguments]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent
+    ).stdout
+
+
+def print_peers(overrides: list[str], name: str, rounds: int, with_pyro: bool) -> None:
+    """`time_peers` in a process as their users have it, without what a run sets for its own."""
+    from unittest.mock import patch
+
+    with patch("training.run.tune_process"):
+        run = compose_run(overrides, name)
+    print(json.dumps(time_peers(run, rounds, with_pyro)))
+
+
 def peak_memory(overrides: list[str], name: str) -> float:
     """MiB that a process needs at most for three steps, or that the GPU does; of a process of its own."""
-    command = [sys.executable, "-m", "scripts.benchmark", "--peak-of", name, *overrides]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
-    return float(ended.stdout)
+    return float(apart("--peak-of", name, *overrides))
 
 
 def print_peak(overrides: list[str], name: str) -> None:
@@ -285,7 +300,8 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     print("floor: the same, at the best rate of any square product on this machine")
     peers = {}
     if arguments.peer != "none":
-        peers = time_peers(run, arguments.rounds, arguments.peer == "pyro")
+        options = ("--peers-of", names[0], "--peer", arguments.peer, "--rounds", str(arguments.rounds))
+        peers = json.loads(apart(*options, *arguments.overrides))
         print(f"\n{'fp32':<46}{'ms':>9}{'steps/s':>9}")
         for name, seconds in peers.items():
             print(f"{name:<46}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}")
@@ -341,6 +357,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="of --classes: steps a second, as .png or .pdf")
     parser.add_argument("--output", type=Path, help="a .json file for all figures")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--peers-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with refusing_bad_input():
         if arguments.output:
@@ -351,6 +368,9 @@ def main() -> None:
             import_module("pyro")  # refused before any work
         if arguments.peak_of:
             print_peak(arguments.overrides, arguments.peak_of)
+            return
+        if arguments.peers_of:
+            print_peers(arguments.overrides, arguments.peers_of, arguments.rounds, arguments.peer == "pyro")
             return
         found = growth_table(arguments) if arguments.classes else steps_table(arguments)
         if arguments.picture and arguments.classes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from models.objective import Objective
 from scripts.benchmark import compose_run, time_in_a_row
 from scripts.gradient_quality import all_names
-from tests.runs import CONV, MLP, run
+from tests.runs import CONV, MLP, ROOT, run
 from training import update
 from training.divergence import Diverged, FiniteGuard
 from training.run import Run
@@ -156,6 +158,18 @@ def test_a_bad_number_in_a_replayed_step_is_named_and_blocks_the_update(recordin
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     with pytest.raises(Diverged, match=r"^labelled_bound is nan at step 6$"):
         guard.raise_if_diverged()
+
+
+def test_every_thread_of_a_run_takes_numbers_below_the_normal_ones_for_zero() -> None:
+    """Adam's means of a pixel that is always black come to 1e-38 after 800 steps, and stay, and are slow."""
+    program = (
+        "import torch\n"
+        "from scripts.benchmark import compose_run\n"
+        f"compose_run({MLP.split()}, 'gumbel_softmax')\n"
+        "torch.set_num_threads(2)\n"
+        "assert not (torch.full((2**20,), 1e-30) * 1e-10).any()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
 
 
 def test_replayed_steps_are_timed_beside_those_that_are_run(recordings: list[Recording]) -> None:
