@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl
 
 FEW = 16  # classes, which are always evaluated at once, without asking what that takes
-KEPT_BYTES = 512 * 2**20  # on a CPU, of what f keeps for its gradient; on a GPU, an eighth of its memory
+KEPT_BYTES = 256 * 2**20  # on a CPU, of what f keeps for its gradient; on a GPU, an eighth of its memory
 
 
 class Marginalization(Estimator):

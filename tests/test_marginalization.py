@@ -133,21 +133,27 @@ def test_shared_classes_are_seen_once_and_others_are_left_alone() -> None:
 
 
 MEMORY = """
-import resource, torch
+import resource, sys, torch
 from models.networks import ImageShape, mlp
 from models.objective import Weights, objective
 from models.vae import SemiSupervisedVAE
 from estimators.marginalization import Marginalization
+from training.run import tune_process
 
 vae = SemiSupervisedVAE(mlp(ImageShape(1, 28, 28), 1000, latent_size=50, hidden=500, dropout=0.5, scale="softplus"))
 x, y = torch.rand(200, 1, 28, 28).round(), torch.eye(1000)[:100]
 random = torch.Generator().manual_seed(0)
-objective(vae, Marginalization(), Weights(1, 1, 1), x, y, step=0, generator=random).loss.backward()
+tune_process()
+with torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[1] == "bf16"):
+    result = objective(vae, Marginalization(), Weights(1, 1, 1), x, y, step=0, generator=random)
+result.loss.backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
-def test_a_thousand_classes_take_less_than_two_gibibytes() -> None:
-    ended = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_thousand_classes_take_less_than_two_gibibytes(precision: str) -> None:
+    command = [sys.executable, "-c", MEMORY, precision]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(ended.stdout) < 2 * 2**20, ended.stdout
