@@ -26,6 +26,7 @@ class Marginalization(Estimator):
         self._affordable: dict[torch.Size, int] = {}
 
     def prepare(self, context_size: int, num_classes: int) -> None:
+        # more would be a row of every image for every class, in memory that chunks are there to bound
         self.calls_once = num_classes <= min(FEW, self.chunk or FEW)
 
     def depends_on(self, step: int) -> object:
@@ -48,7 +49,8 @@ class Marginalization(Estimator):
                     for part in classes.split(chunk)
                 ]
             )
-        value = (logits.float().softmax(dim=-1).T.contiguous() * costs).sum(dim=0)
+        q = logits.float().softmax(dim=-1).T.contiguous()  # so the gradient of the costs is laid out as they are
+        value = (q * costs).sum(dim=0)
         return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(num_classes)})
 
 

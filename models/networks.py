@@ -106,8 +106,12 @@ def once_if_shared(y: Tensor) -> Tensor:
     return y[:, :1] if y.stride(1) == 0 else y
 
 
-def over_both(from_latent: nn.Linear, from_class: nn.Linear, z: Tensor, y: Tensor) -> Tensor:
-    """from_latent(z) + from_class(y) [S, B, H], in one product unless images share classes or have more than rows."""
+def over_latent_and_class(from_latent: nn.Linear, from_class: nn.Linear, z: Tensor, y: Tensor) -> Tensor:
+    """from_latent(z) + from_class(y) [S, B, H], for z [S, B, Z] and y [S, B, K].
+
+    In one product of the joined weights, unless images share their classes, or there are more classes than rows S B
+    and joining would cost more than it spares.
+    """
     y = once_if_shared(y)
     *rows, num_classes = y.shape
     if y.shape[:-1] != z.shape[:-1] or num_classes > math.prod(rows):
@@ -170,7 +174,7 @@ class MLPGenerator(nn.Module):
         self.pixels = nn.Linear(hidden, shape.size)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.pixels(F.relu(over_both(self.from_latent, self.from_class, z, y), inplace=True))
+        return self.pixels(F.relu(over_latent_and_class(self.from_latent, self.from_class, z, y), inplace=True))
 
 
 def _halved(side: int) -> int:
@@ -306,7 +310,7 @@ class ConvGenerator(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         samples, batch, _ = z.shape
         channels, height, width = self.grid
-        hidden = over_both(self.from_latent, self.from_class, z, y)
+        hidden = over_latent_and_class(self.from_latent, self.from_class, z, y)
         # channels last in memory, which convolutions are faster on
         hidden = hidden.view(samples * batch, height, width, channels).permute(0, 3, 1, 2)
         for layer in self.layers:

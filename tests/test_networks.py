@@ -24,7 +24,7 @@ from models.networks import (
     conv,
     joined_linear,
     mlp,
-    over_both,
+    over_latent_and_class,
 )
 from models.objective import Objective, Weights, objective
 from models.vae import SemiSupervisedVAE
@@ -416,7 +416,7 @@ def test_linear_layer_over_z_and_y_is_the_sum_of_the_two(shared: bool, num_class
     z = torch.randn(4, 2, 6, generator=generator())
     given = torch.rand(4, 1 if shared else 2, num_classes, generator=generator())
     y = given.requires_grad_().expand(-1, 2, -1)
-    joined = over_both(first, second, z, y)
+    joined = over_latent_and_class(first, second, z, y)
     torch.testing.assert_close(joined, first(z) + second(y))
     inputs = (given, *first.parameters(), *second.parameters())
     for gradient, expected in zip(
