@@ -58,14 +58,15 @@ class Dropout(nn.Module):
 class RandomMotion(nn.Module):
     """Turns and shifts each image [B, C, H, W] by chance; without a generator, as in evaluation, it is the identity.
 
-    The angle is uniform within +-`rotation` degrees and each shift within +-`shift` pixels. A pixel's value is the
-    nearest one's, so that binary images stay so, and 0 where the image has none. Raises ValueError for negative limits.
+    The angle is uniform within +-`rotation` degrees and each shift within +-`shift` of that side. A pixel's value is
+    the nearest one's, so that binary images stay so, and 0 where the image has none. Raises ValueError for a rotation
+    outside [0, 180] and a shift outside [0, 1].
     """
 
     def __init__(self, rotation: float, shift: float) -> None:
         super().__init__()
-        if not (0 <= rotation <= 180 and 0 <= shift < math.inf):
-            raise ValueError(f"rotation must be in [0, 180] and shift >= 0, got {rotation} and {shift}")
+        if not (0 <= rotation <= 180 and 0 <= shift <= 1):
+            raise ValueError(f"rotation must be in [0, 180] and shift in [0, 1], got {rotation} and {shift}")
         self.rotation, self.shift = rotation, shift
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -74,6 +75,7 @@ class RandomMotion(nn.Module):
         batch, channels, height, width = x.shape
         chance = 2 * torch.rand(3, batch, 1, 1, device=x.device, generator=generator) - 1
         angle, (right, down) = chance[0] * math.radians(self.rotation), chance[1:] * self.shift
+        right, down = right * width, down * height
         row = torch.arange(height, device=x.device).view(height, 1) - (height - 1) / 2
         column = torch.arange(width, device=x.device) - (width - 1) / 2
         from_row = (angle.cos() * row + angle.sin() * column + down + (height - 1) / 2).round().long()
@@ -137,14 +139,23 @@ class GaussianHead(nn.Module):
 class MLPClassifier(nn.Module):
     """q(y|x): logits [B, K] from images [B, C, H, W]."""
 
-    def __init__(self, shape: ImageShape, num_classes: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        shape: ImageShape,
+        num_classes: int,
+        hidden: int,
+        dropout: float,
+        rotation: float = 0.0,
+        shift: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.motion = RandomMotion(rotation, shift)
         self.hidden = nn.Linear(shape.size, hidden)
         self.dropout = Dropout(dropout)
         self.logits = nn.Linear(hidden, num_classes)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        hidden = F.relu(self.hidden(x.flatten(1)), inplace=True)
+        hidden = F.relu(self.hidden(self.motion(x, generator).flatten(1)), inplace=True)
         return self.logits(self.dropout(hidden, generator)).float()
 
 
@@ -177,23 +188,31 @@ class MLPGenerator(nn.Module):
         return self.pixels(F.relu(over_latent_and_class(self.from_latent, self.from_class, z, y), inplace=True))
 
 
-def _halved(side: int) -> int:
-    return (side + 1) // 2
+def halvings(shape: ImageShape, side: int) -> list[tuple[int, int]]:
+    """An image's sides as it is halved, rounding up, until the shorter is at most `side`: from the first to the last.
+
+    So networks fit images of any size: 28 x 28 is halved three times to 4 x 4, 8 x 8 once, 128 x 96 five times.
+    """
+    sides = [(shape.height, shape.width)]
+    while min(sides[-1]) > side:
+        height, width = sides[-1]
+        sides.append(((height + 1) // 2, (width + 1) // 2))
+    return sides
 
 
 class ConvTrunk(nn.Module):
-    """Three convolutional layers, [B, C, H, W] -> [B, F]; the first two halve the sides."""
+    """Convolutional layers, [B, C, H, W] -> [B, F], that halve the sides until one is at most 7, and one layer more."""
 
     def __init__(self, shape: ImageShape, channels: int) -> None:
         super().__init__()
+        sides = halvings(shape, 7)
+        strides = [2] * (len(sides) - 1) + [1]
+        widths = [shape.channels, channels] + [2 * channels] * (len(strides) - 1)
         self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(shape.channels, channels, 5, stride=2, padding=2),
-                nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
-                nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
-            ]
+            nn.Conv2d(widths[i], widths[i + 1], size := 5 if i == 0 else 3, stride=stride, padding=size // 2)
+            for i, stride in enumerate(strides)
         )
-        self.size = 2 * channels * _halved(_halved(shape.height)) * _halved(_halved(shape.width))
+        self.size = widths[-1] * math.prod(sides[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = x
@@ -203,10 +222,10 @@ class ConvTrunk(nn.Module):
 
 
 class ConvClassifier(nn.Module):
-    """q(y|x): logits [B, K] from images [B, C, H, W], three convolutional layers (Jang et al. 2017, section 4.3).
+    """q(y|x): logits [B, K] from images [B, C, H, W], three convolutions or more (Jang et al. 2017, section 4.3).
 
-    Overlapping max-pooling and batch normalisation are what 100 labels need: on MNIST they take a classifier trained
-    on the labels alone from 81 % to 90 %.
+    Overlapping max-pooling halves the sides until one is at most 4. It and batch normalisation are what 100 labels
+    need: on MNIST they take a classifier trained on the labels alone from 81 % to 90 %.
     """
 
     def __init__(
@@ -214,20 +233,25 @@ class ConvClassifier(nn.Module):
     ) -> None:
         super().__init__()
         self.motion = RandomMotion(rotation, shift)
-        widths = (channels, 2 * channels, 4 * channels)
+        sides = halvings(shape, 4)
+        poolings = len(sides) - 1
+        layers = max(3, poolings)
+        self.strides = [1] * (layers - poolings) + [2] * poolings
+        widths = [shape.channels, channels, 2 * channels] + [4 * channels] * (layers - 2)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(inputs, outputs, size, padding=size // 2)
-            for inputs, outputs, size in zip((shape.channels, *widths), widths, (5, 3, 3), strict=False)
+            nn.Conv2d(widths[i], widths[i + 1], size := 5 if i == 0 else 3, padding=size // 2) for i in range(layers)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
         self.dropout = Dropout(dropout)
-        sides = (_halved(_halved(_halved(side))) for side in (shape.height, shape.width))
-        self.logits = nn.Linear(widths[-1] * math.prod(sides), num_classes)
+        self.logits = nn.Linear(widths[-1] * math.prod(sides[-1]), num_classes)
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         hidden = self.motion(x, generator)
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            hidden = F.relu(norm(F.max_pool2d(convolution(hidden), 3, stride=2, padding=1)))
+        for convolution, norm, stride in zip(self.convolutions, self.norms, self.strides, strict=True):
+            hidden = convolution(hidden)
+            if stride == 2:
+                hidden = F.max_pool2d(hidden, 3, stride=2, padding=1)
+            hidden = F.relu(norm(hidden))
         return self.logits(self.dropout(hidden.flatten(1), generator)).float()
 
 
@@ -288,24 +312,25 @@ class TransposedConvDoubleSize(nn.ConvTranspose2d):
 
 
 class ConvGenerator(nn.Module):
-    """p(x|y,z): Bernoulli logits [S, B, D], four transposed convolutions (Jang et al. 2017, section 4.3).
+    """p(x|y,z): Bernoulli logits [S, B, D], transposed convolutions, four for 28 x 28 (Jang et al. 2017, section 4.3).
 
-    The first one, from 1 x 1 to a quarter of the image's sides, is written as the linear layer that it is.
+    The first one, from 1 x 1 to sides of at most 7, is written as the linear layer that it is.
     """
 
     def __init__(self, shape: ImageShape, num_classes: int, latent_size: int, channels: int) -> None:
         super().__init__()
         self.shape = shape
-        self.grid = (2 * channels, _halved(_halved(shape.height)), _halved(_halved(shape.width)))
-        size = 2 * channels * self.grid[1] * self.grid[2]
-        self.from_latent, self.from_class = joined_linear(latent_size, num_classes, size)
-        self.layers = nn.ModuleList(
-            [
-                TransposedConvSameSize(2 * channels, 2 * channels),
-                nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1),
-                TransposedConvDoubleSize(channels, shape.channels),
-            ]
-        )
+        *doubled, last = halvings(shape, 7)
+        self.grid = (2 * channels, *last)
+        self.from_latent, self.from_class = joined_linear(latent_size, num_classes, math.prod(self.grid))
+        self.layers = nn.ModuleList([TransposedConvSameSize(2 * channels, 2 * channels)])
+        width = 2 * channels
+        for left in range(len(doubled) - 1, 0, -1):
+            narrower = channels if left == 1 else width
+            self.layers.append(nn.ConvTranspose2d(width, narrower, 4, stride=2, padding=1))
+            width = narrower
+        to_pixels = TransposedConvDoubleSize if doubled else TransposedConvSameSize
+        self.layers.append(to_pixels(width, shape.channels))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         samples, batch, _ = z.shape
@@ -367,14 +392,18 @@ def mlp(
     hidden: int,
     dropout: float,
     scale: ScaleFunction,
+    rotation: float = 0.0,
+    shift: float = 0.0,
 ) -> Networks:
     """The M2 model of Kingma et al. 2014: one hidden layer in each network.
 
-    Raises ValueError for sizes below 1 and dropout outside [0, 1).
+    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` of a side;
+    J stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside [0, 1), and
+    what `RandomMotion` refuses.
     """
     _check_positive(latent_size=latent_size, hidden=hidden)
     return Networks(
-        MLPClassifier(shape, num_classes, hidden, dropout),
+        MLPClassifier(shape, num_classes, hidden, dropout, rotation, shift),
         MLPInference(shape, num_classes, latent_size, hidden, scale),
         MLPGenerator(shape, num_classes, latent_size, hidden),
         num_classes,
@@ -396,9 +425,9 @@ def conv(
 ) -> Networks:
     """The networks of Jang et al. 2017, section 4.3: `channels` at half resolution, twice as many at a quarter.
 
-    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` pixels; J
-    stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside [0, 1), and
-    negative limits.
+    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` of a side;
+    J stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside [0, 1), and
+    what `RandomMotion` refuses.
     """
     _check_positive(latent_size=latent_size, channels=channels, hidden=hidden)
     return Networks(

@@ -22,6 +22,7 @@ from models.networks import (
     TransposedConvDoubleSize,
     TransposedConvSameSize,
     conv,
+    halvings,
     joined_linear,
     mlp,
     over_latent_and_class,
@@ -88,6 +89,29 @@ def run(model: SemiSupervisedVAE, estimator: Estimator, shape: ImageShape) -> Ob
 
 
 # --- shapes
+
+
+@pytest.mark.parametrize(
+    "sides", [(8, 8), (9, 31), (16, 16), (28, 28), (33, 20), (64, 48), (97, 101), (128, 128), (8, 128)]
+)
+def test_convolutions_halve_an_image_of_any_size_until_a_few_pixels_are_left(sides: tuple[int, int]) -> None:
+    """What is left to the linear layers keeps a few pixels of each side, and not a hundred times as many."""
+    shape = ImageShape(3, *sides)
+    assert [min(halvings(shape, 4)[-1]), min(halvings(shape, 7)[-1])] in ([3, 5], [3, 6], [4, 4], [4, 7], [3, 3])
+    model = model_of(build_conv, shape, 3)
+    x, y = images(shape, 2), classes(3, 2)
+    logits, bound = model.classifier(x, generator()), bounds(model, x, y, noise_for(2))
+    (logits.sum() + bound.sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.ndim > 1)
+
+
+def test_images_of_mnist_s_size_have_the_layers_of_the_paper() -> None:
+    """Three convolutions in q(y|x) and q(z|x,y), and after the linear layer three transposed ones in p(x|y,z)."""
+    networks = build_conv(SIZES["28x28"], 10)
+    convolutions = [m for m in networks.classifier.modules() if isinstance(m, nn.Conv2d)]  # type: ignore[attr-defined]
+    assert [c.weight.shape[:2] for c in convolutions] == [(4, 1), (8, 4), (16, 8)]
+    assert [layer.stride for layer in networks.inference.trunk.layers] == [(2, 2), (2, 2), (1, 1)]  # type: ignore[attr-defined]
+    assert [layer.stride for layer in networks.generator.layers] == [(1, 1), (2, 2), (2, 2)]  # type: ignore[attr-defined]
 
 
 @each_builder
@@ -338,7 +362,7 @@ def test_classifier_drops_out_only_where_a_generator_is_given(build: Builder) ->
 
 def test_motion_is_the_identity_without_a_generator_or_limits() -> None:
     x = images(COLOUR, 4)
-    assert torch.equal(RandomMotion(20.0, 2.0)(x, None), x)
+    assert torch.equal(RandomMotion(20.0, 0.1)(x, None), x)
     assert torch.equal(RandomMotion(0.0, 0.0)(x, generator()), x)
 
 
@@ -346,7 +370,7 @@ def test_motion_shifts_within_its_limit_and_fills_with_zeros() -> None:
     """A single pixel of an image lands at every place within the limit, and nowhere else; what leaves is gone."""
     x = torch.zeros(2000, 2, 9, 9)
     x[:, 0, 4, 4] = x[:, 1, 0, 0] = 1
-    moved = RandomMotion(0.0, 2.0)(x, generator())
+    moved = RandomMotion(0.0, 2 / 9)(x, generator())
     reached = moved.amax(dim=0)
     expected = torch.zeros(2, 9, 9)
     expected[0, 2:7, 2:7] = expected[1, :3, :3] = 1
@@ -372,7 +396,7 @@ def test_motion_turns_to_both_sides_within_its_limit_and_keeps_binary_pixels() -
 
 
 def test_motion_draws_from_its_generator_alone_and_for_each_image() -> None:
-    x, motion = images(SIZES["28x28"], 1).expand(20, -1, -1, -1), RandomMotion(15.0, 2.0)
+    x, motion = images(SIZES["28x28"], 1).expand(20, -1, -1, -1), RandomMotion(15.0, 0.07)
     first = motion(x, generator(3))
     torch.rand(5)
     assert torch.equal(motion(x, generator(3)), first)
@@ -388,9 +412,9 @@ def test_only_the_classifier_s_images_are_moved_and_only_in_training() -> None:
     assert torch.equal(features(still, x), features(moving, x))
 
 
-@pytest.mark.parametrize("limits", [{"rotation": -1.0}, {"rotation": 181.0}, {"shift": -0.5}, {"shift": math.inf}])
+@pytest.mark.parametrize("limits", [{"rotation": -1.0}, {"rotation": 181.0}, {"shift": -0.5}, {"shift": 2.0}])
 def test_impossible_motion_is_refused(limits: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"^rotation must be in \[0, 180\] and shift >= 0, got "):
+    with pytest.raises(ValueError, match=r"^rotation must be in \[0, 180\] and shift in \[0, 1\], got "):
         build_conv(SIZES["8x8"], 10, **limits)
 
 

@@ -320,11 +320,15 @@ def choose_device(name: str) -> torch.device:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 where the hardware multiplies in it, and fp32 elsewhere."""
-    if name != "auto":
-        return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name == "auto":
+        return "bf16" if in_hardware else "fp32"
+    if name == "bf16" and not in_hardware:
+        log.warning("this %s has no bf16 instructions: precision=bf16 is several times slower than fp32", device.type)
+    return name
 
 
 def plain(config: Any) -> Any:
