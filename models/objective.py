@@ -44,12 +44,17 @@ def objective(
 
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
-    its first term by the estimator. The loss is -J plus the estimator's auxiliary loss.
+    its first term by the estimator. The loss is -J plus the estimator's auxiliary loss. Where both bounds have no
+    weight, the control of the classifier alone, they are not computed.
     """
     labelled, num_classes = y_labelled.shape
     logits = model.classifier(x, generator)
     logits_labelled, logits_unlabelled = logits[:labelled], logits[labelled:]
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
+    entropy_y = entropy(logits_unlabelled).mean()
+    if weights.labelled == weights.unlabelled == 0:
+        j = weights.alpha * classification
+        return Objective(-j, {"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
     features = model.inference.features(x)
     noise = model.draw_noise(x, generator)
     bound: Bound | None = None  # of the labelled images
@@ -86,6 +91,6 @@ def objective(
         "kl_y": estimate.kl.mean(),
         "kl_z": bound.kl_z.mean(),
         "reconstruction": bound.reconstruction.mean(),
-        "entropy_y": entropy(logits_unlabelled).mean(),
+        "entropy_y": entropy_y,
     }
     return Objective(estimate.auxiliary - j, terms, estimate.metrics)

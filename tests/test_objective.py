@@ -281,6 +281,17 @@ def test_j_is_the_weighted_sum_and_the_loss_its_negative(weights: Weights, monke
     torch.testing.assert_close(result.loss, -expected)
 
 
+def test_the_control_trains_the_classifier_and_calls_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no weight on either bound, neither is computed, and the classifier's gradient is what it was."""
+    model = small_model()
+    monkeypatch.setattr(model, "bound", lambda *inputs: pytest.fail("a bound of no weight was computed"))
+    result = run(model, Marginalization(), Weights(0, 0, 1))
+    assert set(result.terms) == {"J", "classification", "entropy_y"}
+    result.loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
+
+
 def test_gradient_of_the_loss_is_that_of_minus_j(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     fix_noise(model, NOISE, monkeypatch)
