@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
 from configs.wording import CONFIGS, unknown_key
+from data.folders import made
 from scripts.command import refusing_bad_input
 from scripts.gradient_report import picture, table, write_csv
 
@@ -245,11 +246,11 @@ def main() -> None:
         run = stored_run(arguments.folder)
         estimators, own = make_estimators(run, settings)
         output = Path(settings.output or arguments.folder / "gradient_quality")
-        output.mkdir(parents=True, exist_ok=True)
-        measured, about = measure(run, estimators, settings), conditions(run, estimators, own, settings)
-        print(table(measured, about), end="\n\n")
-        write_csv(measured, output / "gradient_quality.csv")
-        picture(measured, about).savefig(output / "gradient_quality.png", dpi=130)
+        with made(output):
+            measured, about = measure(run, estimators, settings), conditions(run, estimators, own, settings)
+            print(table(measured, about), end="\n\n")
+            write_csv(measured, output / "gradient_quality.csv")
+            picture(measured, about).savefig(output / "gradient_quality.png", dpi=130)
     print(output / "gradient_quality.csv")
     print(output / "gradient_quality.png")
 
