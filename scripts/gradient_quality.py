@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import ConfigError
 from configs.wording import CONFIGS, unknown_key
 from data.folders import made
-from scripts.command import refusing_bad_input
+from scripts.command import composed, refusing_bad_input
 from scripts.gradient_report import picture, table, write_csv
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
@@ -110,7 +110,6 @@ def compose_estimator(name: str, config: Any) -> Any:
 
     A baseline gets as many samples as it needs. Raises ConfigError.
     """
-    from hydra import compose, initialize_config_dir
     from hydra.utils import get_class
     from omegaconf import OmegaConf
 
@@ -124,10 +123,8 @@ def compose_estimator(name: str, config: Any) -> Any:
     overrides += [f"estimator/baseline={baseline}"] if baseline else []
     try:
         overrides += shlex.split(arguments)
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            composed = compose("config", overrides)
         whole = OmegaConf.create(plain(config))
-        whole.estimator = composed.estimator
+        whole.estimator = composed(*overrides).estimator
         node: Any = OmegaConf.to_container(whole.estimator, resolve=True)
     except COMPOSING_ERRORS as error:
         raise ConfigError(explain(error, overrides)) from error
