@@ -32,6 +32,7 @@ from configs.schema import Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, keys, shown, unknown_key
 from data.datasets import DataError, facts, load
+from data.folders import made
 from data.splits import Indices, draw_split
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
@@ -169,8 +170,7 @@ class CheckBeforeWork(Callback):
             folder = Path(config.hydra.run.dir)
             _check_folder(config, folder)
             check_machine(checked)
-            _hold_folder(folder)
-            _check_folder(config, folder)  # another process may have had it meanwhile
+            _hold_folder(config, folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
@@ -189,14 +189,13 @@ class CheckBeforeWork(Callback):
             with _refusing(job):
                 if sweep.launcher(config.hydra) in sweep.ON_THIS_MACHINE:
                     check_machine(job_checked)
-        with _refusing():
-            sweep.begin(config)
+        with _refusing(), sweep.begun(config):
             if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
                 sweep.check_search(config)
                 return
-        for job, folder, job_checked in checked:
-            with _refusing(job):
-                sweep.check_folder(folder, job_checked)
+            for job, folder, job_checked in checked:
+                with _refusing(job):
+                    sweep.check_folder(folder, job_checked)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from training import sweep
@@ -257,13 +256,20 @@ def _check_folder(config: DictConfig, folder: Path) -> None:
         raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by resume={folder}")
 
 
-def _hold_folder(folder: Path) -> None:
-    """Makes a run's folder this process's own before Hydra writes there. Raises ConfigError if it is another's."""
+def _hold_folder(config: DictConfig, folder: Path) -> None:
+    """Makes a run's folder this process's own before Hydra writes there.
+
+    Raises ConfigError if it cannot be made or is another's, and then leaves nothing of it.
+    """
     from training.run_folder import LOCK, hold
 
-    with suppress(OSError):  # the run says it, who can also log it
-        folder.mkdir(parents=True, exist_ok=True)
-        hold(folder / LOCK)
+    try:
+        with made(folder):
+            with suppress(OSError):  # the run says it, who can also log it
+                hold(folder / LOCK)
+            _check_folder(config, folder)  # another process may have had it meanwhile
+    except OSError as error:
+        raise ConfigError(explain(error)) from error
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.folders import made
+
 Array = npt.NDArray[np.uint8]
 
 
@@ -154,16 +156,19 @@ def _stored(path: Path, md5: dict[str, str]) -> Path | None:
 
 
 def _download(name: str, root: Path) -> None:
-    """Into a folder of its own, and moved into place file by file: a download that breaks off leaves nothing behind."""
+    """Into a folder of its own, and moved into place file by file: a download that breaks off leaves nothing behind.
+
+    Not even the folders that it made.
+    """
     import torchvision.datasets  # seconds to import, and only a download needs it
 
     folder = Path(DATASETS[name].folder, "raw")
     try:
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="download-", dir=root) as own:
+        with made(root), tempfile.TemporaryDirectory(prefix="download-", dir=root) as own:
             getattr(torchvision.datasets, DATASETS[name].source)(own, download=True)
-            for file in sorted(Path(own, folder).iterdir()):
-                file.replace(root / folder / file.name)
+            with made(root / folder):
+                for file in sorted(Path(own, folder).iterdir()):
+                    file.replace(root / folder / file.name)
     except (RuntimeError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip("<>")  # torchvision's last attempt
         raise DataError(

@@ -21,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
-from scripts.command import positive, refusing_bad_input, writable
+from scripts.command import composed, positive, refusing_bad_input, writable
 from scripts.gradient_quality import all_names, compose_estimator, split_names
 
 if TYPE_CHECKING:
@@ -42,15 +42,12 @@ PYRO_OURS = ("Pyro, our networks, enumerated in parallel", "Pyro, our networks, 
 
 def compose_run(overrides: list[str], estimator: str) -> Run:
     """The run that train.py would make of `overrides`, with the named estimator. Raises ConfigError, DataError."""
-    from hydra import compose, initialize_config_dir
-
     from configs.check import COMPOSING_ERRORS, typed
-    from configs.wording import CONFIGS, explain
+    from configs.wording import explain
     from training.run import Run
 
     try:
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            config = typed(compose("config", overrides))
+        config = typed(composed(*overrides))
     except COMPOSING_ERRORS as error:
         raise ConfigError(explain(error, overrides)) from error
     config.estimator = compose_estimator(estimator, config)

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from configs.check import refuse
 from configs.schema import ConfigError
-from configs.wording import explain
+from configs.wording import CONFIGS, explain
 from data.datasets import DataError
 
 COME_BY = {
     "matplotlib": "drawing this needs Matplotlib; it comes by: uv sync --extra figures",
     "pyro": "--peer pyro needs Pyro; it comes by: uv sync --group dev",
 }
+
+
+@functools.cache
+def composed(*overrides: str) -> Any:
+    """What train.py composes of `overrides`, once: it takes longer than making a run of it. Not to be changed."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return compose("config", list(overrides))
 
 
 @contextmanager

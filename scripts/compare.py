@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.folders import made
 from scripts.command import refusing_bad_input
 from scripts.comparison.runs import METRICS, OVERRIDES, read_all
 
@@ -47,9 +48,9 @@ def main() -> None:
         comparison = compare(records, notes, arguments.metric, arguments.baseline)
         output = output_folder(arguments.folders, arguments.output)
         contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": page(comparison)}
-        output.mkdir(parents=True, exist_ok=True)
-        for suffix, content in contents.items():
-            write_atomically(output / f"{OUTPUT}.{suffix}", content.encode())
+        with made(output):
+            for suffix, content in contents.items():
+                write_atomically(output / f"{OUTPUT}.{suffix}", content.encode())
         print(as_text(comparison), end="\n\n")
         for suffix in contents:
             print(output / f"{OUTPUT}.{suffix}")

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
 from configs.wording import CONFIGS, unknown_key
-from scripts.command import refusing_bad_input
+from data.folders import made
+from scripts.command import composed, refusing_bad_input
 from scripts.gradient_report import picture, table, write_csv
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
@@ -109,7 +110,6 @@ def compose_estimator(name: str, config: Any) -> Any:
 
     A baseline gets as many samples as it needs. Raises ConfigError.
     """
-    from hydra import compose, initialize_config_dir
     from hydra.utils import get_class
     from omegaconf import OmegaConf
 
@@ -123,10 +123,8 @@ def compose_estimator(name: str, config: Any) -> Any:
     overrides += [f"estimator/baseline={baseline}"] if baseline else []
     try:
         overrides += shlex.split(arguments)
-        with initialize_config_dir(str(CONFIGS), version_base=None):
-            composed = compose("config", overrides)
         whole = OmegaConf.create(plain(config))
-        whole.estimator = composed.estimator
+        whole.estimator = composed(*overrides).estimator
         node: Any = OmegaConf.to_container(whole.estimator, resolve=True)
     except COMPOSING_ERRORS as error:
         raise ConfigError(explain(error, overrides)) from error
@@ -245,11 +243,11 @@ def main() -> None:
         run = stored_run(arguments.folder)
         estimators, own = make_estimators(run, settings)
         output = Path(settings.output or arguments.folder / "gradient_quality")
-        output.mkdir(parents=True, exist_ok=True)
-        measured, about = measure(run, estimators, settings), conditions(run, estimators, own, settings)
-        print(table(measured, about), end="\n\n")
-        write_csv(measured, output / "gradient_quality.csv")
-        picture(measured, about).savefig(output / "gradient_quality.png", dpi=130)
+        with made(output):
+            measured, about = measure(run, estimators, settings), conditions(run, estimators, own, settings)
+            print(table(measured, about), end="\n\n")
+            write_csv(measured, output / "gradient_quality.csv")
+            picture(measured, about).savefig(output / "gradient_quality.png", dpi=130)
     print(output / "gradient_quality.csv")
     print(output / "gradient_quality.png")
 

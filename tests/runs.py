@@ -31,34 +31,38 @@ ROOT = Path(train.__file__).parent
 SMALL = (
     "data=digits data.num_labelled=50 data.num_validation=200 data.labelled_in_unlabelled=true "
     "data.binarization=dynamic model.latent_size=2 model.scale=softplus "
-    "optimizer=adam optimizer.lr=3e-3 lr_factor=constant objective=semi_supervised objective.alpha=1 "
+    "estimator=gumbel_softmax optimizer=adam optimizer.lr=3e-3 lr_factor=constant "
+    "objective=semi_supervised objective.alpha=1 "
     "train.batch_size_labelled=10 train.batch_size_unlabelled=10 device=cpu precision=fp32 "
     "train.log_every=1 train.validate_every=6 train.checkpoint_every=4 evaluation.importance_samples=2 "
 )
 # without dropout: some PyTorch builds draw its masks differently on other makes of CPU, see tests.golden
 MLP = SMALL + "model=mlp model.hidden=16 model.dropout=0 "
 CONV = SMALL + "model=conv model.channels=2 model.hidden=8 model.dropout=0.5 "
-ANNEALED = " estimator.temperature.rate=0.05 estimator.temperature.every=4 estimator.temperature.minimum=0.5"
+SLOWLY = "schedule@estimator.temperature=exponential estimator.temperature.minimum=0.5 "
+ANNEALED = f" {SLOWLY}estimator.temperature.rate=0.05 estimator.temperature.every=4"
+STEADY = " schedule@estimator.temperature=constant estimator.temperature.value="
+ONE = " estimator.num_samples=1"
 SCORE = "estimator=score_function estimator/baseline="
-CONTROL = " estimator.temperature=0.5 estimator.scale=1.0"
+CONTROL = ONE + " estimator.temperature=0.5 estimator.scale=1.0"
 ESTIMATORS = {
     "marginalization": "estimator=marginalization",
-    "gumbel_softmax": "estimator=gumbel_softmax" + ANNEALED,
-    "st_gumbel_softmax": "estimator=st_gumbel_softmax" + ANNEALED,
-    "concrete": "estimator=concrete estimator.temperature.value=0.7 estimator.prior_temperature=0.4",
-    "straight_through": "estimator=straight_through estimator.temperature.value=1.0",
-    "reinmax": "estimator=reinmax estimator.temperature.value=1.0",
-    "gumbel_rao": "estimator=gumbel_rao estimator.num_conditional=10" + ANNEALED,
-    "gapped_straight_through": "estimator=gapped_straight_through estimator.gap=1.0" + ANNEALED,
+    "gumbel_softmax": "estimator=gumbel_softmax estimator.kl=analytic" + ONE + ANNEALED,
+    "st_gumbel_softmax": "estimator=st_gumbel_softmax estimator.kl=analytic" + ONE + ANNEALED,
+    "concrete": "estimator=concrete estimator.kl=relaxed" + ONE + STEADY + "0.7 estimator.prior_temperature=0.4",
+    "straight_through": "estimator=straight_through" + ONE + STEADY + "1.0",
+    "reinmax": "estimator=reinmax" + ONE + STEADY + "1.0",
+    "gumbel_rao": "estimator=gumbel_rao estimator.num_conditional=10" + ONE + ANNEALED,
+    "gapped_straight_through": "estimator=gapped_straight_through estimator.gap=1.0" + ONE + ANNEALED,
     "sum_and_sample": "estimator=sum_and_sample estimator.num_exact=1",
     "unordered_set": "estimator=unordered_set estimator.num_samples=2",
     "sparsemax": "estimator=sparsemax",
-    "muprop": "estimator=muprop",
+    "muprop": "estimator=muprop" + ONE,
     "rebar": "estimator=rebar" + CONTROL,
     "relax": "estimator=relax estimator.hidden=10" + CONTROL,
-    "score_function/none": SCORE + "none",
-    "score_function/moving_average": SCORE + "moving_average estimator.baseline.decay=0.99",
-    "score_function/learned": SCORE + "learned estimator.baseline.hidden=10 estimator.baseline.decay=0.99",
+    "score_function/none": SCORE + "none" + ONE,
+    "score_function/moving_average": SCORE + "moving_average estimator.baseline.decay=0.99" + ONE,
+    "score_function/learned": SCORE + "learned estimator.baseline.hidden=10 estimator.baseline.decay=0.99" + ONE,
     "score_function/leave_one_out": SCORE + "leave_one_out estimator.num_samples=2",
 }
 STEPS = 12

@@ -258,6 +258,15 @@ BAD: dict[str, tuple[Contents, tuple[str, ...]]] = {
 @pytest.mark.parametrize("kind", BAD)
 def test_unusable_arrays_are_refused(kind: str, tmp_path: Path) -> None:
     changes, words = BAD[kind]
+    with pytest.raises(DataError) as caught:
+        arrays.facts(str(stored(tmp_path, **changes)))
+    for word in (str(tmp_path / "mine.npz"), *words):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["no images", "pickled", "a missing class"])
+def test_unusable_arrays_are_refused_by_the_command(kind: str, tmp_path: Path) -> None:
+    changes, words = BAD[kind]
     ended = refusal(stored(tmp_path, **changes))
     for word in (str(tmp_path / "mine.npz"), *words):
         assert word in ended.err, ended.err

@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import train
 from configs.schema import Config
 from data.batches import Batches
+from scripts.benchmark import compose_run
 from tests.runs import ESTIMATORS, MLP, run
 from training.divergence import Diverged, FiniteGuard
 from training.run import Run
@@ -196,16 +199,23 @@ def test_deferred_guard_is_silent_while_all_is_finite() -> None:
 
 # --- planted in each place of a real run
 
+LINE = f"{MLP} {ESTIMATORS['score_function/learned']} train.steps=4 train.log_every=100"
+Plant = Callable[[Run], None]
 
-def planted_run(tmp_path: Path, plant: Callable[[Run], None]) -> str:
-    """Trains the smallest model with `plant` called before the third step, and returns what it diverged of."""
+
+def before_the_third_step(plant: Plant, made: list[Run]) -> Any:
+    """Has `plant` called with the run, which is the last one of `made`."""
     original = Batches.rows
 
     def rows(self: Batches, step: int) -> tuple[Tensor, Tensor]:
         if step == 2:
-            plant(made[0])
+            plant(made[-1])
         return original(self, step)
 
+    return mock.patch.object(Batches, "rows", rows)
+
+
+def said_by_the_command(plant: Plant, tmp_path: Path) -> str:
     made: list[Run] = []
     make = Run.__init__
 
@@ -213,21 +223,16 @@ def planted_run(tmp_path: Path, plant: Callable[[Run], None]) -> str:
         make(self, config)
         made.append(self)
 
-    with mock.patch.object(Batches, "rows", rows), mock.patch.object(Run, "__init__", remember):
-        line = f"{MLP} {ESTIMATORS['score_function/learned']} train.steps=4 train.log_every=100"
-        ended = run(line, tmp_path / "run", code=3)
+    with before_the_third_step(plant, made), mock.patch.object(Run, "__init__", remember):
+        ended = run(LINE, tmp_path / "run", code=3)
     return ended.err.removeprefix("catvae: ").strip()
 
 
-def names(tmp_path: Path) -> list[str]:
-    found: list[str] = []
-
-    def plant(run: Run) -> None:
-        found.extend(run.parameters)
-        poison(run.parameters[found[0]])
-
-    planted_run(tmp_path, plant)
-    return found
+def said_by_the_loop(plant: Plant, tmp_path: Path) -> str:
+    made = compose_run(LINE.split(), "score_function/learned")
+    with before_the_third_step(plant, [made]), pytest.raises(Diverged) as caught:
+        train.train(made, mock.MagicMock(), tmp_path)
+    return str(caught.value)
 
 
 def poison(parameter: nn.Parameter) -> None:
@@ -236,17 +241,18 @@ def poison(parameter: nn.Parameter) -> None:
 
 
 def test_nan_in_every_parameter_and_every_gradient_is_named(tmp_path: Path) -> None:
-    everyone = names(tmp_path / "names")
+    everyone = list(compose_run(LINE.split(), "score_function/learned").parameters)
     assert {name.partition(".")[0] for name in everyone} == {"classifier", "inference", "generator", "estimator"}
-    for index, name in enumerate(everyone):
+    for name in everyone:
 
         def poison_parameter(run: Run, name: str = name) -> None:
             poison(run.parameters[name])
 
-        assert planted_run(tmp_path / f"parameter {index}", poison_parameter) == f"{name} is nan at step 2"
+        assert said_by_the_loop(poison_parameter, tmp_path) == f"{name} is nan at step 2"
 
         def poison_gradient(run: Run, name: str = name) -> None:
             run.parameters[name].register_hook(lambda gradient: gradient * float("inf"))
 
-        said = planted_run(tmp_path / f"gradient {index}", poison_gradient)
+        said = said_by_the_loop(poison_gradient, tmp_path)
         assert re.fullmatch(f"the gradient of {re.escape(name)} is (nan|inf) at step 2", said), said
+    assert said_by_the_command(poison_gradient, tmp_path) == said

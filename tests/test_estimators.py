@@ -96,7 +96,7 @@ def each(cases: list[Case]) -> pytest.MarkDecorator:
 CLASSES = [2, 3, 10]
 SHAPES = ["flat", "moderate", "nearly_one_hot"]
 CONTEXT_SIZE = 2
-DRAWS = 2**17  # > 1e5
+DRAWS = 49 * 2**11  # > 1e5
 ROUNDING = 1e-6  # what float32 may add to a mean; standard errors here are about 1e-3
 
 UNBIASED = [case for case in CASES if case.unbiased]

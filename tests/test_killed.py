@@ -310,7 +310,12 @@ def test_ten_runs_in_the_same_second_get_ten_folders(tmp_path: Path) -> None:
 # ---- looking changes nothing ----
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+NOT_SLOW = ("relax", "score_function/moving_average")  # parameters, and a running state, of an estimator's own
+
+
+@pytest.mark.parametrize(
+    "estimator", [pytest.param(name, marks=[] if name in NOT_SLOW else pytest.mark.slow) for name in ESTIMATORS]
+)
 def test_looking_changes_no_estimator(estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logging, validation, diagnostics and checkpoints after each step, and none but at the end, without TensorBoard.
 

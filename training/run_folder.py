@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,21 @@ def hold(lock: Path) -> None:
 def release(lock: Path) -> None:
     if (file := _held.pop(lock.resolve(), None)) is not None:
         os.close(file)
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Takes a lock that this process keeps, unless what is done inside ends with an error. Raises ConfigError."""
+    is_new = not lock.exists()
+    hold(lock)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                lock.unlink()
+        release(lock)
+        raise
 
 
 def is_held(lock: Path) -> bool:

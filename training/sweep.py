@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,10 +21,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import Config, ConfigError
+from data.folders import made
 from training import checkpoints
 from training.checkpoints import CheckpointError, stored
 from training.run import changes, flat
-from training.run_folder import LOCK, RESULT, hold, is_held, read_json, release, write_json
+from training.run_folder import LOCK, RESULT, held, is_held, read_json, release, write_json
 
 errors = logging.getLogger("catvae.errors")
 SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on
@@ -45,17 +46,28 @@ _busy = threading.Event()  # a job is done in this process
 # ---- the process that starts the sweep ----
 
 
-def begin(config: DictConfig) -> None:
-    """Makes the sweep's folder this process's own. Raises ConfigError if another process has it."""
+@contextmanager
+def begun(config: DictConfig) -> Iterator[None]:
+    """Makes the sweep's folder this process's own; if what is checked inside refuses the sweep, as if it had not.
+
+    Raises ConfigError if another process has it.
+    """
     folder = Path(config.hydra.sweep.dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        hold(folder / SWEEP_LOCK)
-    except OSError as error:
-        raise ConfigError(f"hydra.sweep.dir cannot be used: {error.filename}: {error.strerror}") from error
-    except ConfigError:
-        message = f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}"
-        raise ConfigError(f"{message}; wait for that one, or stop it") from None
+    with ExitStack() as taken_back:
+        try:
+            taken_back.enter_context(made(folder))
+            taken_back.enter_context(held(folder / SWEEP_LOCK))
+        except OSError as error:
+            raise ConfigError(f"hydra.sweep.dir cannot be used: {error.filename}: {error.strerror}") from error
+        except ConfigError:
+            message = f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}"
+            raise ConfigError(f"{message}; wait for that one, or stop it") from None
+        _tell_jobs(config, folder)
+        yield
+
+
+def _tell_jobs(config: DictConfig, folder: Path) -> None:
+    """What the jobs' processes must know; jobs of a sweep in this folder that was killed see that it is another's."""
     _begun[:], _stopped[:] = [folder], []
     if config.hydra.launcher._target_.endswith(JOBLIB):
         config.hydra.launcher.n_jobs = n_jobs(config.hydra.launcher)
