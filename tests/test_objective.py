@@ -289,7 +289,7 @@ def test_the_control_trains_the_classifier_and_calls_nothing_else(monkeypatch: p
     assert set(result.terms) == {"J", "classification", "entropy_y"}
     result.loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
+    assert trained == {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}  # type: ignore[attr-defined]
 
 
 def test_gradient_of_the_loss_is_that_of_minus_j(monkeypatch: pytest.MonkeyPatch) -> None:
