@@ -12,21 +12,27 @@ def constant(step: int, *, value: float) -> float:
     return positive("value", value)
 
 
-def exponential(step: int, *, rate: float | None, minimum: float, every: int, steps: int | None = None) -> float:
+def exponential(step: int, *, rate: float, minimum: float, every: int) -> float:
     """tau(t) = max(minimum, exp(-rate t)), updated every `every` steps (Jang et al. 2017, section 4.3).
 
-    Without a rate it is the one that comes to `minimum` at the last of `steps`: rate = -log(minimum) / steps.
-    Raises ValueError unless rate >= 0, minimum > 0 and every >= 1, and where neither rate nor steps is given.
+    Raises ValueError unless rate >= 0, minimum > 0 and every >= 1.
     """
-    positive("minimum", minimum)
-    at_least("every", every, 1)
-    if rate is None:
-        if steps is None:
-            raise ValueError("rate must be given where steps is not, got None")
-        rate = max(0.0, -math.log(minimum)) / at_least("steps", steps, 1)
     if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"rate must be >= 0 and finite, got {rate}")
+    positive("minimum", minimum)
+    at_least("every", every, 1)
     return max(minimum, math.exp(-rate * (step // every * every)))
+
+
+def geometric(step: int, *, start: float, end: float, steps: int, every: int) -> float:
+    """tau(t) = start (end / start)^(t / steps): `exponential` with the rate that ends at `end`, whatever `steps` is.
+
+    Updated every `every` steps, and `end` from the last step on. Raises ValueError unless start > 0, end > 0, steps >= 1
+    and every >= 1.
+    """
+    at_least("every", every, 1)
+    progress = _progress(step if step >= steps else step // every * every, start, end, steps)
+    return start * (end / start) ** progress
 
 
 def linear(step: int, *, start: float, end: float, steps: int) -> float:

@@ -32,13 +32,13 @@ SMALL = (
     "data=digits data.num_labelled=50 data.num_validation=200 data.labelled_in_unlabelled=true "
     "data.binarization=dynamic model.latent_size=2 model.scale=softplus "
     "estimator=gumbel_softmax optimizer=adam optimizer.lr=3e-3 lr_factor=constant "
-    "objective=semi_supervised objective.alpha=1 "
+    "objective=semi_supervised objective.labelled=1 objective.unlabelled=1 objective.alpha=1 "
     "train.batch_size_labelled=10 train.batch_size_unlabelled=10 device=cpu precision=fp32 "
     "train.log_every=1 train.validate_every=6 train.checkpoint_every=4 evaluation.importance_samples=2 "
 )
 # without dropout: some PyTorch builds draw its masks differently on other makes of CPU, see tests.golden
-MLP = SMALL + "model=mlp model.hidden=16 model.dropout=0 "
-CONV = SMALL + "model=conv model.channels=2 model.hidden=8 model.dropout=0.5 "
+MLP = SMALL + "model=mlp model.hidden=16 model.dropout=0 model.rotation=0 model.shift=0 "
+CONV = SMALL + "model=conv model.channels=2 model.hidden=8 model.dropout=0.5 model.rotation=0 model.shift=0 "
 SLOWLY = "schedule@estimator.temperature=exponential estimator.temperature.minimum=0.5 "
 ANNEALED = f" {SLOWLY}estimator.temperature.rate=0.05 estimator.temperature.every=4"
 STEADY = " schedule@estimator.temperature=constant estimator.temperature.value="

@@ -13,11 +13,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from estimators import schedules
-from estimators.schedules import constant, cosine, exponential, linear
+from estimators.schedules import constant, cosine, exponential, geometric, linear
 
 SHIPPED = Path(__file__).parent.parent / "configs" / "schedule"
 ANNEALING = {
     "exponential": partial(exponential, rate=1e-3, minimum=0.1, every=100),
+    "geometric": partial(geometric, start=2.0, end=0.125, steps=3000, every=100),
     "linear": partial(linear, start=2.0, end=0.25, steps=3000),
     "cosine": partial(cosine, start=2.0, end=0.25, steps=3000),
 }
@@ -43,8 +44,29 @@ def test_exponential(step: int, expected: float) -> None:
     assert ANNEALING["exponential"](step) == pytest.approx(expected, rel=1e-12)
 
 
-def test_exponential_changes_only_every_so_many_steps() -> None:
-    values = [ANNEALING["exponential"](step) for step in range(1000)]
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 2.0), (799, 2 * 2**-0.9333333333333333), (1500, 0.5), (2250, 2 * 2 ** (-4 * 2200 / 3000)), (3000, 0.125)],
+)
+def test_geometric(step: int, expected: float) -> None:
+    assert ANNEALING["geometric"](step) == pytest.approx(expected, rel=1e-12)
+
+
+def test_geometric_is_the_exponential_that_ends_with_the_run() -> None:
+    rate = math.log(2) / 3000
+    for step in range(0, 4000, 7):
+        expected = exponential(step, rate=rate, minimum=0.5, every=100)
+        assert geometric(step, start=1.0, end=0.5, steps=3000, every=100) == pytest.approx(expected, rel=1e-12)
+
+
+def test_geometric_comes_to_its_end_where_the_run_ends_between_two_updates() -> None:
+    schedule = partial(geometric, start=1.0, end=0.5, steps=250, every=100)
+    assert schedule(249) > 0.5 == schedule(250) == schedule(10**9)
+
+
+@pytest.mark.parametrize("name", ["exponential", "geometric"])
+def test_exponential_and_geometric_change_only_every_so_many_steps(name: str) -> None:
+    values = [ANNEALING[name](step) for step in range(1000)]
     changes = [step for step in range(1, 1000) if values[step] != values[step - 1]]
     assert changes == list(range(100, 1000, 100))
 
@@ -91,6 +113,8 @@ def test_linear_and_cosine_may_also_rise() -> None:
     [
         ("value", constant),
         ("minimum", partial(exponential, rate=1e-3, every=1)),
+        ("start", partial(geometric, end=0.5, steps=10, every=1)),
+        ("end", partial(geometric, start=1.0, steps=10, every=1)),
         ("start", partial(linear, end=0.5, steps=10)),
         ("end", partial(linear, start=1.0, steps=10)),
         ("start", partial(cosine, end=0.5, steps=10)),
@@ -112,6 +136,8 @@ def test_unusable_temperatures_are_refused_by_name(name: str, schedule: Callable
         ("rate", partial(exponential, minimum=0.5, every=1), math.nan),
         ("rate", partial(exponential, minimum=0.5, every=1), math.inf),
         ("every", partial(exponential, rate=1e-3, minimum=0.5), 0),
+        ("every", partial(geometric, start=1.0, end=0.5, steps=10), 0),
+        ("steps", partial(geometric, start=1.0, end=0.5, every=1), 0),
         ("steps", partial(linear, start=1.0, end=0.5), 0),
         ("steps", partial(cosine, start=1.0, end=0.5), -1),
     ],
