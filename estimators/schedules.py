@@ -27,8 +27,8 @@ def exponential(step: int, *, rate: float, minimum: float, every: int) -> float:
 def geometric(step: int, *, start: float, end: float, steps: int, every: int) -> float:
     """tau(t) = start (end / start)^(t / steps): `exponential` with the rate that ends at `end`, whatever `steps` is.
 
-    Updated every `every` steps, and `end` from the last step on. Raises ValueError unless start > 0, end > 0, steps >= 1
-    and every >= 1.
+    Updated every `every` steps, and `end` from the last step on. Raises ValueError unless start > 0, end > 0,
+    steps >= 1 and every >= 1.
     """
     at_least("every", every, 1)
     progress = _progress(step if step >= steps else step // every * every, start, end, steps)
