@@ -392,7 +392,7 @@ def test_slurm_preset_has_the_keys_of_the_plugin() -> None:
 @old_sqlalchemy
 def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    line = LINE.replace("optimizer.lr=3e-3 ", "") + f"{ESTIMATORS['gumbel_softmax']} search=alpha_temperature_lr "
+    line = LINE.replace("optimizer.lr=3e-3 ", "") + "estimator=gumbel_softmax search=alpha_temperature_lr "
     line += "train.steps=20 hydra.sweeper.n_trials="
     ended = here(line + "3", folder)
     assert ended.code == 0, ended.said
