@@ -7,8 +7,9 @@ uv run python -m scripts.compare outputs
 OVERRIDE is an argument of train.py; with commas between values, each of them is done. Settings are chosen by validation
 accuracy, out of the grids in scripts/baseline_methods.py; test images are looked at once, at the end, and are
 predicted one by one: no method has seen them. Every method writes a folder that scripts.compare shows as a row.
-Pixels are those of train.py. Where these are drawn (data.binarization=dynamic, as of MNIST), a training image is drawn
-once, by the seed, and the others as the evaluation of a run draws them; data.binarization=none gives grey ones.
+Pixels are those of train.py. Where it draws them (data.binarization=dynamic, as of MNIST), it draws a training image
+anew at each step, and here that image keeps its intensities, which is kinder than a draw; validation and test images
+are drawn as the evaluation of a run draws them. With data.binarization=none all are grey.
 What is finished in --output is skipped, so that the same command goes on where it stopped.
 """
 
@@ -53,6 +54,8 @@ class Job:
     overrides: list[str]
     config: Config
     choices: dict[str, str]  # of Hydra's groups
+    alone: Config  # of the classifier on the labels alone
+    flags: list[str]  # of train.py
 
 
 # ---- what is asked for ----
@@ -65,11 +68,13 @@ def main() -> None:
         "--draws", metavar="LIST", help="0-4 or 0,3,7: data.split_seed=N seed=N for each; a seed=... given stays"
     )
     parser.add_argument("--methods", default=",".join(NAMES), help=f"out of {', '.join(NAMES)} (default: all)")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="of train.py: a folder with choices of your own")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/baselines/DATE/TIME-xxxxxx")
     arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
         methods = method_names(arguments.methods)
-        jobs = checked_jobs(arguments.overrides, arguments.draws, CLASSIFIER in methods)
+        jobs = made_jobs(arguments.overrides, arguments.draws, arguments.config_dir)
+        check_jobs(jobs, methods)
         now = f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{secrets.token_hex(3)}"
         output = arguments.output or Path("outputs", "baselines", now)
         check_output(output, jobs, methods)
@@ -105,25 +110,35 @@ def draw_numbers(text: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def checked_jobs(overrides: Sequence[str], draws: str | None, with_classifier: bool) -> list[Job]:
-    """A job for each combination of values and draws, checked as train.py does. Raises ConfigError, DataError."""
-    from configs.check import check, check_machine
-
+def made_jobs(overrides: Sequence[str], draws: str | None, config_dir: Path | None) -> list[Job]:
+    """A job for each combination of values and draws. Raises ConfigError."""
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for key in keys & {"resume", "search"} | {key for key in keys if key.startswith("hydra")}:
         raise ConfigError(f"{key} must be left to train.py; --output names the folder here")
     if draws is not None and "data.split_seed" in keys:
         raise ConfigError("data.split_seed must be left out with --draws, which sets it")
+    if config_dir is not None and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir must be a folder, got {config_dir}")
+    found = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.resolve()}']"]
+    flags = [] if config_dir is None else ["--config-dir", str(config_dir.resolve())]
     jobs = []
     for varied, combined in combinations(overrides):
         for draw in [None] if draws is None else draw_numbers(draws):
             drawn = [] if draw is None else [f"data.split_seed={draw}", *([] if "seed" in keys else [f"seed={draw}"])]
             name = quote(",".join([*varied, *drawn[:1]]), safe="=,.@+")
-            jobs.append(Job(name, [*combined, *drawn], *composed([*combined, *drawn])))
-    for job in jobs:
-        check(composed([*job.overrides, *ALONE])[0] if with_classifier else job.config)
-        check_machine(job.config)
+            own = [*combined, *drawn]
+            alone, _ = composed([*found, *own, *ALONE])
+            jobs.append(Job(name, own, *composed([*found, *own]), alone, flags))
     return jobs
+
+
+def check_jobs(jobs: Sequence[Job], methods: Sequence[str]) -> None:
+    """As train.py checks its configuration, before any work. Raises ConfigError, DataError."""
+    from configs.check import check, check_machine
+
+    for job in jobs:
+        check(job.alone if CLASSIFIER in methods else job.config)
+        check_machine(job.config)
 
 
 def combinations(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
@@ -188,7 +203,7 @@ def differs(folder: Path, job: Job, name: str) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / RESULT} cannot be read ({error!r}); delete it to do that again") from error
     if name == CLASSIFIER:
-        return changes(before, composed([*job.overrides, *ALONE])[0])
+        return changes(before, job.alone)
     now = flat(plain(job.config))
     return changes(now | {key: value for key, value in before.items() if is_of_all(key)}, job.config)
 
@@ -228,7 +243,7 @@ def train_classifier(job: Job, folder: Path) -> int:
     line = [*job.overrides, *ALONE, f"hydra.run.dir={quoted}"]
     if any((folder / "checkpoints").glob("step_*.pt")):
         line = [f"resume={quoted}"]
-    child = subprocess.Popen([sys.executable, str(TRAINER), *line], start_new_session=True)
+    child = subprocess.Popen([sys.executable, str(TRAINER), *job.flags, *line], start_new_session=True)
     before = {
         number: signal.signal(number, lambda number, frame: child.send_signal(number))
         for number in (signal.SIGINT, signal.SIGTERM)
@@ -290,13 +305,12 @@ def known_of(source: Images, split: Split, config: Config) -> Known:
     import torch
 
     from data.batches import binarize
-    from data.randomness import keyed_generator
     from scripts.baseline_methods import Known
 
-    labelled = split.labelled
+    labelled, how = split.labelled, config.data.binarization.value
     rows = np.concatenate([labelled, np.setdiff1d(split.unlabelled, labelled)])
-    generator = keyed_generator(torch.device("cpu"), config.seed, "baselines")
-    x = binarize(torch.from_numpy(source.images[rows]), config.data.binarization.value, generator).flatten(1).numpy()
+    images = torch.from_numpy(source.images[rows])
+    x = binarize(images, "none" if how == "dynamic" else how, torch.Generator()).flatten(1).numpy()  # nothing is drawn
     return Known(
         x[: len(labelled)],
         source.labels[labelled],
