@@ -36,6 +36,7 @@ from configs.wording import CONFIGS
 from scripts.command import refusing_bad_input
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
+    from data.batches import Binarization
     from data.datasets import Images
     from data.splits import Split
     from scripts.baseline_methods import Chosen, Known, Pixels
@@ -54,7 +55,7 @@ class Job:
     overrides: list[str]
     config: Config
     choices: dict[str, str]  # of Hydra's groups
-    alone: Config  # of the classifier on the labels alone
+    alone: Config | None  # of the classifier on the labels alone, if it is asked for
     flags: list[str]  # of train.py
 
 
@@ -73,8 +74,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
         methods = method_names(arguments.methods)
-        jobs = made_jobs(arguments.overrides, arguments.draws, arguments.config_dir)
-        check_jobs(jobs, methods)
+        jobs = made_jobs(arguments.overrides, arguments.draws, arguments.config_dir, methods)
+        check_jobs(jobs)
         now = f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{secrets.token_hex(3)}"
         output = arguments.output or Path("outputs", "baselines", now)
         check_output(output, jobs, methods)
@@ -110,7 +111,9 @@ def draw_numbers(text: str) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def made_jobs(overrides: Sequence[str], draws: str | None, config_dir: Path | None) -> list[Job]:
+def made_jobs(
+    overrides: Sequence[str], draws: str | None, config_dir: Path | None, methods: Sequence[str]
+) -> list[Job]:
     """A job for each combination of values and draws. Raises ConfigError."""
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     for key in keys & {"resume", "search"} | {key for key in keys if key.startswith("hydra")}:
@@ -127,17 +130,17 @@ def made_jobs(overrides: Sequence[str], draws: str | None, config_dir: Path | No
             drawn = [] if draw is None else [f"data.split_seed={draw}", *([] if "seed" in keys else [f"seed={draw}"])]
             name = quote(",".join([*varied, *drawn[:1]]), safe="=,.@+")
             own = [*combined, *drawn]
-            alone, _ = composed([*found, *own, *ALONE])
+            alone = composed([*found, *own, *ALONE])[0] if CLASSIFIER in methods else None
             jobs.append(Job(name, own, *composed([*found, *own]), alone, flags))
     return jobs
 
 
-def check_jobs(jobs: Sequence[Job], methods: Sequence[str]) -> None:
+def check_jobs(jobs: Sequence[Job]) -> None:
     """As train.py checks its configuration, before any work. Raises ConfigError, DataError."""
     from configs.check import check, check_machine
 
     for job in jobs:
-        check(job.alone if CLASSIFIER in methods else job.config)
+        check(job.alone or job.config)
         check_machine(job.config)
 
 
@@ -203,6 +206,7 @@ def differs(folder: Path, job: Job, name: str) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / RESULT} cannot be read ({error!r}); delete it to do that again") from error
     if name == CLASSIFIER:
+        assert job.alone is not None
         return changes(before, job.alone)
     now = flat(plain(job.config))
     return changes(now | {key: value for key, value in before.items() if is_of_all(key)}, job.config)
@@ -307,10 +311,12 @@ def known_of(source: Images, split: Split, config: Config) -> Known:
     from data.batches import binarize
     from scripts.baseline_methods import Known
 
-    labelled, how = split.labelled, config.data.binarization.value
+    labelled = split.labelled
+    how: Binarization = config.data.binarization.value
+    kept: Binarization = "none" if how == "dynamic" else how
     rows = np.concatenate([labelled, np.setdiff1d(split.unlabelled, labelled)])
     images = torch.from_numpy(source.images[rows])
-    x = binarize(images, "none" if how == "dynamic" else how, torch.Generator()).flatten(1).numpy()  # nothing is drawn
+    x = binarize(images, kept, torch.Generator()).flatten(1).numpy()  # nothing is drawn
     return Known(
         x[: len(labelled)],
         source.labels[labelled],
