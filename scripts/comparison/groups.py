@@ -52,13 +52,19 @@ def differing(records: Sequence[Record]) -> list[str]:
     """The keys that make groups: those that the runs differ in, in the configuration's order."""
     ignored = no_effect()
     keys = list(dict.fromkeys(key for record in records for key in record.config))
+    sections = {id(record): {_section(key) for key in record.config} for record in records}
     return [
         key
         for key in keys
         if key not in ignored
         and not all(key in record.derived for record in records if key in record.config)
-        and len({_shown(record, key) for record in records if not _is_unknown(record, key)}) > 1
+        and len({_shown(r, key) for r in records if _section(key) in sections[id(r)] and not _is_unknown(r, key)}) > 1
     ]
+
+
+def _section(key: str) -> str:
+    """A run without any key of a section, as a nearest neighbour is without a model, does not differ in it."""
+    return key.partition(".")[0]
 
 
 def _is_unknown(record: Record, key: str) -> bool:
@@ -244,7 +250,7 @@ def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
     counts = Counter(run.config[key] for run in runs if key in run.config and "test_log_likelihood" in run.counted)
     if len(counts) > 1:
         most = max(counts, key=lambda samples: (counts[samples], samples))
-        others = [run for run in runs if run.config.get(key) != most]
+        others = [run for run in runs if "test_log_likelihood" in run.counted and run.config.get(key) != most]
         for run in others:
             run.excluded.add("test_log_likelihood")
         said.append(

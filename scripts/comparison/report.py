@@ -148,7 +148,8 @@ def test_table(comparison: Comparison) -> list[list[str]]:
         if group is comparison.baseline:
             continue
         if test is None:
-            rows.append([str(place), group.name, "0", "no shared draws", DASH, DASH])
+            reason = "no shared draws" if comparison.metric in group.summaries else f"no {metric.title}"
+            rows.append([str(place), group.name, "0", reason, DASH, DASH])
             continue
         mean, half = f"{test.difference.mean:+{metric.form}}", optional(test.difference.half, metric)
         p_values = [p_value(p) or DASH for p in (test.p, test.p_holm)]
@@ -249,13 +250,18 @@ def as_csv(comparison: Comparison) -> str:
         values = [repr(run.values[metric]) if metric in run.values else "" for metric in METRICS]
         seeds = [run.config.get("seed", ""), run.config.get("data.split_seed", "")]
         known = [run.facts.get(fact, "") for fact in facts]
-        writer.writerow([name, run.folder, status, run.steps, *seeds, *values, *known, command(run)])
+        steps = "" if "method" in run.facts else run.steps
+        writer.writerow([name, run.folder, status, steps, *seeds, *values, *known, command(run)])
     return file.getvalue()
 
 
 def command(run: Record) -> str:
     """What repeats a run; empty where it has no record of that."""
-    return f"uv run train.py {shlex.join(run.overrides)}".rstrip() if run.overrides or run.choices else ""
+    if not run.overrides and not run.choices:
+        return ""
+    method = run.facts.get("method")
+    script = f"python -m scripts.baselines --methods {method}" if method else "train.py"
+    return f"uv run {script} {shlex.join(run.overrides)}".rstrip()
 
 
 # ---- the page ----

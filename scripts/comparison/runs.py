@@ -33,6 +33,7 @@ METRICS = {
     "seconds": Metric("seconds", ".1f", False),
     "steps_per_second": Metric("steps/s", ".1f", True),
 }
+ALONE = "classifier alone"  # the name of a run whose objective has no bound in it
 CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
 
 
@@ -104,11 +105,13 @@ def _finished(folder: Path) -> Record:
 
     try:
         result = read_json(folder / "result.json")
-        config, steps = dict(result["config"]), int(result["steps"])
+        config, steps = dict(result["config"]), int(result["steps"] or 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its result.json cannot be read ({_reason(error)})") from error
     values = {name: float(result[name]) for name in METRICS if isinstance(result.get(name), (int, float))}
     facts = {key: value for key, value in result.items() if key not in METRICS and key != "config"}
+    if "method" in facts:  # of scripts.baselines; what the schema has besides is not its own
+        return Record(folder, True, steps, config, values, facts)
     config |= {key: result[key] for key in ("device", "precision") if key in result}  # rather than auto
     return Record(folder, True, steps, _defaults() | config, values, facts)
 
@@ -201,6 +204,20 @@ def read_events(record: Record) -> None:
         record.values |= {name: curve[-1][1] for name, curve in record.curves.items()}
 
 
+def _leave_the_classifier(record: Record) -> None:
+    """Of a run on the labels alone, whose generator and estimator were never trained: neither has a say in it."""
+
+    def stays(name: str) -> bool:
+        return name.rpartition("@")[2].replace("/", ".").partition(".")[0] not in ("estimator", "objective")
+
+    own = {"estimator._target_": ALONE, "estimator.alpha": record.config.get("objective.alpha")}
+    record.config = {key: value for key, value in record.config.items() if stays(key)} | own
+    record.choices = {group: made for group, made in record.choices.items() if stays(group)} | {"estimator": ALONE}
+    for name in ("test_bound", "test_log_likelihood", "val_bound", "evaluations"):
+        record.values.pop(name, None)
+    record.curves.pop("val_bound", None)
+
+
 def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
     """Runs, and a sentence for each that is damaged in whole or in part. Raises ConfigError if none is left."""
     records, notes = [], []
@@ -212,9 +229,12 @@ def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
             notes.append(f"{folder} is left out: {damaged}")
             continue
         try:
-            read_events(record)
+            if "method" not in record.facts:
+                read_events(record)
         except Damaged as damaged:
             without_events.setdefault(str(damaged), []).append(folder)
+        if record.config.get("objective.labelled") == record.config.get("objective.unlabelled") == 0:
+            _leave_the_classifier(record)
         records.append(record)
     for reason, affected in without_events.items():
         more = f" and {len(affected) - 2} more" if len(affected) > 2 else ""
