@@ -128,11 +128,12 @@ OPTIONS = {group: choices(group.partition("@")[0]) for group in GROUPS}
 CHOICES = [
     # several choices in one run, each in at least one
     *(
-        " ".join(f"{group}={options[i % len(options)]}" for group, options in OPTIONS.items())
+        "estimator=gumbel_softmax "
+        + " ".join(f"{group}={options[i % len(options)]}" for group, options in OPTIONS.items())
         for i in range(max(map(len, OPTIONS.values())))
     ),
-    "estimator.kl=sampled data.binarization=threshold",
-    "estimator.kl=relaxed data.binarization=none estimator.num_samples=3",
+    "estimator=gumbel_softmax estimator.kl=sampled data.binarization=threshold",
+    "estimator=gumbel_softmax estimator.kl=relaxed data.binarization=none estimator.num_samples=3",
     "estimator=st_gumbel_softmax estimator.kl=sampled data.labelled_in_unlabelled=false",
     "estimator=score_function estimator.num_samples=3 model.scale=exp",
     "precision=auto device=auto",
@@ -296,7 +297,7 @@ def test_split_seed_draws_the_split(finished: Finished, tmp_path: Path) -> None:
 
 RESUMED = {name: f"{MLP} {line}" for name, line in ESTIMATORS.items()} | {
     "conv": CONV,
-    "cosine": f"{MLP} schedule@estimator.temperature=cosine estimator.temperature.steps=10",
+    "cosine": f"{MLP} estimator=gumbel_softmax schedule@estimator.temperature=cosine estimator.temperature.steps=10",
     "bf16": f"{CONV} precision=bf16",
     "learning rate": f"{MLP} optimizer=sgd lr_factor=cosine lr_factor.steps=10",
 }
@@ -335,7 +336,8 @@ def test_schedules_do_not_restart(finished: Finished, tmp_path: Path) -> None:
     """Also without the run that never stopped: the curves of a resumed run are the formulas'."""
     line = (
         f"{MLP} lr_factor=cosine lr_factor.start=1 lr_factor.end=0.1 lr_factor.steps=11 "
-        "schedule@estimator.temperature=cosine estimator.temperature.start=1 estimator.temperature.end=0.5 "
+        "estimator=gumbel_softmax schedule@estimator.temperature=cosine "
+        "estimator.temperature.start=1 estimator.temperature.end=0.5 "
         "estimator.temperature.steps=10"
     )
     run(line + " train.steps=5", tmp_path / "run")
