@@ -168,6 +168,19 @@ def test_model_trains_two_steps(model: str, precision: str, tmp_path: Path) -> N
     assert result(tmp_path / "run")["precision"] == precision
 
 
+@pytest.mark.parametrize(("instructions", "warnings"), [(True, 0), (False, 1)])
+def test_bf16_without_instructions_for_it_is_slow_and_the_log_says_so_once(
+    instructions: bool, warnings: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    run(MLP + "precision=bf16 train.steps=2", tmp_path / "asked")
+    assert (tmp_path / "asked" / "train.log").read_text().count("no bf16 instructions") == warnings
+    run(MLP + "precision=auto train.steps=2", tmp_path / "auto")
+    assert result(tmp_path / "auto")["precision"] == ("bf16" if instructions else "fp32")
+    assert "instructions" not in (tmp_path / "auto" / "train.log").read_text()
+
+
 def test_tables_have_every_estimator() -> None:
     baselines = {f"score_function/{name}" for name in choices("estimator/baseline")}
     assert set(ESTIMATORS) == {*choices("estimator"), *baselines} - {"score_function"}
