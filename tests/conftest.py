@@ -36,3 +36,8 @@ def pytest_collection_finish() -> None:
     """What is imported and collected stays: looking for garbage among it takes a tenth of a run."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Or modules that look for what was left of them at the end would find all of it."""
+    gc.unfreeze()

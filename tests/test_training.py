@@ -434,7 +434,10 @@ def cpu_seconds_of_ended() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],  # test_interrupted.py sends it
+)
 def test_interrupted_run_goes_on_where_it_stopped(number: signal.Signals, code: int, tmp_path: Path) -> None:
     line = f"{CONV} {ESTIMATORS['score_function/moving_average']} train.log_every=1000 train.validate_every=100000"
     folder = tmp_path / "a run"
