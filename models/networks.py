@@ -58,8 +58,9 @@ class Dropout(nn.Module):
 class RandomMotion(nn.Module):
     """Turns and shifts each image [B, C, H, W] by chance; without a generator, as in evaluation, it is the identity.
 
-    The angle is uniform within +-`rotation` degrees and each shift within +-`shift` of that side. A pixel's value is
-    the nearest one's, so that binary images stay so, and 0 where the image has none. Raises ValueError for a rotation
+    The angle is uniform within +-`rotation` degrees and each shift within +-`shift` of that side, rounded up to whole
+    pixels, as less than half of one would move nothing: a pixel's value is the nearest one's, so that binary images
+    stay so, and 0 where the image has none. Raises ValueError for a rotation
     outside [0, 180] and a shift outside [0, 1].
     """
 
@@ -74,8 +75,9 @@ class RandomMotion(nn.Module):
             return x
         batch, channels, height, width = x.shape
         chance = 2 * torch.rand(3, batch, 1, 1, device=x.device, generator=generator) - 1
-        angle, (right, down) = chance[0] * math.radians(self.rotation), chance[1:] * self.shift
-        right, down = right * width, down * height
+        angle = chance[0] * math.radians(self.rotation)
+        right = chance[1] * math.ceil(round(self.shift * width, 6))
+        down = chance[2] * math.ceil(round(self.shift * height, 6))
         row = torch.arange(height, device=x.device).view(height, 1) - (height - 1) / 2
         column = torch.arange(width, device=x.device) - (width - 1) / 2
         from_row = (angle.cos() * row + angle.sin() * column + down + (height - 1) / 2).round().long()

@@ -366,11 +366,12 @@ def test_motion_is_the_identity_without_a_generator_or_limits() -> None:
     assert torch.equal(RandomMotion(0.0, 0.0)(x, generator()), x)
 
 
-def test_motion_shifts_within_its_limit_and_fills_with_zeros() -> None:
+@pytest.mark.parametrize("shift", [2 / 9, 1.2 / 9], ids=["two pixels", "rounded up to two"])
+def test_motion_shifts_within_its_limit_and_fills_with_zeros(shift: float) -> None:
     """A single pixel of an image lands at every place within the limit, and nowhere else; what leaves is gone."""
     x = torch.zeros(2000, 2, 9, 9)
     x[:, 0, 4, 4] = x[:, 1, 0, 0] = 1
-    moved = RandomMotion(0.0, 2 / 9)(x, generator())
+    moved = RandomMotion(0.0, shift)(x, generator())
     reached = moved.amax(dim=0)
     expected = torch.zeros(2, 9, 9)
     expected[0, 2:7, 2:7] = expected[1, :3, :3] = 1
