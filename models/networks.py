@@ -66,8 +66,10 @@ class RandomMotion(nn.Module):
 
     def __init__(self, rotation: float, shift: float) -> None:
         super().__init__()
-        if not (0 <= rotation <= 180 and 0 <= shift <= 1):
-            raise ValueError(f"rotation must be in [0, 180] and shift in [0, 1], got {rotation} and {shift}")
+        if not 0 <= rotation <= 180:
+            raise ValueError(f"rotation must be in [0, 180] degrees, got {rotation}")
+        if not 0 <= shift <= 1:
+            raise ValueError(f"shift must be in [0, 1], a part of the image's sides, got {shift}")
         self.rotation, self.shift = rotation, shift
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
