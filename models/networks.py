@@ -60,8 +60,8 @@ class RandomMotion(nn.Module):
 
     The angle is uniform within +-`rotation` degrees and each shift within +-`shift` of that side, rounded up to whole
     pixels, as less than half of one would move nothing: a pixel's value is the nearest one's, so that binary images
-    stay so, and 0 where the image has none. Raises ValueError for a rotation
-    outside [0, 180] and a shift outside [0, 1].
+    stay so, and 0 where the image has none. Raises ValueError for a rotation outside [0, 180] and a shift outside
+    [0, 1].
     """
 
     def __init__(self, rotation: float, shift: float) -> None:

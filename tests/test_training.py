@@ -572,6 +572,16 @@ def test_checkpoint_of_another_split(copied: Callable[[str], Path]) -> None:
     assert_one_sentence(resume(folder, "train.steps=20", code=2), "the split's hash differs")
 
 
+def test_checkpoint_of_other_layers(copied: Callable[[str], Path]) -> None:
+    """As of a version whose networks were built otherwise."""
+    folder = copied(golden.line("gumbel_softmax"))
+    newest = checkpoints.stored(folder)[-1]
+    state = torch.load(newest, weights_only=True)
+    state["model"]["classifier.logits.weight"] = torch.zeros(10, 5)
+    torch.save(state, newest)
+    assert_one_sentence(resume(folder, "train.steps=20", code=2), "other layers", "git_commit")
+
+
 def test_run_folder_is_used_once(copied: Callable[[str], Path]) -> None:
     """A second run among the first one's checkpoints would lose its own, and be taken for the first."""
     folder = copied(f"{MLP} train.steps=2")

@@ -237,7 +237,13 @@ class Run:
             raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
         if state["split_hash"] != self.split.hash:
             raise ConfigError("resume found another dataset than the run's: the split's hash differs")
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ConfigError(
+                "resume found other layers in the checkpoint than the networks have now; go on with the version of the "
+                "program that made it, whose git_commit is in its result.json, or start a new run"
+            ) from error
         self.estimator.load_state_dict(state["estimator"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random_state"].cpu())
