@@ -265,6 +265,7 @@ def train_classifier(job: Job, folder: Path) -> int:
 def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
     """Chooses each method's settings, measures it on test images, and writes its folder."""
     from scripts.baseline_methods import METHODS, choose
+    from training.run import split_of
 
     source = load_part("train", job.config)
     split = split_of(source, job.config)
@@ -286,21 +287,6 @@ def load_part(part: str, config: Config) -> Images:
 
     data = config.data
     return load(data.name, data.root, part, data.checksum, data.path, data.random_classes)
-
-
-def split_of(source: Images, config: Config) -> Split:
-    from data.splits import draw_split
-
-    data = config.data
-    return draw_split(
-        source.labels,
-        source.num_classes,
-        num_labelled=data.num_labelled,
-        num_validation=data.num_validation,
-        split_seed=data.split_seed,
-        labelled_in_unlabelled=data.labelled_in_unlabelled,
-        digest=source.digest,
-    )
 
 
 def known_of(source: Images, split: Split, config: Config) -> Known:

@@ -27,7 +27,7 @@ from models import evaluation
 from scripts import baseline_methods, baselines, compare
 from scripts.baseline_methods import GRIDS, METHODS, Known, choose, grid, predict, usable
 from tests.runs import Ended, command
-from training.run import stored_run
+from training.run import split_of, stored_run
 
 SKLEARN = [name for name in baselines.NAMES if name != baselines.CLASSIFIER]
 # one nearest neighbour on the 50 labels of draws 0 to 4 of digits, test accuracy in %, as it was found by hand
@@ -111,7 +111,7 @@ def test_drawn_pixels_are_those_that_a_run_is_evaluated_on(done: Path) -> None:
 def test_training_images_keep_what_is_known_of_their_pixels(how: Binarization, digits: tuple[Images, Config]) -> None:
     source, config = digits
     config.data.binarization = how
-    known = baselines.known_of(source, baselines.split_of(source, config), config)
+    known = baselines.known_of(source, split_of(source, config), config)
     grey = how is not Binarization.threshold
     assert (len(np.unique(known.x)) > 2) == grey
     assert (len(np.unique(known.x_validation)) > 2) == (how is Binarization.none)
@@ -121,7 +121,7 @@ def test_training_images_keep_what_is_known_of_their_pixels(how: Binarization, d
 @pytest.mark.parametrize("name", SKLEARN)
 def test_no_label_is_seen_but_those_of_labelled_images(name: str, digits: tuple[Images, Config]) -> None:
     source, config = digits
-    split = baselines.split_of(source, config)
+    split = split_of(source, config)
     hidden = np.setdiff1d(np.arange(len(source.labels)), split.labelled)
     wrong = source.labels.copy()
     wrong[hidden] = (wrong[hidden] + 1) % 10
@@ -139,7 +139,7 @@ def test_no_label_is_seen_but_those_of_labelled_images(name: str, digits: tuple[
 def test_labelled_images_are_not_unlabelled_ones_as_well(digits: tuple[Images, Config]) -> None:
     source, config = digits
     assert config.data.labelled_in_unlabelled
-    known = baselines.known_of(source, baselines.split_of(source, config), config)
+    known = baselines.known_of(source, split_of(source, config), config)
     assert (len(known.x_labelled), len(known.x_unlabelled), len(known.x_validation)) == (50, 1187, 200)
     assert (known.y >= 0).sum() == 50
 
@@ -149,7 +149,7 @@ def test_labelled_images_are_not_unlabelled_ones_as_well(digits: tuple[Images, C
 
 @pytest.fixture
 def known(digits: tuple[Images, Config]) -> Known:
-    return baselines.known_of(digits[0], baselines.split_of(*digits), digits[1])
+    return baselines.known_of(digits[0], split_of(*digits), digits[1])
 
 
 def test_spreading_over_one_graph_is_scikit_learns(known: Known) -> None:

@@ -73,7 +73,7 @@ class Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         source = self._load("train")
-        self.split = self._draw_split(source)
+        self.split = split_of(source, config)
         shape = ImageShape(*source.images.shape[1:])
         torch.manual_seed(config.seed)
         with self.device:
@@ -96,18 +96,6 @@ class Run:
             seed=config.seed,
         )
         self.validation = evaluation_data(source, self.split.validation, self.device)
-
-    def _draw_split(self, source: Images) -> Split:
-        data = self.config.data
-        return draw_split(
-            source.labels,
-            source.num_classes,
-            num_labelled=data.num_labelled,
-            num_validation=data.num_validation,
-            split_seed=data.split_seed,
-            labelled_in_unlabelled=data.labelled_in_unlabelled,
-            digest=source.digest,
-        )
 
     def _load(self, part: str) -> Images:
         data = self.config.data
@@ -275,6 +263,20 @@ class Run:
             "; effective weight per image: "
             f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         )
+
+
+def split_of(source: Images, config: Config) -> Split:
+    """The split that the configuration draws of the training part."""
+    data = config.data
+    return draw_split(
+        source.labels,
+        source.num_classes,
+        num_labelled=data.num_labelled,
+        num_validation=data.num_validation,
+        split_seed=data.split_seed,
+        labelled_in_unlabelled=data.labelled_in_unlabelled,
+        digest=source.digest,
+    )
 
 
 def tune_process() -> None:
