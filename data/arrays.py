@@ -33,22 +33,24 @@ def facts(path: str | None) -> DatasetFacts:
     """What is known without reading the pixels: from the headers and the labels. Raises DataError."""
     file = _found(path)
     if file.is_dir():
-        files, labels = _listed(file)
+        files, labels, names = _listed(file)
         shape, has_test = _shape_of_all(_stamped(files)), False
     else:
         shape, labels, test_labels = _read_labels(file)
-        has_test = test_labels is not None
+        has_test, names = test_labels is not None, ()
     num_classes = _check_classes(labels, str(file))
+    names = names or _read_names(file, num_classes)
     rows, _ = parts(labels, num_classes, has_test)
-    return DatasetFacts(len(rows), num_classes, shape, int((labels[rows] < 0).sum()))
+    return DatasetFacts(len(rows), num_classes, shape, int((labels[rows] < 0).sum()), class_names=names)
 
 
 def load(path: str | None, part: str) -> Images:
     """The `train` or `test` part, and a digest of all pixels and labels. Raises DataError."""
     file = _found(path)
     test: tuple[npt.NDArray[np.uint8], Indices] | None = None
+    names: tuple[str, ...] = ()
     if file.is_dir():
-        files, labels = _listed(file)
+        files, labels, names = _listed(file)
         images = _decoded(files, _shape_of_all(_stamped(files)))
     else:
         shape, labels, test_labels = _read_labels(file)
@@ -56,11 +58,12 @@ def load(path: str | None, part: str) -> Images:
         if test_labels is not None:
             test = _read(file, "test_images").reshape(-1, *shape), test_labels
     num_classes = _check_classes(labels, str(file))
+    names = names or _read_names(file, num_classes)
     digest = _digest(images, labels, *(test or ()))
     if test and part == "test":
-        return Images(*test, num_classes, digest)
+        return Images(*test, num_classes, digest, names)
     rows = parts(labels, num_classes, bool(test))[part == "test"]
-    return Images(images[rows], labels[rows], num_classes, digest)
+    return Images(images[rows], labels[rows], num_classes, digest, names)
 
 
 def parts(labels: Indices, num_classes: int, has_test: bool) -> tuple[Indices, Indices]:
@@ -182,6 +185,21 @@ def _check_labels(file: Path, key: str, header: Header, number: int, lowest: int
     return labels.astype(np.int64)
 
 
+def _read_names(file: Path, num_classes: int) -> tuple[str, ...]:
+    """The classes' names, if the file has them."""
+    headers = _headers(file)
+    if "class_names" not in headers:
+        return ()
+    shape, dtype = headers["class_names"]
+    wanted = f"{file}: class_names must be strings [{num_classes}], one for each class in the order of the labels"
+    if dtype.kind != "U" or shape != (num_classes,):
+        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}")
+    names = tuple(map(str, _read(file, "class_names")))
+    if not all(name.strip() for name in names) or len(set(names)) < len(names):
+        raise DataError(f"{wanted}, none of them empty or there twice, got {', '.join(map(repr, names))}")
+    return names
+
+
 def _by(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -228,8 +246,8 @@ def _unreadable(file: Path, error: Exception) -> DataError:
 # ---- folders ----
 
 
-def _listed(folder: Path) -> tuple[list[Path], Indices]:
-    """The image files, class by class in the order of the sub-folders' names, and their labels."""
+def _listed(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
+    """The image files, class by class in the order of the sub-folders' names, their labels, and those names."""
     inside = [path for path in _inside(folder) if path.is_dir() and not path.name.startswith(".")]
     classes = [path for path in inside if path.name != UNLABELLED]
     if len(classes) < 2:
@@ -241,7 +259,7 @@ def _listed(folder: Path) -> tuple[list[Path], Indices]:
             raise DataError(f"{path} must have PNG or JPEG files, as each sub-folder is a class, got none")
         files += own
         labels += [classes.index(path) if path in classes else -1] * len(own)
-    return files, np.array(labels, dtype=np.int64)
+    return files, np.array(labels, dtype=np.int64), tuple(path.name for path in classes)
 
 
 def _inside(folder: Path) -> list[Path]:

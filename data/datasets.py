@@ -34,12 +34,28 @@ class DatasetFacts:
     unknown_labels: int = 0  # of the training images
     folder: str = ""
     source: str = ""
+    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
 
 
+def numbered(num_classes: int) -> tuple[str, ...]:
+    """The names of classes that nobody has named: "0", "1", "2" and so on."""
+    return tuple(map(str, range(num_classes)))
+
+
+# as their publishers name them (Xiao et al. 2017; Clanuwat et al. 2018)
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+KUZUSHIJI = "o,ki,su,tsu,na,ha,ma,ya,re,wo"
 DATASETS = {
     "mnist": DatasetFacts(60_000, 10, (1, 28, 28), folder="MNIST", source="MNIST"),
-    "fashion_mnist": DatasetFacts(60_000, 10, (1, 28, 28), folder="FashionMNIST", source="FashionMNIST"),
-    "kmnist": DatasetFacts(60_000, 10, (1, 28, 28), folder="KMNIST", source="KMNIST"),
+    "fashion_mnist": DatasetFacts(
+        60_000, 10, (1, 28, 28), folder="FashionMNIST", source="FashionMNIST", class_names=tuple(FASHION.split(","))
+    ),
+    "kmnist": DatasetFacts(
+        60_000, 10, (1, 28, 28), folder="KMNIST", source="KMNIST", class_names=tuple(KUZUSHIJI.split(","))
+    ),
     "digits": DatasetFacts(1_437, 10, (1, 8, 8)),
 }
 OWN = "arrays"  # a person's own images, whose facts are in their file
@@ -85,12 +101,16 @@ class Images:
     labels: npt.NDArray[np.int64]
     num_classes: int
     digest: str = ""  # of the whole dataset, where it is not a published one
+    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
 
 
 def facts(name: str, path: str | None, random_classes: int | None = None) -> DatasetFacts:
     """The facts of a dataset; those of data=arrays are read from `path`, without its pixels. Raises DataError."""
     if random_classes is not None:
-        return replace(facts(name, path), num_classes=random_classes)
+        return replace(facts(name, path), num_classes=random_classes, class_names=())
     if name == OWN:
         from data import arrays
 
@@ -114,7 +134,9 @@ def load(
     if random_classes is not None:
         source = load(name, root, part, checksum, path)
         drawn = np.random.default_rng(RANDOM_LABELS).integers(random_classes, size=len(source.labels))
-        return replace(source, labels=np.where(source.labels < 0, -1, drawn), num_classes=random_classes)
+        return replace(
+            source, labels=np.where(source.labels < 0, -1, drawn), num_classes=random_classes, class_names=()
+        )
     if name == OWN:
         from data import arrays
 
@@ -135,7 +157,7 @@ def load(
             f"{paths[1]} has the label {highest}, and data={name} has {num_classes} classes; "
             f"delete {raw} to download it again"
         )
-    return Images(images[:, None], labels.astype(np.int64), num_classes)
+    return Images(images[:, None], labels.astype(np.int64), num_classes, class_names=DATASETS[name].class_names)
 
 
 def _load_digits(part: str) -> Images:

@@ -128,6 +128,41 @@ def test_one_coloured_file_makes_all_coloured(tmp_path: Path) -> None:
     assert (images == images[:, :1]).all(axis=(1, 2, 3)).sum() == len(images) - 1
 
 
+# ---- names ----
+
+
+def test_classes_have_the_names_that_their_folders_or_their_file_gives_them(tmp_path: Path) -> None:
+    numbers = stored(tmp_path)
+    (tmp_path / "named").mkdir()
+    named = stored(tmp_path / "named", class_names=np.array(["owl", "a cat", "Bär"]))
+    folders = folder_of_files(tmp_path / "mine")
+    for path, names in (
+        (numbers, ("0", "1", "2")),
+        (named, ("owl", "a cat", "Bär")),
+        (folders, ("cats", "dogs", "owls")),
+    ):
+        assert arrays.facts(str(path)).class_names == names
+        assert arrays.load(str(path), "train").class_names == names
+        assert arrays.load(str(path), "test").class_names == names
+
+
+@pytest.mark.parametrize(
+    ("names", "got"),
+    [
+        (["owl", "cat"], "got <U3 [2]"),
+        ([0, 1, 2], "got int64 [3]"),
+        (["owl", "cat", "owl"], "there twice, got 'owl', 'cat', 'owl'"),
+        (["owl", " ", "cat"], "none of them empty"),
+        (np.array(["owl", None, 3], dtype=object), "got object"),
+    ],
+)
+def test_class_names_that_name_no_classes_are_refused(names: Any, got: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        arrays.facts(str(stored(tmp_path, class_names=np.array(names))))
+    assert f"{tmp_path / 'mine.npz'}: class_names must be strings [3]" in str(caught.value)
+    assert got in str(caught.value)
+
+
 # ---- who sees what ----
 
 

@@ -206,6 +206,17 @@ def test_evaluation_data_keeps_rows_and_labels_together() -> None:
     assert len(evaluation_data(numbered_images(), slice(None), CPU).x) == len(LABELS)
 
 
+def test_published_classes_have_their_published_names() -> None:
+    assert datasets.facts("mnist", None).class_names == tuple("0123456789")
+    assert load("digits", "", "test").class_names == tuple("0123456789")
+    assert datasets.facts("fashion_mnist", None).class_names[::9] == ("T-shirt/top", "Ankle boot")
+    assert datasets.facts("kmnist", None).class_names[::9] == ("o", "wo")
+    assert datasets.facts("fashion_mnist", None, random_classes=3).class_names == ("0", "1", "2")
+    assert load("digits", "", "train", random_classes=12).class_names == tuple(map(str, range(12)))
+    for facts in datasets.DATASETS.values():
+        assert len(set(facts.class_names)) == facts.num_classes
+
+
 # --- order of the rows
 
 
