@@ -81,7 +81,8 @@ def looks_due(run: Run) -> tuple[bool, bool]:
     """Whether validation and diagnostics are due at the run's step."""
     every, diagnose_every = run.config.train.validate_every, run.config.diagnostics.every
     last = run.step == run.config.train.steps
-    return run.step % every == 0 or last, diagnose_every > 0 and (run.step % diagnose_every == 0 or last)
+    validate = len(run.validation.labels) > 0 and (run.step % every == 0 or last)
+    return validate, diagnose_every > 0 and (run.step % diagnose_every == 0 or last)
 
 
 def look(run: Run, report: Report, interruption: Interruption) -> None:

@@ -32,6 +32,7 @@ CAPTIONS = {"classes": "(a) class by style", "analogies": "(b) analogies", "inte
 def drawn(run: Run, kind: str, columns: int, seed: int) -> Tensor:
     """The picture uint8 [C, H, W] of a kind."""
     from data.batches import binarize
+    from data.facts import DataError
     from data.randomness import keyed_generator
     from training.pictures import analogies, beside, generated, grid, interpolation, reconstructions, turn_about
 
@@ -41,6 +42,8 @@ def drawn(run: Run, kind: str, columns: int, seed: int) -> Tensor:
         return grid(generated(run.model, shape, generator, columns), columns)
     if kind == "interpolation":
         return grid(interpolation(run.model, shape, generator, columns), columns)
+    if not len(run.validation.labels):
+        raise DataError(f"--kind {kind} draws validation images, and the run has none: data.num_validation=0")
     rows = turn_about(run.validation.labels)[:columns]
     x = binarize(run.validation.x[rows], run.binarization, generator)
     if kind == "reconstructions":
