@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from data import npz
 from data.facts import Array, DataError, DatasetFacts, Images
 from data.pictures import LeftOut, picture_files, read_pictures, resized, shape_of_all, size_of, stamped, suffixes
 from data.splits import Indices, by_class, count_of
+from data.stored import InFile
 
 TEST_SHARE = 6  # without test images, every sixth labelled one of a class is held out as the test part
 UNLABELLED = "unlabelled"  # the sub-folder of images without a label, and how others write it
@@ -41,7 +41,7 @@ WANTED = (
 def facts(path: str | None, num_test: float | None = None, resize: str | None = None) -> DatasetFacts:
     """What is known without reading the pixels: from the headers and the labels. Raises DataError."""
     file = _found(path)
-    if file.is_dir():
+    if _has_pictures(file):
         files, labels = _listed(file)
         shape, test_labels, names = shape_of_all(stamped(files), resize)[0], None, _names(file)
     else:
@@ -56,11 +56,17 @@ def facts(path: str | None, num_test: float | None = None, resize: str | None = 
     )
 
 
-def load(path: str | None, part: str, num_test: float | None = None, resize: str | None = None) -> Images:
-    """The `train` or `test` part, and a digest of all pixels and labels. Raises DataError."""
+def load(
+    path: str | None, part: str, num_test: float | None = None, resize: str | None = None, mapped: bool = False
+) -> Images:
+    """The `train` or `test` part, and a digest of all pixels and labels. Raises DataError.
+
+    With `mapped` the images stay in their file, where it is one that lets them: .npy, or .npz without compression.
+    """
     file = _found(path)
-    test: tuple[Array, Indices] | None = None
-    if file.is_dir():
+    test: tuple[Array | InFile, Indices] | None = None
+    images: Array | InFile
+    if _has_pictures(file):
         left_out = LeftOut()
         files, labels = _listed(file, left_out)
         shape, deep = shape_of_all(stamped(files), resize)
@@ -68,26 +74,37 @@ def load(path: str | None, part: str, num_test: float | None = None, resize: str
         notes = _notes(file, left_out, deep)
     else:
         _, labels, test_labels = npz.read_labels(file)
-        images, notes = npz.read_images(file, "images")
+        images, notes = _arrays(file, "images", resize, mapped)
         names = ()
         if test_labels is not None:
-            test_images, more = npz.read_images(file, "test_images")
+            test_images, more = _arrays(file, "test_images", resize, mapped)
             test, notes = (test_images, test_labels), notes + more
-        if resize:
-            images = resized(images, size_of(resize))
-            test = (resized(test[0], size_of(resize)), test[1]) if test else None
     num_classes = _check_classes(labels, str(file))
     names = names or npz.read_names(file, num_classes)
-    _check_range(file, "images", images)
-    if test:
-        _check_range(file, "test_images", test[0])
-    digest = _digest(images, labels, *(test or ()))
+    digest = _checked_digest(file, images, labels, test, resize)
     whole = Images(images, labels, num_classes, digest, names, notes, {"data.path": digest})
     rows = parts(labels, num_classes, bool(test), num_test, str(file))
     if test and part == "test":
         return replace(whole, images=test[0], labels=test[1])
     chosen = rows[part == "test"]
-    return replace(whole, images=images[chosen], labels=labels[chosen])
+    return replace(
+        whole, images=images.of(chosen) if isinstance(images, InFile) else images[chosen], labels=labels[chosen]
+    )
+
+
+def _has_pictures(file: Path) -> bool:
+    return file.is_dir() and not npz.is_one(file)
+
+
+def _arrays(file: Path, key: str, resize: str | None, mapped: bool) -> tuple[Array | InFile, tuple[str, ...]]:
+    """Images, in their file if they are to be `mapped` and can be, and sentences on what was made of them."""
+    size = size_of(resize) if resize else None
+    if mapped and (there := npz.map_images(file, key)):
+        images, notes = there
+        as_pixels = images.as_pixels
+        return (replace(images, as_pixels=lambda rows: resized(as_pixels(rows), size)) if size else images), notes
+    in_memory, notes = npz.read_images(file, key)
+    return (resized(in_memory, size) if size else in_memory), notes
 
 
 def parts(
@@ -148,26 +165,50 @@ def _check_classes(labels: Indices, where: str, name: str = "labels") -> int:
     return len(there)
 
 
-def _check_range(file: Path, key: str, images: Array) -> None:
-    """Raises DataError for images that are all the same or, as grey levels of 0 to 255, all but black."""
-    what = f"the pictures in {file}" if file.is_dir() else f"{file}: {key}"
-    if len(images) > 1 and all(np.array_equal(image, images[0]) for image in images):
+def _checked_digest(
+    file: Path, images: Array | InFile, labels: Indices, test: tuple[Array | InFile, Indices] | None, resize: str | None
+) -> str:
+    """SHA-256 over shapes and contents; images in a file are read once a process, as long as the file has its stamp."""
+    inside = [path for path in (file, file / "images.npy", file / "test_images.npy") if path.is_file()]
+    stamp = (
+        str(file),
+        resize,
+        *((path.stat().st_mtime_ns, path.stat().st_size, path.stat().st_ino) for path in inside),
+    )
+    in_file = isinstance(images, InFile) and (test is None or isinstance(test[0], InFile))
+    digest = _digests.get(stamp) if in_file else None
+    if digest is None:
+        whole = hashlib.sha256()
+        for key, pixels, classes in [("images", images, labels), *([("test_images", *test)] if test else [])]:
+            _read_through(file, key, pixels, whole)
+            whole.update(str(classes.shape).encode())
+            whole.update(np.ascontiguousarray(classes).data)
+        digest = whole.hexdigest()
+        if in_file:
+            _digests[stamp] = digest
+    return digest
+
+
+_digests: dict[tuple[object, ...], str] = {}
+
+
+def _read_through(file: Path, key: str, images: Array | InFile, digest: Any) -> None:
+    """Takes images into a digest. Raises DataError if all are the same, or all but black as grey levels of 0 to 255."""
+    what = f"the pictures in {file}" if _has_pictures(file) else f"{file}: {key}"
+    brightest, first, are_same = 0, images[:1], True
+    digest.update(str(images.shape).encode())
+    for block in images.blocks() if isinstance(images, InFile) else [images]:
+        digest.update(np.ascontiguousarray(block).data)
+        brightest = max(brightest, int(block.max()))
+        are_same = are_same and all(np.array_equal(image, first[0]) for image in block)
+    if len(images) > 1 and are_same:
         raise DataError(f"{what} are all the same, pixel by pixel; look at them")
-    if (brightest := int(images.max())) <= BLACK:
+    if brightest <= BLACK:
         scaled = f"{key} * {255 // max(1, brightest)}"
         way_on = f"write {scaled}" + (" or bool" if brightest == 1 else "")
-        if file.is_dir():
+        if _has_pictures(file):
             way_on = f"write them brighter, or give an .npz file with {scaled}"
         raise DataError(f"{what} must be grey levels of 0 to 255, got none above {brightest}, which is black; {way_on}")
-
-
-def _digest(*arrays: npt.NDArray[Any]) -> str:
-    """SHA-256 over shapes and contents."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(str(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 # ---- folders ----

@@ -1,28 +1,62 @@
-"""Minibatches from tensors that live on the training device."""
+"""Minibatches from tensors that live on the training device, or from images on the host a step ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from data.facts import Images
+from data.facts import Array, Images
 from data.randomness import keyed_generator, random_int16
 from data.splits import Indices, Split
+from data.stored import InFile
 
 Binarization = Literal["dynamic", "threshold", "none"]
+AHEAD = 2  # minibatches that are read before they are asked for
+
+
+class OnHost:
+    """Images uint8 [N, C, H, W] that stay on the host or in their file; those that are asked for come to the device."""
+
+    def __init__(self, images: Array | InFile, rows: Indices, device: torch.device) -> None:
+        self.images, self.rows, self.device = images, rows, device
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, chosen: slice) -> Tensor:
+        return torch.from_numpy(self.images[self.rows[chosen]]).to(self.device)
+
+    def read(self, chosen: Tensor) -> Tensor:
+        """On the host."""
+        return torch.from_numpy(self.images[self.rows[chosen.numpy()]])
+
+
+class Ahead:
+    """What is read of a step, by a thread, while the steps before it are worked on."""
+
+    def __init__(self, read: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+        self.read = read
+        self.reader = ThreadPoolExecutor(1)  # one: the rows of steps are told in turn
+        self.begun: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        wanted = range(step, step + 1 + AHEAD)
+        self.begun = {n: self.begun.get(n) or self.reader.submit(self.read, n) for n in wanted}
+        return self.begun[step].result()
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """All that training can see: an unlabelled image's label is not in it."""
 
-    x_labelled: Tensor  # uint8 [L, C, H, W]
+    x_labelled: Tensor | OnHost  # uint8 [L, C, H, W]
     y_labelled: Tensor  # one-hot float [L, K]
-    x_unlabelled: Tensor  # uint8 [U, C, H, W]
+    x_unlabelled: Tensor | OnHost  # uint8 [U, C, H, W]
 
 
 @dataclass(frozen=True)
@@ -33,14 +67,14 @@ class EvaluationData:
     labels: Tensor
 
 
-def training_data(source: Images, split: Split, device: torch.device) -> TrainingData:
-    images = torch.from_numpy(source.images)
+def training_data(source: Images, split: Split, device: torch.device, on_host: bool = False) -> TrainingData:
+    """On the device, or with images that stay on the host and come to the device a minibatch at a time."""
     labels = torch.from_numpy(source.labels[split.labelled])
-    return TrainingData(
-        images[split.labelled].to(device),
-        torch.nn.functional.one_hot(labels, source.num_classes).float().to(device),
-        images[split.unlabelled].to(device),
-    )
+    y_labelled = torch.nn.functional.one_hot(labels, source.num_classes).float().to(device)
+    x_labelled, x_unlabelled = (OnHost(source.images, rows, device) for rows in (split.labelled, split.unlabelled))
+    if on_host:
+        return TrainingData(x_labelled, y_labelled, x_unlabelled)
+    return TrainingData(x_labelled[:], y_labelled, x_unlabelled[:])
 
 
 def evaluation_data(source: Images, rows: Indices | slice, device: torch.device) -> EvaluationData:
@@ -76,9 +110,12 @@ class ShuffledIndices:
     A minibatch may span epochs, so every row is seen equally often whatever the sizes are.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, purpose: str, device: torch.device) -> None:
+    def __init__(
+        self, size: int, batch_size: int, seed: int, purpose: str, device: torch.device, on_host: bool = False
+    ) -> None:
         self.size, self.batch_size = size, batch_size
         self.seed, self.purpose, self.device = seed, purpose, device
+        self.on_host = on_host  # where they are told; they are drawn on the device, so that they are the same
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
@@ -93,7 +130,8 @@ class ShuffledIndices:
         if epoch in self._epochs:
             return self._epochs[epoch]
         generator = keyed_generator(self.device, self.seed, self.purpose, epoch)
-        return torch.randperm(self.size, device=self.device, generator=generator)
+        permutation = torch.randperm(self.size, device=self.device, generator=generator)
+        return permutation.cpu() if self.on_host else permutation
 
 
 class Batches:
@@ -110,22 +148,43 @@ class Batches:
     ) -> None:
         self.data = data
         self.binarization = binarization
-        device = data.x_labelled.device
+        self.device = data.y_labelled.device
+        on_host = isinstance(data.x_unlabelled, OnHost)
         sizes = len(data.x_labelled), len(data.x_unlabelled)
-        self.labelled = ShuffledIndices(sizes[0], batch_size_labelled, seed, "labelled order", device)
-        self.unlabelled = ShuffledIndices(sizes[1], batch_size_unlabelled, seed, "unlabelled order", device)
+        self.labelled = ShuffledIndices(sizes[0], batch_size_labelled, seed, "labelled order", self.device, on_host)
+        self.unlabelled = ShuffledIndices(
+            sizes[1], batch_size_unlabelled, seed, "unlabelled order", self.device, on_host
+        )
+        self.ahead = Ahead(self._read) if on_host else None
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.take(self.rows(step), generator)
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
-        """The numbers of the labelled and of the unlabelled images of a step."""
-        return self.labelled(step), self.unlabelled(step)
+        """What differs between steps: the numbers of the labelled and of the unlabelled images of a step.
+
+        Of images on the host, instead of the unlabelled ones' numbers the images themselves, of both.
+        """
+        if self.ahead is None:
+            return self.labelled(step), self.unlabelled(step)
+        labelled, images = self.ahead(step)
+        return labelled.to(self.device, non_blocking=True), images.to(self.device, non_blocking=True)
+
+    def _read(self, step: int) -> tuple[Tensor, Tensor]:
+        """The numbers of the labelled images of a step, and its images, on the host."""
+        labelled, unlabelled = self.labelled(step), self.unlabelled(step)
+        assert isinstance(self.data.x_labelled, OnHost)
+        assert isinstance(self.data.x_unlabelled, OnHost)
+        images = torch.cat([self.data.x_labelled.read(labelled), self.data.x_unlabelled.read(unlabelled)])
+        # a GPU copies from pinned memory while it computes
+        return labelled, images.pin_memory() if self.device.type == "cuda" else images
 
     def take(self, rows: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The images of these rows, binarized by the generator, and the classes of the labelled ones."""
         labelled, unlabelled = rows
-        x_labelled = self.data.x_labelled.index_select(0, labelled)
-        x_unlabelled = self.data.x_unlabelled.index_select(0, unlabelled)
-        x = binarize(torch.cat([x_labelled, x_unlabelled]), self.binarization, generator)
-        return x, self.data.y_labelled.index_select(0, labelled)
+        x_labelled, x_unlabelled = self.data.x_labelled, self.data.x_unlabelled
+        if isinstance(x_labelled, OnHost) or isinstance(x_unlabelled, OnHost):
+            images = unlabelled
+        else:
+            images = torch.cat([x_labelled.index_select(0, labelled), x_unlabelled.index_select(0, unlabelled)])
+        return binarize(images, self.binarization, generator), self.data.y_labelled.index_select(0, labelled)

@@ -94,14 +94,16 @@ def load(
     *,
     num_test: float | None = None,
     resize: str | None = None,
+    mapped: bool = False,
 ) -> Images:
     """The `train` or `test` part of a dataset; torchvision downloads it on first use.
 
+    With `mapped`, images of data=arrays stay in their file if that can be.
     With `checksum`, files other than those published are refused. With `random_classes` = K every known label is
     replaced by one of 0..K-1 at random, the same each time: for timing (Jang et al. 2017, figure 5). Raises DataError.
     """
     if random_classes is not None:
-        source = load(name, root, part, checksum, path, num_test=num_test, resize=resize)
+        source = load(name, root, part, checksum, path, num_test=num_test, resize=resize, mapped=mapped)
         drawn = np.random.default_rng(RANDOM_LABELS).integers(random_classes, size=len(source.labels))
         return replace(
             source, labels=np.where(source.labels < 0, -1, drawn), num_classes=random_classes, class_names=()
@@ -109,7 +111,7 @@ def load(
     if name == OWN:
         from data import arrays
 
-        return arrays.load(path, part, num_test, resize)
+        return arrays.load(path, part, num_test, resize, mapped)
     if name == "digits":
         return _load_digits(part)
     raw = Path(root).expanduser() / DATASETS[name].folder / "raw"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from data.stored import InFile
 
 Array = npt.NDArray[np.uint8]
 
@@ -34,9 +38,12 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class Images:
-    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known."""
+    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known.
 
-    images: Array
+    Of images that stay in their file, those come to memory that are asked for by images[rows].
+    """
+
+    images: Array | InFile
     labels: npt.NDArray[np.int64]
     num_classes: int
     digest: str = ""  # of the whole dataset, where it is not a published one

@@ -1,10 +1,12 @@
-"""The arrays of an .npz file with images and labels, checked before their pixels are read."""
+"""The arrays of an .npz file, or of a folder of .npy files, with images and labels: checked before pixels are read."""
 
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from data.facts import Array, DataError
 from data.pictures import SMALLEST_SIDE
 from data.splits import Indices
+from data.stored import InFile
 
 MOST_CHANNELS = 16  # more are taken for a side, of images whose channels are last
 WANTED = "an .npz file has images (uint8 [N, H, W] or [N, C, H, W]) and labels (integers [N], -1 without a label)"
@@ -23,18 +26,42 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]
 
 def read_images(file: Path, key: str) -> tuple[Array, tuple[str, ...]]:
     """The images uint8 [N, C, H, W] of a checked array, and sentences on what was made of it."""
-    array, notes = _read(file, key), []
+    array = _read(file, key)
+    return as_pixels(array), _notes(file, key, array)
+
+
+def map_images(file: Path, key: str) -> tuple[InFile, tuple[str, ...]] | None:
+    """The same, left in their file; None where the file is compressed, or its arrays are not in C order."""
+    try:
+        if (place := _place(file, key)) is None:
+            return None
+        path, offset, shape, dtype = place
+        mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset, shape)
+    except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
+        raise _unreadable(file, error) from error
+    return InFile(mapped, as_pixels, np.arange(len(mapped))), _notes(file, key, mapped)
+
+
+def as_pixels(array: npt.NDArray[Any]) -> Array:
+    """uint8 [N, C, H, W] of an array that may be bool, of 16 bits, without channels, or with its channels last."""
     if array.dtype == np.bool_:
         array = array.view(np.uint8) * np.uint8(255)
-        notes.append(f"{key} of {file} are bool, read as the grey levels 0 and 255")
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
-        notes.append(f"{key} of {file} have 16 bits, of which the higher 8 are read")
     if _has_channels_last(array.shape):
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+    return array if array.ndim == 4 else array[:, None]
+
+
+def _notes(file: Path, key: str, array: npt.NDArray[Any]) -> tuple[str, ...]:
+    notes = []
+    if array.dtype == np.bool_:
+        notes.append(f"{key} of {file} are bool, read as the grey levels 0 and 255")
+    if array.dtype == np.uint16:
+        notes.append(f"{key} of {file} have 16 bits, of which the higher 8 are read")
+    if _has_channels_last(array.shape):
         notes.append(f"{key} of {file} have their channels last, and are read so")
-    images: Array = array if array.ndim == 4 else array[:, None]
-    return images, tuple(notes)
+    return tuple(notes)
 
 
 def read_labels(file: Path) -> tuple[tuple[int, int, int], Indices, Indices | None]:
@@ -129,33 +156,75 @@ def _by(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
+def is_one(path: Path) -> bool:
+    """Whether a folder has the arrays as .npy files, and no pictures."""
+    return (path / "images.npy").is_file()
+
+
 def _headers(file: Path) -> dict[str, Header]:
     """Shape and dtype of each array, whose data must be as long as its header tells."""
     found = {}
     try:
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as stream:
-                    shape, dtype = _header(stream)
-                    length = stream.tell() + math.prod(shape) * dtype.itemsize
-                if not dtype.hasobject and length != entry.file_size:
-                    raise ValueError(f"{entry.filename} has {entry.file_size} bytes where {length} are promised")
-                found[entry.filename.removesuffix(".npy")] = (shape, dtype)
+        for name, size, stream in _entries(file):
+            shape, _, dtype = _header(stream)
+            length = stream.tell() + math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and length != size:
+                raise ValueError(f"{name} has {size} bytes where {length} are promised")
+            found[name.removesuffix(".npy")] = (shape, dtype)
     except Exception as error:  # a damaged archive fails in many ways, and each means the same to a person
         raise _unreadable(file, error) from error
     return found
 
 
-def _header(stream: IO[bytes]) -> Header:
+def _entries(file: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
+    """Name, bytes and content of each array."""
+    if file.is_dir():
+        for path in sorted(file.glob("*.npy")):
+            with path.open("rb") as stream:
+                yield path.name, path.stat().st_size, stream
+        return
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as inside:
+                yield entry.filename, entry.file_size, inside
+
+
+def _place(file: Path, key: str) -> tuple[Path, int, tuple[int, ...], np.dtype[Any]] | None:
+    """Where an array's data begin, in which file, with shape and dtype; None where they are not there as they are."""
+    path, offset = (file / f"{key}.npy", 0) if file.is_dir() else (file, _offset(file, f"{key}.npy"))
+    if offset is None:
+        return None
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        shape, fortran_order, dtype = _header(stream)
+        return None if fortran_order else (path, stream.tell(), shape, dtype)
+
+
+def _offset(file: Path, name: str) -> int | None:
+    """Where an entry of an archive begins; None if it is compressed (APPNOTE.TXT of PKWARE, section 4.3.7)."""
+    with zipfile.ZipFile(file) as archive:
+        entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return None
+    with file.open("rb") as stream:
+        stream.seek(entry.header_offset + 26)
+        lengths = struct.unpack("<HH", stream.read(4))  # of the name and of what else is told of the entry
+    return entry.header_offset + 30 + sum(lengths)
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran's order, and dtype."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    return shape, dtype
+    shape, fortran_order, dtype = read(stream)
+    return shape, fortran_order, dtype
 
 
 def _read(file: Path, key: str) -> npt.NDArray[Any]:
     """An array whose header is checked; pickles are never read."""
     try:
+        if file.is_dir():
+            return np.asarray(np.load(file / f"{key}.npy", allow_pickle=False))
         with np.load(file, allow_pickle=False) as arrays:
             array: npt.NDArray[Any] = arrays[key]
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
