@@ -57,9 +57,12 @@ def assert_refused(ended: Ended, *words: str) -> None:
 @pytest.mark.parametrize("part", ["labelled", "unlabelled"])
 def test_training_images_are_measured_with_their_true_labels(part: str, folder: Path) -> None:
     found = measured(f"{folder} --part {part}")
-    assert found.keys() == {"steps", *(f"{part}_{name}" for name in NAMES)}
+    assert found.keys() == {"steps", *(f"{part}_{name}" for name in (*NAMES, "n", "n_with_label"))}
     source = load("digits", "", "train")
-    rows = json.loads((folder / "split.json").read_text())[part]
+    split = json.loads((folder / "split.json").read_text())
+    rows = sorted({*split[part]} - ({*split["labelled"]} if part == "unlabelled" else set()))
+    assert len(rows) == {"labelled": 50, "unlabelled": 1437 - 200 - 50}[part]
+    assert found[f"{part}_n"] == found[f"{part}_n_with_label"] == len(rows)
     q, labels = classified(stored_run(folder), source.images[rows]), torch.from_numpy(source.labels[rows])
     assert found[f"{part}_accuracy"] == (q.argmax(dim=-1) == labels).double().mean().item()
     assert found[f"{part}_calibration_error"] == pytest.approx(calibration_error(q, labels), abs=1e-6)
@@ -79,6 +82,7 @@ def test_images_without_a_label_count_for_the_bound_alone(folder: Path) -> None:
     data.labels[100:] = -1
     some = run.evaluate(data)
     assert (some.bound, some.kl_z) == (whole.bound, whole.kl_z)
+    assert (some.n, some.n_with_label, whole.n_with_label) == (whole.n, 100, whole.n)
     right = classified(run, data.x[:100].numpy()).argmax(dim=-1) == data.labels[:100]
     assert some.accuracy == right.double().mean().item() != whole.accuracy
     data.labels[:] = -1

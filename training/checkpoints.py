@@ -50,6 +50,12 @@ def prune(folder: Path) -> None:
         old.unlink()
 
 
+def drop_newest(folder: Path) -> None:
+    """Deletes the newest checkpoint where there is one before it."""
+    for newest in stored(folder)[1:][-1:]:
+        newest.unlink()
+
+
 def stored(folder: Path) -> list[Path]:
     """The run folder's checkpoints, oldest first."""
     return sorted((folder / "checkpoints").glob("step_*.pt"))

@@ -33,12 +33,14 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "device": run.device.type,
         "precision": run.precision,
         **measured,
+        "class_names": run.facts.class_names,
         "git_commit": git_commit(),
         "versions": versions(),
         "config": flat(plain(run.config)),
     }
     # the last step's validation is logged already
-    report.final({n.replace("_", "/", 1): value for n, value in measured.items() if n.startswith("test_")})
+    test = {name: value for name, value in measured.items() if name.startswith("test_") and "_n" not in name}
+    report.final({name.replace("_", "/", 1): value for name, value in test.items()})
     report.flush()  # a finished run is not resumed
     write_json(folder / RESULT, result)
     report.say(

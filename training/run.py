@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -24,7 +25,7 @@ from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
 from data.datasets import Images, load
 from data.randomness import keyed_generator
-from data.splits import Split, draw_split
+from data.splits import Indices, Split, draw_split
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
@@ -33,6 +34,7 @@ from models.objective import Objective, Weights
 from models.vae import SemiSupervisedVAE
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
+from training.trained import Facts, load_parameters, spread_out, stored_state
 
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
@@ -62,7 +64,9 @@ class Run:
         self.config = config
         self.step = 0
         self.rollbacks = 0
-        self.unlooked = False  # a signal cut short the looks that were due at `step`
+        self.unlooked = False  # the looks that are due at `step` are still to come
+        self.logged: dict[str, float] | None = None  # then: the scalars of `step` so far
+        self.bounds: tuple[int, list[float]] = (0, [])  # of the validation images, and the step that they are of
         self.sums: dict[str, Tensor] = {}  # of J's terms since the last logging step, on the device
         self.summed = 0
         self.norms: list[Tensor] = []  # of the gradient, in the same steps
@@ -74,7 +78,9 @@ class Run:
         torch.use_deterministic_algorithms(config.deterministic)
         source = self._load("train")
         self.split = split_of(source, config)
-        shape = ImageShape(*source.images.shape[1:])
+        channels, height, width = source.images.shape[1:]
+        self.facts = Facts((channels, height, width), source.class_names, config.data.binarization.value)
+        shape = ImageShape(channels, height, width)
         torch.manual_seed(config.seed)
         with self.device:
             self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
@@ -87,7 +93,7 @@ class Run:
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
-        self.binarization: Binarization = config.data.binarization.value
+        self.binarization: Binarization = self.facts.binarization
         self.batches = Batches(
             training_data(source, self.split, self.device),
             batch_size_labelled=config.train.batch_size_labelled,
@@ -120,12 +126,31 @@ class Run:
             after_batch=after_batch,
         )
 
+    def validate(self, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
+        """Evaluation of the validation images, whose bounds are kept for the checkpoint."""
+        evaluation = self.evaluate(self.validation, after_batch=after_batch)
+        if evaluation.per_image is not None:
+            self.bounds = self.step, spread_out(evaluation.per_image.bound)
+        return evaluation
+
+    def rows(self, part: Literal["labelled", "unlabelled"]) -> Indices:
+        """The training images of a part. The labelled ones are not among the unlabelled, though J may use them so."""
+        if part == "labelled":
+            return self.split.labelled
+        rows = np.setdiff1d(self.split.unlabelled, self.split.labelled)
+        if not len(rows):
+            raise ConfigError("the run has no unlabelled images: every training image was labelled")
+        return rows
+
     def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
-        return evaluation_data(self._load("train"), getattr(self.split, part), self.device)
+        return evaluation_data(self._load("train"), self.rows(part), self.device)
 
     def measure(self, part: Part, importance_samples: int | None = None) -> dict[str, float]:
         """Evaluation of a part under the names of result.json.
+
+        PART_n is the number of its images, which means are over, and PART_n_with_label that of those with a known
+        label, which accuracy and calibration are over.
 
         log p(x) is by `importance_samples`, None for the configuration's on the test part and without it elsewhere.
         """
@@ -181,6 +206,9 @@ class Run:
             "summed": self.summed,
             "norms": self.norms,
             "early_norms": self.early_norms,
+            "logged": self.logged,
+            "facts": asdict(self.facts),
+            "validation_bounds": self.bounds[1] if self.bounds[0] == self.step and not self.unlooked else [],
             "config": plain(self.config),
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
@@ -225,13 +253,7 @@ class Run:
             raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
         if state["split_hash"] != self.split.hash:
             raise ConfigError("resume found another dataset than the run's: the split's hash differs")
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ConfigError(
-                "resume found other layers in the checkpoint than the networks have now; go on with the version of the "
-                "program that made it, whose git_commit is in its result.json, or start a new run"
-            ) from error
+        load_parameters(self.model, state)
         self.estimator.load_state_dict(state["estimator"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random_state"].cpu())
@@ -240,6 +262,8 @@ class Run:
         # runs from before have none of these
         self.rollbacks = state.get("rollbacks", 0)
         self.unlooked = state.get("unlooked", False)
+        self.logged = state.get("logged")
+        self.bounds = state["step"], state.get("validation_bounds", [])
         self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
         self.norms = state.get("norms", [])
         self.early_norms = state.get("early_norms", [])
@@ -368,10 +392,11 @@ def changes(before: dict[str, Any], config: Config) -> str:
 def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
-    Raises CheckpointError, ConfigError, DataError.
+    With its data, which `training.trained.open_run` does without. Raises CheckpointError, ConfigError, DataError.
     """
-    cpu = torch.device("cpu")
-    state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
+    state = stored_state(folder, checkpoint)
+    if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
+        state["config"] |= {"device": "cpu", "cuda_graph": False}
     run = Run(typed(OmegaConf.create(state["config"])))
     run.restore(state)
     return run

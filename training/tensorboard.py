@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.batches import EvaluationData, binarize
 from data.randomness import keyed_generator
-from models.evaluation import evaluating
+from models.evaluation import evaluating, rows_at_once
 from models.vae import SemiSupervisedVAE
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.checkpoints import write_atomically
@@ -59,15 +59,24 @@ PROJECTOR = """embeddings {{
 
 
 class TensorBoard:
-    """Writes a run's events; after a resume, what was logged past `start` is dropped."""
+    """Writes a run's events; after a resume, what was logged past `start` is dropped.
 
-    def __init__(self, folder: Path, start: int, hyper_parameters: dict[str, Any]) -> None:
+    With `logged`, the scalars of `start` itself, all of that step is dropped and they are written anew: the process
+    before this one may have got as far as a part of what else belongs to that step.
+    """
+
+    def __init__(
+        self, folder: Path, start: int, hyper_parameters: dict[str, Any], logged: dict[str, float] | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.folder = folder
         laid_out = has_layout(folder)
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # the first step to drop
+        first_to_drop = start + (logged is None)
+        self.writer = SummaryWriter(str(folder), purge_step=first_to_drop)
+        self.newest_step = start
+        self.newest: dict[str, float] = {}  # scalars of the step last written of
         plain = (int, float, str, bool)
         flat = {key: value if isinstance(value, plain) else str(value) for key, value in hyper_parameters.items()}
         # written into the run's own folder: add_hparams would make a second run of it
@@ -76,8 +85,11 @@ class TensorBoard:
         if not laid_out:
             charts = {section: {c: ["Multiline", tags] for c, tags in part.items()} for section, part in LAYOUT.items()}
             self.writer.add_custom_scalars(charts)
+        self.scalars(logged or {}, start)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        self.newest = (self.newest if step == self.newest_step else {}) | values
+        self.newest_step = step
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
@@ -113,7 +125,8 @@ class TensorBoard:
 
         add_embedding would leave a folder for each step, and forget the others when the run is resumed.
         """
-        images, labels = data.x[:PROJECTED], data.labels[:PROJECTED].tolist()
+        number = min(PROJECTED, rows_at_once(data.x[0].numel()))
+        images, labels = data.x[:number], data.labels[:number].tolist()
         x = binarize(images, binarization, keyed_generator(images.device, 0, "projector"))
         z, predicted = encode(model, x)
         files = self.folder / "projector"
