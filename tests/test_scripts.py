@@ -30,7 +30,7 @@ NAMES = ("accuracy", "bound", "reconstruction", "kl_y", "kl_z", "calibration_err
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps with checkpoints at 4 and 8; it keeps the intensities, so that no pixel is drawn."""
+    """A run of 8 steps with checkpoints at 6 and 8; it keeps the intensities, so that no pixel is drawn."""
     path = tmp_path_factory.mktemp("scripts") / "run"
     run(MLP + "estimator=marginalization train.steps=8 data.binarization=none", path)
     return path
@@ -91,10 +91,10 @@ def test_images_without_a_label_count_for_the_bound_alone(folder: Path) -> None:
 
 
 def test_any_checkpoint(folder: Path) -> None:
-    newest, older = measured(f"{folder} --part val"), measured(f"{folder} --part val --checkpoint step_00000004.pt")
-    assert (newest["steps"], older["steps"]) == (8, 4)
+    newest, older = measured(f"{folder} --part val"), measured(f"{folder} --part val --checkpoint step_00000006.pt")
+    assert (newest["steps"], older["steps"]) == (8, 6)
     assert newest["val_bound"] != older["val_bound"]
-    path = folder / "checkpoints" / "step_00000004.pt"
+    path = folder / "checkpoints" / "step_00000006.pt"
     assert measured(f"{folder} --part val --checkpoint {path}") == older
 
 
@@ -122,7 +122,7 @@ def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--checkpoint step_00000005.pt", ("no checkpoint step_00000005.pt", "step_00000004.pt, step_00000008.pt")),
+        ("--checkpoint step_00000005.pt", ("no checkpoint step_00000005.pt", "step_00000006.pt, step_00000008.pt")),
         ("--checkpoint result.json", ("no checkpoint result.json",)),
         ("--output nowhere/found.json", ("folder that exists", "nowhere/found.json")),
         ("--output found.txt", ("must end in .json", "found.txt")),
@@ -170,7 +170,7 @@ def test_every_kind_in_both_formats(kind: str, suffix: str, folder: Path, tmp_pa
 
 def test_a_checkpoint_and_a_seed_are_drawn(folder: Path, tmp_path: Path) -> None:
     pictures = set()
-    for index, more in enumerate(("", "--seed 1", "--checkpoint step_00000004.pt", "--kind interpolation")):
+    for index, more in enumerate(("", "--seed 1", "--checkpoint step_00000006.pt", "--kind interpolation")):
         picture = tmp_path / f"{index}.png"
         assert command(generate.main, f"{folder} --output {picture} {more}").code == 0
         pictures.add(picture.read_bytes())
