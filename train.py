@@ -22,7 +22,7 @@ from configs.check import COMPOSING_ERRORS, refuse, typed
 from configs.resume import resume_arguments
 from configs.schema import Config, ConfigError
 from configs.wording import explain, explain_group
-from data.datasets import DataError
+from data.facts import DataError
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
     from training.interruption import Interruption

@@ -31,7 +31,8 @@ from yaml import YAMLError
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, keys, shown, unknown_key
-from data.datasets import DataError, facts, load
+from data.datasets import facts, load
+from data.facts import DataError
 from data.folders import made
 from data.splits import Indices, draw_split
 

@@ -26,7 +26,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from configs.schema import Config, ConfigError
-from data.datasets import DataError
+from data.facts import DataError
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from data.datasets import DataError, DatasetFacts, Images
+from data.facts import DataError, DatasetFacts, Images
 from data.splits import Indices
 
 SMALLEST_SIDE = 4  # pixels; the networks halve the sides twice

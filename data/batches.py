@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from data.datasets import Images
+from data.facts import Images
 from data.randomness import keyed_generator, random_int16
 from data.splits import Indices, Split
 

@@ -1,4 +1,4 @@
-"""Labelled image datasets as uint8 arrays, and the facts that are known before a file is opened."""
+"""Labelled image datasets by name: the published ones, read here, and a person's own."""
 
 from __future__ import annotations
 
@@ -8,42 +8,14 @@ import math
 import struct
 import tempfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from data.facts import Array, DataError, DatasetFacts, Images
 from data.folders import made
-
-Array = npt.NDArray[np.uint8]
-
-
-class DataError(Exception):
-    """A dataset is missing or unusable; the message says which file and what to do."""
-
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """What a configuration is checked against before any work; `folder` and `source` name torchvision's dataset."""
-
-    train_images: int
-    num_classes: int
-    shape: tuple[int, int, int]  # channels, height, width
-    unknown_labels: int = 0  # of the training images
-    folder: str = ""
-    source: str = ""
-    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
-
-
-def numbered(num_classes: int) -> tuple[str, ...]:
-    """The names of classes that nobody has named: "0", "1", "2" and so on."""
-    return tuple(map(str, range(num_classes)))
-
 
 # as their publishers name them (Xiao et al. 2017; Clanuwat et al. 2018)
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
@@ -91,20 +63,6 @@ FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known."""
-
-    images: Array
-    labels: npt.NDArray[np.int64]
-    num_classes: int
-    digest: str = ""  # of the whole dataset, where it is not a published one
-    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
 
 
 def facts(name: str, path: str | None, random_classes: int | None = None) -> DatasetFacts:

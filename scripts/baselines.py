@@ -37,7 +37,7 @@ from scripts.command import refusing_bad_input
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
     from data.batches import Binarization
-    from data.datasets import Images
+    from data.facts import Images
     from data.splits import Split
     from scripts.baseline_methods import Chosen, Known, Pixels
 

@@ -12,7 +12,7 @@ from typing import Any
 from configs.check import refuse
 from configs.schema import ConfigError
 from configs.wording import CONFIGS, explain
-from data.datasets import DataError
+from data.facts import DataError
 
 COME_BY = {
     "matplotlib": "drawing this needs Matplotlib; it comes by: uv sync --extra figures",

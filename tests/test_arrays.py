@@ -18,7 +18,7 @@ from PIL import Image
 import train
 from data import arrays
 from data.batches import training_data
-from data.datasets import DataError
+from data.facts import DataError
 from data.splits import draw_split
 from scripts import evaluate, generate
 from tests.runs import SMALL, Ended, checkpoint, command, curve, equal, resume, run

@@ -22,7 +22,7 @@ import train
 from configs import check
 from configs.resume import resume_arguments
 from configs.schema import ConfigError
-from data.datasets import DataError
+from data.facts import DataError
 from scripts import benchmark, compare, evaluate, generate, gradient_quality, show_relaxation
 from tests.runs import command
 

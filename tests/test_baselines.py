@@ -22,7 +22,8 @@ from sklearn.semi_supervised import LabelSpreading
 from configs.schema import Binarization, Config
 from configs.wording import CONFIGS
 from data.batches import binarize
-from data.datasets import Images, load
+from data.datasets import load
+from data.facts import Images
 from models import evaluation
 from scripts import baseline_methods, baselines, compare
 from scripts.baseline_methods import GRIDS, METHODS, Known, choose, grid, predict, usable

@@ -26,7 +26,8 @@ from data.batches import (
     evaluation_data,
     training_data,
 )
-from data.datasets import Array, DataError, Images, load
+from data.datasets import load
+from data.facts import Array, DataError, Images
 from data.randomness import random_int16
 from data.splits import Split, draw_split
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Array, load
+from data.datasets import load
+from data.facts import Array
 from models.evaluation import calibration_error
 from models.networks import ImageShape, conv
 from models.vae import SemiSupervisedVAE

@@ -19,7 +19,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
-from data.datasets import DataError
+from data.facts import DataError
 from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal
 from training import checkpoints, sweep
 from training.run_folder import hold, release

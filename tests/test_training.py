@@ -34,6 +34,7 @@ import train
 from configs import schema
 from configs.check import typed
 from data import datasets
+from data.facts import Images
 from data.splits import Split
 from estimators.contract import Estimator
 from estimators.schedules import cosine, exponential
@@ -640,7 +641,7 @@ def test_test_part_is_loaded_once_at_the_end(tmp_path: Path, monkeypatch: pytest
     loaded: list[tuple[str, bool]] = []
     original = datasets._load_digits
 
-    def load_digits(part: str) -> datasets.Images:
+    def load_digits(part: str) -> Images:
         loaded.append((part, (tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}.pt").exists()))
         return original(part)
 

@@ -23,7 +23,8 @@ from configs.check import build_optimizer, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
-from data.datasets import Images, load
+from data.datasets import load
+from data.facts import Images
 from data.randomness import keyed_generator
 from data.splits import Indices, Split, draw_split
 from estimators.contract import Estimator, Schedule

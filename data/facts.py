@@ -1,0 +1,52 @@
+"""What is known of a dataset: before its pixels are read, and after; below all that reads one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.uint8]
+
+
+class DataError(Exception):
+    """A dataset is missing or unusable; the message says which file and what to do."""
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What a configuration is checked against before any work; `folder` and `source` name torchvision's dataset."""
+
+    train_images: int
+    num_classes: int
+    shape: tuple[int, int, int]  # channels, height, width
+    unknown_labels: int = 0  # of the training images
+    folder: str = ""
+    source: str = ""
+    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
+    class_sizes: tuple[int, ...] = ()  # training images of each class, where that is known without reading them
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known."""
+
+    images: Array
+    labels: npt.NDArray[np.int64]
+    num_classes: int
+    digest: str = ""  # of the whole dataset, where it is not a published one
+    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
+    notes: tuple[str, ...] = ()  # sentences for the log: what was left out, and what was made of the rest
+    contents: dict[str, str] = field(default_factory=dict)  # a digest of each file that train and test come from
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
+
+
+def numbered(num_classes: int) -> tuple[str, ...]:
+    """The names of classes that nobody has named: "0", "1", "2" and so on."""
+    return tuple(map(str, range(num_classes)))
