@@ -120,7 +120,7 @@ def _exact_terms(
         torch.cat(parts) for parts in zip(*((b.reconstruction, b.kl_z) for b in bounds), strict=True)
     )
     reconstruction, kl_z = (q.T * reconstructions).sum(dim=0), (q.T * kls).sum(dim=0)
-    kl_y = categorical_kl(logits)
+    kl_y = categorical_kl(logits, model.log_prior)
     return (
         q,
         (reconstructions - kls).std(dim=0, correction=0),
@@ -145,6 +145,8 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, gener
         parts = [model.log_weight(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
         log_weights.append(torch.cat(parts))
     per_class = torch.stack(log_weights).logsumexp(dim=0) - math.log(samples)
+    if model.log_prior is not None:
+        return (per_class + model.log_prior.unsqueeze(-1)).logsumexp(dim=0)
     return per_class.logsumexp(dim=0) - math.log(model.num_classes)
 
 

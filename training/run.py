@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from enum import Enum
@@ -24,10 +24,11 @@ from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
 from data.datasets import Images, load
 from data.randomness import keyed_generator
-from data.splits import Split, draw_split
+from data.splits import Split, class_prior, draw_split
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
+from models.likelihoods import likelihood
 from models.networks import ImageShape
 from models.objective import Objective, Weights
 from models.vae import SemiSupervisedVAE
@@ -52,7 +53,8 @@ FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 # keys that older runs do not have, and what those did
-SINCE = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
+SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
+SINCE |= {"likelihood": "bernoulli", "prior": "uniform"}
 
 
 class Run:
@@ -77,9 +79,11 @@ class Run:
         shape = ImageShape(*source.images.shape[1:])
         torch.manual_seed(config.seed)
         with self.device:
-            self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
+            labels = source.labels[self.split.labelled]
+            self.model = build_model(config, shape, class_prior(config.prior, labels, source.num_classes))
             self.estimator: Estimator = build(config.estimator, "estimator")
             self.estimator.prepare(shape.size, source.num_classes)
+            self.estimator.log_prior = self.model.log_prior
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
         self.parameters = dict(self.model.named_parameters())
@@ -183,6 +187,8 @@ class Run:
             "early_norms": self.early_norms,
             "config": plain(self.config),
             "split_hash": self.split.hash,
+            "likelihood": self.config.likelihood.value,
+            "prior": self.model.prior,
             "model": self.model.state_dict(),
             "estimator": self.estimator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -263,6 +269,12 @@ class Run:
             "; effective weight per image: "
             f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         )
+
+
+def build_model(config: Config, shape: ImageShape, prior: Sequence[float]) -> SemiSupervisedVAE:
+    """The model as it is before training, from its configuration, the images' shape and p(y) [K]; it needs no data."""
+    networks = build(config.model, "model", shape, len(prior))
+    return SemiSupervisedVAE(networks, likelihood(config.likelihood.value, shape.channels), prior)
 
 
 def split_of(source: Images, config: Config) -> Split:
