@@ -32,6 +32,7 @@ class PerImage:
 class Evaluation:
     """Means over a data set; bounds, KLs and log-likelihood in nats per image.
 
+    Bits per dimension are -bound / (D log 2), no fewer than -log2 p(x) / D, for images of D whole grey levels.
     Accuracy and calibration are those of the images with a label, None where no image has one.
     """
 
@@ -42,6 +43,7 @@ class Evaluation:
     kl_z: float
     calibration_error: float | None
     log_likelihood: float | None = None
+    bits_per_dimension: float | None = None  # where p(x) is a probability of whole grey levels
     seen: InitVar[PerImage | None] = None
 
     def __post_init__(self, seen: PerImage | None) -> None:
@@ -100,10 +102,13 @@ def evaluate(
             after_batch()
     q, known = torch.cat(probabilities), data.labels >= 0
     labels, q_known = data.labels[known], q[known]
+    means = {name: (value / len(q)).item() for name, value in sums.items()}
+    if model.likelihood.of_grey_levels:
+        means["bits_per_dimension"] = -means["bound"] / (math.log(2) * data.x[0].numel())
     return Evaluation(
         accuracy=(q_known.argmax(dim=-1) == labels).double().mean().item() if len(labels) else None,
         calibration_error=calibration_error(q_known, labels) if len(labels) else None,
-        **{name: (value / len(q)).item() for name, value in sums.items()},
+        **means,
         seen=PerImage(q, torch.cat(spreads)),
     )
 

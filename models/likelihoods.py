@@ -24,6 +24,7 @@ class Likelihood(nn.Module):
     """What each likelihood gives, for generator outputs [S, B, D]; D pixels are channel by channel."""
 
     name = ""
+    of_grey_levels = False  # whether log_prob is a log-probability of whole grey levels, which bits can be counted of
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
         """log p(x|y,z) [S, B], nats per image, of pixels x [B, D] in [0, 1]: normalised over all that x can be."""
@@ -142,6 +143,7 @@ class DiscretizedLogistic(PerChannelScale):
     """
 
     name = "discretized_logistic"
+    of_grey_levels = True
     floor = 0.5 * math.exp(-7)  # that of PixelCNN++, whose pixels range over 2
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:

@@ -122,13 +122,14 @@ def balanced(confidence: float) -> Tensor:
     )
 
 
+LABELS = torch.arange(100) % 10
 USUAL = [10.0] * ENOUGH_NORMS
 
 
 @pytest.mark.parametrize(
     ("raised", "healthy"),
     [
-        (lambda: classes_collapsed(balanced(1.0)[:4]), lambda: classes_collapsed(balanced(1.0))),
+        (lambda: classes_collapsed(balanced(1.0)[:4], LABELS[:4]), lambda: classes_collapsed(balanced(1.0), LABELS)),
         (lambda: generator_ignores_y(torch.zeros(9)), lambda: generator_ignores_y(torch.full((9,), 30.0))),
         (lambda: z_unused(0.01), lambda: z_unused(13.0)),
         (lambda: gradient_exploded([10.0, 5000.0, 10.0], USUAL), lambda: gradient_exploded([10.0, 500.0], USUAL)),

@@ -28,7 +28,7 @@ from data.splits import Split, class_prior, draw_split
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
-from models.likelihoods import likelihood
+from models.likelihoods import likelihood, log_likelihood_name
 from models.networks import ImageShape
 from models.objective import Objective, Weights
 from models.vae import SemiSupervisedVAE
@@ -258,8 +258,14 @@ class Run:
         return (
             f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
             f"{len(split.validation)} validation images (split {split.hash[:12]}); "
-            f"{type(self.estimator).__name__}, {count:,} parameters, {self.device}, {self.precision}"
+            f"{type(self.estimator).__name__}, {self.config.likelihood.value}, {count:,} parameters, "
+            f"{self.device}, {self.precision}"
         )
+
+    @property
+    def log_likelihood_name(self) -> str:
+        """What the results' log_likelihood is a lower bound of."""
+        return log_likelihood_name(self.config.likelihood.value, self.binarization)
 
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""
