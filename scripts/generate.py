@@ -6,7 +6,7 @@ interpolation    generated images, a row a class, along the columns the same wal
 analogies        validation images on the left, one of each class in turn, and to the right their style z from q(z|x,y)
                  in every class
 reconstructions  validation images above p(x|y,z) at their most probable class and style
-samples          draws of the model, y from its p(y), see `prior`, and z from p(z): classes are as frequent as it has them;
+samples          draws of the model, y from its p(y) (see `prior`) and z from p(z): classes as often as it has them;
                  with --pixels drawn the pixels too are drawn, from the likelihood
 sheet            classes, analogies and interpolation side by side with captions, for a paper: 7 inches, 300 dpi
 
