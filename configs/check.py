@@ -34,7 +34,7 @@ from configs.wording import explain, keys, shown, unknown_key
 from data.datasets import facts, load
 from data.facts import DataError
 from data.folders import made
-from data.splits import Indices, draw_split
+from data.splits import Indices, class_prior, draw_split
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
@@ -144,13 +144,16 @@ def check_machine(config: Config) -> None:
         raise ConfigError("cuda_graph must be false where optimizer.fused is not true, got true")
     data = config.data
     try:
-        draw_split(
-            *_labels(data.name, data.root, data.checksum, data.path, data.random_classes),
+        labels, num_classes = _labels(data.name, data.root, data.checksum, data.path, data.random_classes)
+        split = draw_split(
+            labels,
+            num_classes,
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
             split_seed=data.split_seed,
             labelled_in_unlabelled=data.labelled_in_unlabelled,
         )
+        class_prior(config.prior, labels[split.labelled], num_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -44,6 +44,7 @@ class PerImage:
 class Evaluation:
     """Means over a data set of n images; bounds, KLs and log-likelihood in nats per image.
 
+    Bits per dimension are -bound / (D log 2), no fewer than -log2 p(x) / D, for images of D whole grey levels.
     Accuracy and calibration are those of the n_with_label images with a label, None where no image has one.
     """
 
@@ -54,6 +55,7 @@ class Evaluation:
     kl_z: float
     calibration_error: float | None
     log_likelihood: float | None = None
+    bits_per_dimension: float | None = None  # where p(x) is a probability of whole grey levels
     n: int = 0
     n_with_label: int = 0
     seen: InitVar[PerImage | None] = None
@@ -150,10 +152,13 @@ def evaluate(
             after_batch()
     q, known = torch.cat(probabilities), data.labels >= 0
     labels, q_known = data.labels[known], q[known]
+    means = {name: (value / len(q)).item() for name, value in sums.items()}
+    if model.likelihood.of_grey_levels:
+        means["bits_per_dimension"] = -means["bound"] / (math.log(2) * data.x[0].numel())
     return Evaluation(
         accuracy=(q_known.argmax(dim=-1) == labels).double().mean().item() if len(labels) else None,
         calibration_error=calibration_error(q_known, labels) if len(labels) else None,
-        **{name: (value / len(q)).item() for name, value in sums.items()},
+        **means,
         n=len(q),
         n_with_label=len(labels),
         seen=PerImage(q, torch.cat(spreads), torch.cat(bounds)),
@@ -173,7 +178,7 @@ def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[Ten
         torch.cat(parts) for parts in zip(*((b.reconstruction, b.kl_z) for b in bounds), strict=True)
     )
     reconstruction, kl_z = (q.T * reconstructions).sum(dim=0), (q.T * kls).sum(dim=0)
-    kl_y = categorical_kl(logits)
+    kl_y = categorical_kl(logits, model.log_prior)
     return (
         q,
         (reconstructions - kls).std(dim=0, correction=0),
@@ -202,6 +207,8 @@ def importance_weighted_by(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[
         parts = [model.log_weight(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
         log_weights.append(torch.cat(parts))
     per_class = torch.stack(log_weights).logsumexp(dim=0) - math.log(len(log_weights))
+    if model.log_prior is not None:
+        return (per_class + model.log_prior.unsqueeze(-1)).logsumexp(dim=0)
     return per_class.logsumexp(dim=0) - math.log(model.num_classes)
 
 

@@ -6,6 +6,8 @@ interpolation    generated images, a row a class, along the columns the same wal
 analogies        validation images on the left, one of each class in turn, and to the right their style z from q(z|x,y)
                  in every class
 reconstructions  validation images above p(x|y,z) at their most probable class and style
+samples          draws of the model, y from its p(y) (see `prior`) and z from p(z): classes as often as it has them;
+                 with --pixels drawn the pixels too are drawn, from the likelihood
 sheet            classes, analogies and interpolation side by side with captions, for a paper: 7 inches, 300 dpi
 
 uv run python -m scripts.generate outputs/DATE/TIME-NAME --output digits.png
@@ -18,6 +20,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.schema import ConfigError
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
@@ -25,20 +28,31 @@ if TYPE_CHECKING:
 
     from training.run import Run
 
-KINDS = ("classes", "analogies", "interpolation", "sheet", "reconstructions")
+KINDS = ("classes", "analogies", "interpolation", "sheet", "reconstructions", "samples")
 CAPTIONS = {"classes": "(a) class by style", "analogies": "(b) analogies", "interpolation": "(c) walk between styles"}
 
 
-def drawn(run: Run, kind: str, columns: int, seed: int) -> Tensor:
+def drawn(run: Run, kind: str, columns: int, seed: int, draw_pixels: bool = False) -> Tensor:
     """The picture uint8 [C, H, W] of a kind."""
     from data.batches import binarize
     from data.randomness import keyed_generator
-    from training.pictures import analogies, beside, generated, grid, interpolation, reconstructions, turn_about
+    from training.pictures import (
+        analogies,
+        beside,
+        generated,
+        grid,
+        interpolation,
+        reconstructions,
+        samples,
+        turn_about,
+    )
 
     generator = keyed_generator(run.device, seed, "generate")
     shape = run.validation.x.shape[1:]
     if kind == "classes":
         return grid(generated(run.model, shape, generator, columns), columns)
+    if kind == "samples":
+        return grid(samples(run.model, shape, generator, columns**2, draw_pixels), columns)
     if kind == "interpolation":
         return grid(interpolation(run.model, shape, generator, columns), columns)
     rows = turn_about(run.validation.labels)[:columns]
@@ -56,11 +70,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
     parser.add_argument("--output", type=Path, default=Path("generated.png"), help="the picture to write, .png or .pdf")
     parser.add_argument("--columns", type=positive, default=10, help="how many styles, steps or validation images")
+    parser.add_argument(
+        "--pixels", choices=("mean", "drawn"), default="mean", help="of samples: the mean picture, or a draw of pixels"
+    )
     parser.add_argument("--seed", type=int, default=0, help="draws the styles")
     parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes; not of a sheet")
     arguments = parser.parse_args()
     with refusing_bad_input():
         writable(arguments.output, (".png", ".pdf"))
+        if arguments.pixels == "drawn" and arguments.kind != "samples":
+            raise ConfigError(
+                f"--pixels must be mean for --kind {arguments.kind}, got drawn; --kind samples draws them"
+            )
 
         from training.pictures import save_figure, save_png
         from training.run import stored_run
@@ -74,7 +95,7 @@ def main() -> None:
             ]
             save_figure(panels, arguments.output)
         else:
-            picture = drawn(run, arguments.kind, arguments.columns, arguments.seed)
+            picture = drawn(run, arguments.kind, arguments.columns, arguments.seed, arguments.pixels == "drawn")
             if arguments.output.suffix.lower() == ".pdf":
                 save_figure([("", picture)], arguments.output, width=picture.shape[-1] * arguments.zoom / 72)
             else:

@@ -82,7 +82,7 @@ def slow_write(self, data):
 write_record, RecordWriter.write = RecordWriter.write, slow_write
 os.fsync, os.replace, os.unlink = watched_fsync, watched_replace, watched_unlink
 """
-# of FEW: four for split.json, result.json, three files of the projector and each checkpoint, which are 0, 2, 4 and, before
+# of FEW: four for split.json, result.json, three files of the projector and each checkpoint: 0, 2, 4 and, before
 # and after they are looked at, 3, 6 and 8; and four checkpoints that go
 MOMENTS = 60
 DRAWN = random.Random(0)

@@ -23,9 +23,10 @@ from estimators.schedules import constant
 from estimators.score_function import LeaveOneOut, ScoreFunction
 from estimators.straight_through import ReinMax
 from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
+from models.likelihoods import bernoulli_log_likelihood
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
 from models.objective import Objective, Weights, objective
-from models.vae import Bound, SemiSupervisedVAE, bernoulli_log_likelihood, gaussian_kl
+from models.vae import Bound, SemiSupervisedVAE, gaussian_kl
 
 # torch.distributions is not annotated
 Bernoulli: Any = distributions.Bernoulli

@@ -93,6 +93,17 @@ def generated(model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Gene
         return model.generate(classes, z.expand(model.num_classes, -1, -1)).view(-1, *shape)
 
 
+def samples(
+    model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Generator, number: int, draw_pixels: bool = False
+) -> Tensor:
+    """Draws of the model, [number, C, H, W]: y from p(y), z from p(z), and p(x|y,z)'s mean, or pixels drawn from it."""
+    y = model.draw_classes(number, generator).unsqueeze(0)
+    z = torch.randn(1, number, model.latent_size, generator=generator, device=generator.device)
+    with evaluating(model):
+        x = model.draw_pixels(y, z, generator) if draw_pixels else model.generate(y, z)
+    return x.view(number, *shape)
+
+
 def analogies(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
     """Each image of x [B, C, H, W] followed by p(x|y,z) in every class in its own style, [B (K + 1), C, H, W].
 

@@ -104,7 +104,7 @@ class Report:
         seen, weights = measured.per_image, self.run.weights
         if seen is not None:
             self.board.predictions(seen.q, self.run.validation, step)
-            alarms = [classes_collapsed(seen.q)]
+            alarms = [classes_collapsed(seen.q, self.run.validation.labels)]
             if weights.labelled or weights.unlabelled:  # else p(x|y,z) and q(z|x,y) are not trained
                 alarms += [generator_ignores_y(seen.bound_spread), z_unused(measured.kl_z)]
             # a healthy model has yet to learn to use y and z: it is no warning before half of the steps are done

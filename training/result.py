@@ -34,6 +34,8 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "precision": run.precision,
         **measured,
         "class_names": run.facts.class_names,
+        "log_likelihood_of": run.log_likelihood_name.rstrip(","),  # what the bounds and log_likelihood are below
+        "prior": run.model.prior,
         "git_commit": git_commit(),
         "versions": versions(),
         "config": flat(plain(run.config)),
@@ -45,5 +47,5 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     write_json(folder / RESULT, result)
     report.say(
         f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
-        f"log p(x) >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
+        f"{run.log_likelihood_name} >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
     )

@@ -26,16 +26,16 @@ from data.batches import Batches, Binarization, EvaluationData, binarize, evalua
 from data.datasets import load
 from data.facts import Images
 from data.randomness import keyed_generator
-from data.splits import Indices, Split, draw_split
+from data.splits import Indices, Split, class_prior, draw_split
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
+from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
 from models.objective import Objective, Weights
-from models.vae import SemiSupervisedVAE
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
-from training.trained import Facts, load_parameters, spread_out, stored_state
+from training.trained import Facts, build_model, load_parameters, spread_out, stored_state
 
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
@@ -55,7 +55,8 @@ FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 # keys that older runs do not have, and what those did
-SINCE = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
+SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
+SINCE |= {"likelihood": "bernoulli", "prior": "uniform"}
 
 
 class Run:
@@ -80,13 +81,21 @@ class Run:
         source = self._load("train")
         self.split = split_of(source, config)
         channels, height, width = source.images.shape[1:]
-        self.facts = Facts((channels, height, width), source.class_names, config.data.binarization.value)
+        self.facts = Facts(
+            shape=(channels, height, width),
+            class_names=source.class_names,
+            binarization=config.data.binarization.value,
+            resize=getattr(config.data, "resize", None),
+            likelihood=config.likelihood.value,
+            prior=class_prior(config.prior, source.labels[self.split.labelled], source.num_classes),
+        )
         shape = ImageShape(channels, height, width)
         torch.manual_seed(config.seed)
         with self.device:
-            self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
+            self.model = build_model(config.model, self.facts)
             self.estimator: Estimator = build(config.estimator, "estimator")
             self.estimator.prepare(shape.size, source.num_classes)
+            self.estimator.log_prior = self.model.log_prior
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
         self.parameters = dict(self.model.named_parameters())
@@ -277,8 +286,14 @@ class Run:
         return (
             f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
             f"{len(split.validation)} validation images (split {split.hash[:12]}); "
-            f"{type(self.estimator).__name__}, {count:,} parameters, {self.device}, {self.precision}"
+            f"{type(self.estimator).__name__}, {self.config.likelihood.value}, {count:,} parameters, "
+            f"{self.device}, {self.precision}"
         )
+
+    @property
+    def log_likelihood_name(self) -> str:
+        """What the results' log_likelihood is a lower bound of."""
+        return log_likelihood_name(self.config.likelihood.value, self.binarization)
 
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""

@@ -27,6 +27,7 @@ from configs.targets import build
 from data.batches import Binarization, binarize
 from data.datasets import DataError, facts
 from models.evaluation import evaluating, exact_terms, importance_weighted_by, naming_memory, rows_at_once
+from models.likelihoods import likelihood
 from models.networks import ImageShape
 from models.vae import SemiSupervisedVAE
 from training import checkpoints
@@ -36,11 +37,14 @@ BOUNDS = 1001  # of the validation images' bounds, at most, that a checkpoint ke
 
 @dataclass(frozen=True)
 class Facts:
-    """What a model was told of its data, and its checkpoint holds: [C, H, W], the classes, the treatment of pixels."""
+    """What a model was told of its data, and what its checkpoint holds of it."""
 
-    shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]  # channels, height, width
+    class_names: tuple[str, ...]  # in the order of the labels
     binarization: Binarization
+    resize: str | None  # "HxW" where pictures of every size are brought to one
+    likelihood: str  # of models.likelihoods
+    prior: list[float]  # p(y) [K]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Trained:
         self.step: int = state["step"]
         self.device = device
         with torch.random.fork_rng(devices=[]):  # whoever opens a model keeps his own random numbers
-            self.model = build_model(state["config"], self.facts)
+            self.model = build_model(state["config"]["model"], self.facts)
         load_parameters(self.model, state)
         self.model.to(device).to(memory_format=torch.channels_last).eval()
         self.batch_size = min(state["config"]["evaluation"]["batch_size"], rows_at_once(math.prod(self.facts.shape)))
@@ -212,9 +216,10 @@ def stored_state(folder: Path, checkpoint: Path | None = None) -> dict[str, Any]
     return checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
 
 
-def build_model(config: dict[str, Any], known: Facts) -> SemiSupervisedVAE:
-    """The model of a configuration as it is before training, on the default device. Raises ConfigError."""
-    return SemiSupervisedVAE(build(config["model"], "model", ImageShape(*known.shape), len(known.class_names)))
+def build_model(config: Any, known: Facts) -> SemiSupervisedVAE:
+    """The model as it is before training, its networks by `config.model`, on the default device. Raises ConfigError."""
+    networks = build(config, "model", ImageShape(*known.shape), len(known.class_names))
+    return SemiSupervisedVAE(networks, likelihood(known.likelihood, known.shape[0]), known.prior)
 
 
 def load_parameters(model: SemiSupervisedVAE, state: dict[str, Any]) -> None:
@@ -233,16 +238,15 @@ def facts_of(state: dict[str, Any]) -> Facts:
 
     Raises DataError.
     """
-    if "facts" in state:
-        stored = state["facts"]
-        return Facts(tuple(stored["shape"]), tuple(stored["class_names"]), stored["binarization"])
+    if stored := state.get("facts"):
+        return Facts(**stored | {"shape": tuple(stored["shape"]), "class_names": tuple(stored["class_names"])})
     data = state["config"]["data"]
-    name, path, random_classes = data["name"], data.get("path"), data.get("random_classes")
     try:
-        known = facts(name, path, random_classes)
+        known = facts(data["name"], data.get("path"), data.get("random_classes"))
     except DataError as error:
         raise DataError(f"the checkpoint is from before it held its images' shape and classes: {error}") from error
-    return Facts(known.shape, known.class_names, data["binarization"])
+    names = known.class_names
+    return Facts(known.shape, names, data["binarization"], None, "bernoulli", [1 / len(names)] * len(names))
 
 
 def spread_out(bounds: Tensor) -> list[float]:
