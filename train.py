@@ -53,11 +53,11 @@ def train(run: Run, report: Report, folder: Path) -> int:
             run.step = done = step + 1
             report.add(result, guard.norm)
 
-            run.unlooked = any(looks_due(run))
-            if done % settings.log_every == 0 or done == settings.steps:
+            run.unlooked, last = any(looks_due(run)), done == settings.steps
+            if done % settings.log_every == 0 or last:
                 guard.raise_if_diverged()
                 report.log_step(done)
-            if done % settings.checkpoint_every == 0 or run.unlooked or interruption.exit_code:
+            if done % settings.checkpoint_every == 0 or last or run.unlooked or interruption.exit_code:
                 guard.raise_if_diverged()
                 save(run, report, folder)
             if run.unlooked:
@@ -85,7 +85,8 @@ def looks_due(run: Run) -> tuple[bool, bool]:
     """Whether validation and diagnostics are due at the run's step."""
     every, diagnose_every = run.config.train.validate_every, run.config.diagnostics.every
     last = run.step == run.config.train.steps
-    return run.step % every == 0 or last, diagnose_every > 0 and (run.step % diagnose_every == 0 or last)
+    validate = len(run.validation.labels) > 0 and (run.step % every == 0 or last)
+    return validate, diagnose_every > 0 and (run.step % diagnose_every == 0 or last)
 
 
 def look(run: Run, report: Report, folder: Path, interruption: Interruption) -> None:

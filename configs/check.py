@@ -77,7 +77,8 @@ def check(config: Config) -> None:
     from estimators.contract import Estimator
     from models.networks import ImageShape, Networks
 
-    known = facts(config.data.name, config.data.path, config.data.random_classes)
+    data = config.data
+    known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
     estimator = build(config.estimator, "estimator")
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
@@ -144,7 +145,9 @@ def check_machine(config: Config) -> None:
         raise ConfigError("cuda_graph must be false where optimizer.fused is not true, got true")
     data = config.data
     try:
-        labels, num_classes = _labels(data.name, data.root, data.checksum, data.path, data.random_classes)
+        labels, num_classes = _labels(
+            data.name, data.root, data.checksum, data.path, data.random_classes, data.num_test, data.resize
+        )
         split = draw_split(
             labels,
             num_classes,
@@ -152,6 +155,8 @@ def check_machine(config: Config) -> None:
             num_validation=data.num_validation,
             split_seed=data.split_seed,
             labelled_in_unlabelled=data.labelled_in_unlabelled,
+            balanced=data.balanced,
+            stratified=data.stratified,
         )
         class_prior(config.prior, labels[split.labelled], num_classes)
     except ValueError as error:
@@ -159,9 +164,17 @@ def check_machine(config: Config) -> None:
 
 
 @functools.cache
-def _labels(name: str, root: str, checksum: bool, path: str | None, random_classes: int | None) -> tuple[Indices, int]:
+def _labels(
+    name: str,
+    root: str,
+    checksum: bool,
+    path: str | None,
+    random_classes: int | None,
+    num_test: float | None,
+    resize: str | None,
+) -> tuple[Indices, int]:
     """The training images' labels, and the number of classes."""
-    source = load(name, root, "train", checksum, path, random_classes)
+    source = load(name, root, "train", checksum, path, random_classes, num_test=num_test, resize=resize)
     return source.labels, source.num_classes
 
 
@@ -189,12 +202,16 @@ class CheckBeforeWork(Callback):
                 checked.append((job, Path(job_config.hydra.sweep.dir, job_config.hydra.sweep.subdir), job_checked))
         from training import sweep
 
+        is_search = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
         for job, _, job_checked in checked:
+            if is_search and job_checked.data.num_validation == 0:
+                with _refusing(job):
+                    raise ConfigError("a search needs validation images to choose by: data.num_validation must be > 0")
             with _refusing(job):
                 if sweep.launcher(config.hydra) in sweep.ON_THIS_MACHINE:
                     check_machine(job_checked)
         with _refusing(), sweep.begun(config):
-            if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+            if is_search:
                 sweep.check_search(config)
                 return
             for job, folder, job_checked in checked:

@@ -10,8 +10,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from data.datasets import NAMES, OWN, DatasetFacts, facts
-from data.splits import check_sizes
+from data.datasets import NAMES, OWN, facts
+from data.facts import DatasetFacts
+from data.pictures import size_of
+from data.splits import check_sizes, count_of
 
 
 class ConfigError(Exception):
@@ -63,8 +65,13 @@ class DataConfig:
     root: str = MISSING  # where files are kept, torchvision's layout
     path: str | None = None  # of data=arrays, and of that alone: an .npz file or a folder
     checksum: bool = True  # files other than those published are refused
-    num_labelled: int = MISSING  # balanced over classes
-    num_validation: int = MISSING
+    # any: OmegaConf has no union that may be missing
+    num_labelled: Any = MISSING  # a number, or all that have a label
+    num_validation: Any = MISSING  # a number; below 1: of the images with a label; 0 is none
+    num_test: Any = None  # of data=arrays, likewise; null is a sixth of each class
+    balanced: bool = True  # as many labelled images of each class; else in proportion to how many there are
+    stratified: bool = False  # validation images are drawn by class, in proportion; else over all that have a label
+    resize: str | None = None  # of data=arrays: HEIGHTxWIDTH to bring all images to
     split_seed: int = 0  # draws the split, and nothing else
     labelled_in_unlabelled: bool = True  # labelled images are also seen without their labels
     binarization: Binarization = Binarization.dynamic
@@ -73,16 +80,25 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ValueError(f"data.name must be one of {', '.join(NAMES)}, got {self.name}")
-        if self.path is not None and self.name != OWN:
-            raise ValueError(f"data.path is read by data={OWN} alone, got {self.path} with data={self.name}")
+        for key in ("path", "num_test", "resize"):
+            if (value := getattr(self, key)) is not None and self.name != OWN:
+                raise ValueError(f"data.{key} is read by data={OWN} alone, got {value} with data={self.name}")
+        if self.num_test is not None:
+            count_of("data.num_test", self.num_test, 0)
+        if self.resize is not None:
+            size_of(self.resize)
         if self.random_classes is not None:
             _at_least(2, data__random_classes=self.random_classes)
-        known = facts(self.name, self.path, self.random_classes)
-        with_label = known.train_images - known.unknown_labels
-        check_sizes(with_label, known.num_classes, self.num_labelled, self.num_validation)
+        known = facts(self.name, self.path, self.random_classes, num_test=self.num_test, resize=self.resize)
+        check_sizes(
+            known,
+            num_labelled=self.num_labelled,
+            num_validation=self.num_validation,
+            balanced=self.balanced,
+            stratified=self.stratified,
+            labelled_in_unlabelled=self.labelled_in_unlabelled,
+        )
         _at_least(0, data__split_seed=self.split_seed)
-        if not self.labelled_in_unlabelled and self.num_labelled + self.num_validation == known.train_images:
-            raise ValueError("data.labelled_in_unlabelled must be true when no other training image is left, got false")
 
 
 @dataclass
@@ -166,7 +182,9 @@ class Config:
             raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
         self.likelihood = resolved_likelihood(self.likelihood, self.data.binarization)
         if self.prior not in ("uniform", "labelled"):
-            self.prior = _probabilities(self.prior, facts(self.data.name, self.data.path, self.data.random_classes))
+            data = self.data
+            known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
+            self.prior = _probabilities(self.prior, known)
 
 
 def resolved_likelihood(likelihood: Likelihood, binarization: Binarization) -> Likelihood:

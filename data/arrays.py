@@ -1,83 +1,123 @@
-"""data=arrays: a person's own images, from an .npz file or from a folder of PNG and JPEG files."""
+"""data=arrays: a person's own images, from an .npz file or from a folder of pictures with a sub-folder a class."""
 
 from __future__ import annotations
 
-import functools
+import difflib
 import hashlib
-import math
-import zipfile
-import zlib
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data.facts import DataError, DatasetFacts, Images
-from data.splits import Indices
+from data import npz
+from data.facts import Array, DataError, DatasetFacts, Images
+from data.pictures import LeftOut, picture_files, read_pictures, resized, shape_of_all, size_of, stamped, suffixes
+from data.splits import Indices, by_class, count_of
 
-SMALLEST_SIDE = 4  # pixels; the networks halve the sides twice
-MOST_CHANNELS = 16  # more are taken for a side, of images whose channels are last
 TEST_SHARE = 6  # without test images, every sixth labelled one of a class is held out as the test part
-UNLABELLED = "unlabelled"  # the sub-folder of images without a label
-SUFFIXES = (".png", ".jpg", ".jpeg")
-GREY, COLOUR = ("1", "L", "LA"), ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")  # Pillow's modes of 8 bits
+UNLABELLED = "unlabelled"  # the sub-folder of images without a label, and how others write it
+SPELLINGS = {
+    UNLABELLED,
+    "unlabeled",
+    "nolabel",
+    "nolabels",
+    "notlabelled",
+    "notlabeled",
+    "withoutlabel",
+    "withoutlabels",
+}
+SPELLINGS |= {f"{name}{what}" for name in (UNLABELLED, "unlabeled") for what in ("data", "images", "pictures")}
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "labelled", "labeled"}
+BLACK = 16  # of 255: images without a brighter pixel have another range
 WANTED = (
     "data=arrays needs data.path, an .npz file with images (uint8 [N, H, W] or [N, C, H, W]) and labels "
-    "(integers [N], -1 without a label), or a folder with a sub-folder of PNG or JPEG files for each class"
+    "(integers [N], -1 without a label), or a folder with a sub-folder of pictures for each class"
 )
-Header = tuple[tuple[int, ...], np.dtype[Any]]
 
 
-def facts(path: str | None) -> DatasetFacts:
+def facts(path: str | None, num_test: float | None = None, resize: str | None = None) -> DatasetFacts:
     """What is known without reading the pixels: from the headers and the labels. Raises DataError."""
     file = _found(path)
     if file.is_dir():
-        files, labels, names = _listed(file)
-        shape, has_test = _shape_of_all(_stamped(files)), False
+        files, labels = _listed(file)
+        shape, test_labels, names = shape_of_all(stamped(files), resize)[0], None, _names(file)
     else:
-        shape, labels, test_labels = _read_labels(file)
-        has_test, names = test_labels is not None, ()
+        shape, labels, test_labels = npz.read_labels(file)
+        shape, names = (shape[0], *size_of(resize)) if resize else shape, ()
     num_classes = _check_classes(labels, str(file))
-    names = names or _read_names(file, num_classes)
-    rows, _ = parts(labels, num_classes, has_test)
-    return DatasetFacts(len(rows), num_classes, shape, int((labels[rows] < 0).sum()), class_names=names)
+    names = names or npz.read_names(file, num_classes)
+    rows, test = parts(labels, num_classes, test_labels is not None, num_test, str(file))
+    sizes = np.bincount(labels[rows] + 1, minlength=num_classes + 1).tolist()
+    return DatasetFacts(
+        len(rows), num_classes, shape, sizes[0], class_names=names, class_sizes=tuple(sizes[1:]), held_out=len(test)
+    )
 
 
-def load(path: str | None, part: str) -> Images:
+def load(path: str | None, part: str, num_test: float | None = None, resize: str | None = None) -> Images:
     """The `train` or `test` part, and a digest of all pixels and labels. Raises DataError."""
     file = _found(path)
-    test: tuple[npt.NDArray[np.uint8], Indices] | None = None
-    names: tuple[str, ...] = ()
+    test: tuple[Array, Indices] | None = None
     if file.is_dir():
-        files, labels, names = _listed(file)
-        images = _decoded(files, _shape_of_all(_stamped(files)))
+        left_out = LeftOut()
+        files, labels = _listed(file, left_out)
+        shape, deep = shape_of_all(stamped(files), resize)
+        images, names = read_pictures(files, shape, resize is not None), _names(file)
+        notes = _notes(file, left_out, deep)
     else:
-        shape, labels, test_labels = _read_labels(file)
-        images = _read(file, "images").reshape(-1, *shape)
+        _, labels, test_labels = npz.read_labels(file)
+        images, notes = npz.read_images(file, "images")
+        names = ()
         if test_labels is not None:
-            test = _read(file, "test_images").reshape(-1, *shape), test_labels
+            test_images, more = npz.read_images(file, "test_images")
+            test, notes = (test_images, test_labels), notes + more
+        if resize:
+            images = resized(images, size_of(resize))
+            test = (resized(test[0], size_of(resize)), test[1]) if test else None
     num_classes = _check_classes(labels, str(file))
-    names = names or _read_names(file, num_classes)
+    names = names or npz.read_names(file, num_classes)
+    _check_range(file, "images", images)
+    if test:
+        _check_range(file, "test_images", test[0])
     digest = _digest(images, labels, *(test or ()))
+    whole = Images(images, labels, num_classes, digest, names, notes, {"data.path": digest})
+    rows = parts(labels, num_classes, bool(test), num_test, str(file))
     if test and part == "test":
-        return Images(*test, num_classes, digest, names)
-    rows = parts(labels, num_classes, bool(test))[part == "test"]
-    return Images(images[rows], labels[rows], num_classes, digest, names)
+        return replace(whole, images=test[0], labels=test[1])
+    chosen = rows[part == "test"]
+    return replace(whole, images=images[chosen], labels=labels[chosen])
 
 
-def parts(labels: Indices, num_classes: int, has_test: bool) -> tuple[Indices, Indices]:
-    """The rows of the training and the test part, each sorted.
+def parts(
+    labels: Indices, num_classes: int, has_test: bool, num_test: float | None, where: str
+) -> tuple[Indices, Indices]:
+    """The rows of the training and the test part, each sorted. Raises DataError.
 
-    Without test images in the file, a sixth of each class's labelled images (at least one) is the test part. They are
+    Without test images in the file, `num_test` labelled ones are the test part, a number or a fraction of the labelled,
+    by class in proportion; if None, a sixth of each class, at least one. Each class keeps a labelled image. They are
     drawn by a generator of their own, so that they are the same whatever data.split_seed is.
     """
     everything = np.arange(len(labels))
     if has_test:
+        if num_test is not None:
+            raise DataError(
+                f"data.num_test must be null where the file has test_images, as {where} has, got {num_test}"
+            )
         return everything, everything[:0]
+    sizes = np.bincount(labels[labels >= 0], minlength=num_classes)
+    if num_test is None:
+        numbers = np.minimum(np.maximum(1, sizes // TEST_SHARE), sizes - 1)
+    else:
+        try:
+            numbers = by_class(sizes, count_of("data.num_test", num_test, int(sizes.sum())))
+        except ValueError as error:
+            raise DataError(
+                f"data.num_test={num_test} is too many for the {sizes.sum()} images of {where} with a label: {error}"
+            ) from error
     order = np.random.default_rng(0).permutation(len(labels))
-    classes = (order[labels[order] == k] for k in range(num_classes))
-    test = np.sort(np.concatenate([rows[: max(1, len(rows) // TEST_SHARE)] for rows in classes]))
+    test = np.sort(np.concatenate([order[labels[order] == k][:number] for k, number in enumerate(numbers)]))
     return np.setdiff1d(everything, test), test
 
 
@@ -108,6 +148,19 @@ def _check_classes(labels: Indices, where: str, name: str = "labels") -> int:
     return len(there)
 
 
+def _check_range(file: Path, key: str, images: Array) -> None:
+    """Raises DataError for images that are all the same or, as grey levels of 0 to 255, all but black."""
+    what = f"the pictures in {file}" if file.is_dir() else f"{file}: {key}"
+    if len(images) > 1 and all(np.array_equal(image, images[0]) for image in images):
+        raise DataError(f"{what} are all the same, pixel by pixel; look at them")
+    if (brightest := int(images.max())) <= BLACK:
+        scaled = f"{key} * {255 // max(1, brightest)}"
+        way_on = f"write {scaled}" + (" or bool" if brightest == 1 else "")
+        if file.is_dir():
+            way_on = f"write them brighter, or give an .npz file with {scaled}"
+        raise DataError(f"{what} must be grey levels of 0 to 255, got none above {brightest}, which is black; {way_on}")
+
+
 def _digest(*arrays: npt.NDArray[Any]) -> str:
     """SHA-256 over shapes and contents."""
     digest = hashlib.sha256()
@@ -117,202 +170,83 @@ def _digest(*arrays: npt.NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-# ---- .npz files ----
-
-
-def _read_labels(file: Path) -> tuple[tuple[int, int, int], Indices, Indices | None]:
-    """The shape [C, H, W] of all images, the labels, and those of the test images if there are any."""
-    headers = _headers(file)
-    missing = [key for key in ("images", "labels") if key not in headers]
-    if missing:
-        has = ", ".join(headers) or "none"
-        raise DataError(f"{file}: {missing[0]} is missing, and the file has the keys {has}; {WANTED}")
-    shape = _check_images(file, "images", headers["images"])
-    labels = _check_labels(file, "labels", headers["labels"], headers["images"][0][0], lowest=-1)
-    if ("test_images" in headers) != ("test_labels" in headers):
-        there, absent = sorted(("test_images", "test_labels"), key=headers.__contains__, reverse=True)
-        raise DataError(f"{file}: {absent} is missing, and {there} is there; both belong together")
-    if "test_images" not in headers:
-        return shape, labels, None
-    test_shape = _check_images(file, "test_images", headers["test_images"])
-    if test_shape != shape:
-        raise DataError(
-            f"{file}: test_images must be as images are, {_by(shape)} (channels, height, width), got {_by(test_shape)}"
-        )
-    number = headers["test_images"][0][0]
-    test_labels = _check_labels(file, "test_labels", headers["test_labels"], number, lowest=0)
-    if test_labels.max() > labels.max():
-        raise DataError(
-            f"{file}: test_labels must be classes that labels has, 0 to {labels.max()}, got {test_labels.max()}"
-        )
-    return shape, labels, test_labels
-
-
-def _check_images(file: Path, key: str, header: Header) -> tuple[int, int, int]:
-    """The shape [C, H, W] of each image."""
-    shape, dtype = header
-    wanted = f"{file}: {key} must be uint8 [N, H, W] or [N, C, H, W]"
-    if dtype != np.uint8:
-        scale = " (pixels in 0..1 times 255, rounded)" if dtype.kind == "f" else ""
-        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}; convert it{scale}")
-    if len(shape) not in (3, 4):
-        raise DataError(f"{wanted}, got {list(shape)}")
-    if shape[0] == 0:
-        raise DataError(f"{wanted} with N >= 1, got {list(shape)}")
-    channels, height, width = (1, *shape[1:]) if len(shape) == 3 else shape[1:]
-    if len(shape) == 4 and width <= SMALLEST_SIDE < channels and height > SMALLEST_SIDE:
-        raise DataError(f"{wanted}, got {list(shape)}, with channels last; use {key}.transpose(0, 3, 1, 2)")
-    if not 1 <= channels <= MOST_CHANNELS:
-        raise DataError(f"{wanted} with 1 to {MOST_CHANNELS} channels C, got {list(shape)}")
-    if min(height, width) < SMALLEST_SIDE:
-        raise DataError(f"{wanted} with sides of at least {SMALLEST_SIDE} pixels, got {list(shape)}")
-    return channels, height, width
-
-
-def _check_labels(file: Path, key: str, header: Header, number: int, lowest: int) -> Indices:
-    shape, dtype = header
-    wanted = f"{file}: {key} must be integers [{number}], one for each image"
-    if dtype.kind not in "iu":
-        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}")
-    if shape != (number,):
-        raise DataError(f"{wanted}, got {list(shape)}")
-    labels = _read(file, key)
-    if labels.min() < lowest:
-        without = " (-1 is an image without a label)" if lowest < 0 else ": a test image needs its label"
-        raise DataError(f"{file}: {key} must be >= {lowest}{without}, got {labels.min()}")
-    if labels.max() >= 2**31:
-        raise DataError(f"{file}: {key} must be classes 0, 1, 2 and so on, got {labels.max()}")
-    return labels.astype(np.int64)
-
-
-def _read_names(file: Path, num_classes: int) -> tuple[str, ...]:
-    """The classes' names, if the file has them."""
-    headers = _headers(file)
-    if "class_names" not in headers:
-        return ()
-    shape, dtype = headers["class_names"]
-    wanted = f"{file}: class_names must be strings [{num_classes}], one for each class in the order of the labels"
-    if dtype.kind != "U" or shape != (num_classes,):
-        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}")
-    names = tuple(map(str, _read(file, "class_names")))
-    if not all(name.strip() for name in names) or len(set(names)) < len(names):
-        raise DataError(f"{wanted}, none of them empty or there twice, got {', '.join(map(repr, names))}")
-    return names
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _headers(file: Path) -> dict[str, Header]:
-    """Shape and dtype of each array, whose data must be as long as its header tells."""
-    found = {}
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as stream:
-                    shape, dtype = _header(stream)
-                    length = stream.tell() + math.prod(shape) * dtype.itemsize
-                if not dtype.hasobject and length != entry.file_size:
-                    raise ValueError(f"{entry.filename} has {entry.file_size} bytes where {length} are promised")
-                found[entry.filename.removesuffix(".npy")] = (shape, dtype)
-    except Exception as error:  # a damaged archive fails in many ways, and each means the same to a person
-        raise _unreadable(file, error) from error
-    return found
-
-
-def _header(stream: IO[bytes]) -> Header:
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    return shape, dtype
-
-
-def _read(file: Path, key: str) -> npt.NDArray[Any]:
-    """An array whose header is checked; pickles are never read."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            array: npt.NDArray[Any] = arrays[key]
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise _unreadable(file, error) from error
-    return array
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(f"{file} cannot be read as an .npz file ({reason}); write it with numpy.savez")
-
-
 # ---- folders ----
 
 
-def _listed(folder: Path) -> tuple[list[Path], Indices, tuple[str, ...]]:
-    """The image files, class by class in the order of the sub-folders' names, their labels, and those names."""
-    inside = [path for path in _inside(folder) if path.is_dir() and not path.name.startswith(".")]
-    classes = [path for path in inside if path.name != UNLABELLED]
-    if len(classes) < 2:
-        raise DataError(f"{folder} must have a sub-folder of PNG or JPEG files for each of 2 or more classes")
-    files, labels = [], []
-    for path in inside:
-        own = [file for file in _inside(path) if file.suffix.lower() in SUFFIXES and file.is_file()]
-        if not own and path.name != UNLABELLED:
-            raise DataError(f"{path} must have PNG or JPEG files, as each sub-folder is a class, got none")
+def _listed(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], Indices]:
+    """The picture files, sub-folder by sub-folder in the order of their names, and their labels."""
+    left_out = LeftOut() if left_out is None else left_out
+    classes, unlabelled = _sub_folders(folder, left_out)
+    files: list[Path] = []
+    labels: list[int] = []
+    for path in sorted([*classes, *unlabelled]):
+        of_this = LeftOut()
+        own = list(picture_files(path, of_this))
+        if not own and path in classes:
+            rest = of_this.sentence(path)
+            raise DataError(
+                f"{path} must have pictures in a format that Pillow reads, as each sub-folder is a class, got none"
+                + (f" ({rest})" if rest else "")
+            )
+        left_out.update(of_this)
         files += own
         labels += [classes.index(path) if path in classes else -1] * len(own)
-    return files, np.array(labels, dtype=np.int64), tuple(path.name for path in classes)
+    return files, np.array(labels, dtype=np.int64)
 
 
-def _inside(folder: Path) -> list[Path]:
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(path.name for path in _sub_folders(folder, LeftOut())[0])
+
+
+def _sub_folders(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
+    """Those of the classes, and those of images without a label. Raises DataError."""
     try:
-        return sorted(folder.iterdir())
+        inside = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror}); mend that, or set data.path") from error
+    classes: list[Path] = []
+    unlabelled: list[Path] = []
+    for path in inside:
+        if path.name.startswith("."):
+            left_out.add("hidden", str(path))
+        elif not path.is_dir():
+            is_picture = path.suffix.lower() in suffixes()
+            left_out.add(
+                "beside the class folders" if is_picture else path.suffix.lower() or "without a suffix", str(path)
+            )
+        else:
+            (unlabelled if _means_unlabelled(path) else classes).append(path)
+    if classes and all(path.name.casefold() in PARTS for path in classes):
+        names = ", ".join(path.name for path in classes)
+        raise DataError(
+            f"{folder} must have a sub-folder of pictures for each class, got {names}, which are names of parts; give "
+            f"the folder that has the classes, such as data.path={classes[0]}"
+        )
+    if len(classes) < 2:
+        got = ", ".join(path.name for path in classes) or "none"
+        raise DataError(f"{folder} must have a sub-folder of pictures for each of 2 or more classes, got {got}")
+    return classes, unlabelled
 
 
-def _stamped(files: list[Path]) -> tuple[tuple[Path, int], ...]:
-    return tuple((file, file.stat().st_mtime_ns) for file in files)
+def _means_unlabelled(path: Path) -> bool:
+    """Raises DataError for a name that may be a slip of the pen."""
+    name = re.sub("[^a-z]", "", path.name.casefold())
+    if name in SPELLINGS:
+        return True
+    if name.startswith("un") and difflib.get_close_matches(name, SPELLINGS, cutoff=0.85):
+        raise DataError(
+            f"{path} may be a class, or the images without a label; call it {UNLABELLED} for these, or give the class "
+            "a name that is less like it"
+        )
+    return False
 
 
-@functools.lru_cache(maxsize=1)  # a configuration is checked several times, and there may be many files
-def _shape_of_all(stamped: tuple[tuple[Path, int], ...]) -> tuple[int, int, int]:
-    """The shape [C, H, W] of all files, in colour if one is."""
-    from PIL import Image
-
-    first, size, in_colour = stamped[0][0], None, False
-    for file, _ in stamped:
-        try:
-            with Image.open(file) as image:
-                own, mode = image.size, image.mode
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _no_picture(file, error) from error
-        size = size or own
-        if own != size:
-            sizes = f"{own[0]}x{own[1]}", f"{size[0]}x{size[1]}"
-            raise DataError(f"all images must have one size: {file} is {sizes[0]} pixels, and {first} is {sizes[1]}")
-        if mode not in GREY + COLOUR:
-            raise DataError(f"{file} must be a grey or RGB image of 8 bits a channel, got Pillow's mode {mode}")
-        in_colour |= mode in COLOUR
-    assert size is not None  # _listed gives at least two files
-    if min(size) < SMALLEST_SIDE:
-        raise DataError(f"{first} must have sides of at least {SMALLEST_SIDE} pixels, got {size[0]}x{size[1]}")
-    return (3 if in_colour else 1), size[1], size[0]
-
-
-def _decoded(files: list[Path], shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """uint8 [N, C, H, W]."""
-    from PIL import Image
-
-    images = np.empty((len(files), *shape), dtype=np.uint8)
-    for index, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                pixels = np.asarray(image.convert("RGB" if shape[0] == 3 else "L"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise _no_picture(file, error) from error
-        images[index] = pixels.transpose(2, 0, 1) if shape[0] == 3 else pixels
-    return images
-
-
-def _no_picture(file: Path, error: Exception) -> DataError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(f"{file} cannot be read as an image ({reason}); mend or remove it")
+def _notes(folder: Path, left_out: LeftOut, deep: int) -> tuple[str, ...]:
+    """What a person should know of how a folder was read."""
+    others = [path.name for path in _sub_folders(folder, LeftOut())[1] if path.name != UNLABELLED]
+    notes = [left_out.sentence(folder)] if left_out.counts else []
+    if others:
+        notes.append(f"the pictures in {' and in '.join(others)} of {folder} are taken as those without a label")
+    if deep:
+        notes.append(f"{deep} pictures in {folder} have 16 bits a channel, of which the higher 8 are read")
+    return tuple(notes)

@@ -65,14 +65,22 @@ FILES = {
 }
 
 
-def facts(name: str, path: str | None, random_classes: int | None = None) -> DatasetFacts:
+def facts(
+    name: str,
+    path: str | None,
+    random_classes: int | None = None,
+    *,
+    num_test: float | None = None,
+    resize: str | None = None,
+) -> DatasetFacts:
     """The facts of a dataset; those of data=arrays are read from `path`, without its pixels. Raises DataError."""
     if random_classes is not None:
-        return replace(facts(name, path), num_classes=random_classes, class_names=())
+        known = facts(name, path, num_test=num_test, resize=resize)
+        return replace(known, num_classes=random_classes, class_names=(), class_sizes=())
     if name == OWN:
         from data import arrays
 
-        return arrays.facts(path)
+        return arrays.facts(path, num_test, resize)
     return DATASETS[name]
 
 
@@ -83,6 +91,9 @@ def load(
     checksum: bool = True,
     path: str | None = None,
     random_classes: int | None = None,
+    *,
+    num_test: float | None = None,
+    resize: str | None = None,
 ) -> Images:
     """The `train` or `test` part of a dataset; torchvision downloads it on first use.
 
@@ -90,7 +101,7 @@ def load(
     replaced by one of 0..K-1 at random, the same each time: for timing (Jang et al. 2017, figure 5). Raises DataError.
     """
     if random_classes is not None:
-        source = load(name, root, part, checksum, path)
+        source = load(name, root, part, checksum, path, num_test=num_test, resize=resize)
         drawn = np.random.default_rng(RANDOM_LABELS).integers(random_classes, size=len(source.labels))
         return replace(
             source, labels=np.where(source.labels < 0, -1, drawn), num_classes=random_classes, class_names=()
@@ -98,13 +109,14 @@ def load(
     if name == OWN:
         from data import arrays
 
-        return arrays.load(path, part)
+        return arrays.load(path, part, num_test, resize)
     if name == "digits":
         return _load_digits(part)
     raw = Path(root).expanduser() / DATASETS[name].folder / "raw"
     if not all(_stored(raw / file, {}) for file in FILES[part]):
         _download(name, Path(root).expanduser())
     md5 = MD5[name] if checksum else {}
+    contents = _contents(raw)
     paths = [_stored(raw / file, md5) or raw / file for file in FILES[part]]
     images, labels = (_read_idx(path, md5.get(path.name)) for path in paths)
     if images.ndim != 3 or labels.shape != images.shape[:1]:
@@ -115,7 +127,18 @@ def load(
             f"{paths[1]} has the label {highest}, and data={name} has {num_classes} classes; "
             f"delete {raw} to download it again"
         )
-    return Images(images[:, None], labels.astype(np.int64), num_classes, class_names=DATASETS[name].class_names)
+    names = DATASETS[name].class_names
+    return Images(images[:, None], labels.astype(np.int64), num_classes, class_names=names, contents=contents)
+
+
+def _contents(raw: Path) -> dict[str, str]:
+    """SHA-256 of each file that is there, of both parts: by them a later reading is known to be of the same data."""
+    there = [file for part in FILES.values() for name in part if (file := _stored(raw / name, {}))]
+    contents = {}
+    for file in there:
+        with file.open("rb") as stream:
+            contents[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return contents
 
 
 def _load_digits(part: str) -> Images:

@@ -6,12 +6,15 @@ Training and prediction read pictures by these functions alone, and so alike.
 from __future__ import annotations
 
 import functools
+import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,11 +23,13 @@ from data.facts import Array, DataError
 if TYPE_CHECKING:  # --help does not need it
     from PIL.Image import Image
 
+Result = TypeVar("Result")
 # formats that Pillow knows by name alone, or hands to another program
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 GREY = {"1", "L", "LA", "La", "F"}  # Pillow's modes without colour, and those that start with I
+NAMED = 5  # damaged files at most that a message names
 KINDS = 6  # of files that are left out, each named in the sentence
-HIGHER_BYTE = "pictures of 16 bits a channel keep the higher 8"
+SMALLEST_SIDE = 4  # pixels; the networks halve the sides twice
 
 
 @dataclass
@@ -37,6 +42,10 @@ class LeftOut:
     def add(self, kind: str, path: str) -> None:
         self.counts[kind] += 1
         self.first.setdefault(kind, path)
+
+    def update(self, other: LeftOut) -> None:
+        self.counts.update(other.counts)
+        self.first = other.first | self.first
 
     def sentence(self, folder: Path) -> str:
         """Such as: 3 files of FOLDER are left out: 2 .txt (such as cats/a.txt), 1 hidden (cats/.b); empty for none."""
@@ -110,8 +119,30 @@ def _walk(folder: str, left_out: LeftOut, above: tuple[str, ...]) -> Iterator[Pa
             yield from _walk(os.path.join(folder, name), left_out, (*above, place))
 
 
-def look(file: Path) -> Looks:
-    """What the header of a picture tells. Raises DataError."""
+def size_of(resize: str) -> tuple[int, int]:
+    """Height and width of data.resize. Raises ValueError."""
+    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", resize)
+    if not sides or min(map(int, sides.groups())) < SMALLEST_SIDE:
+        raise ValueError(
+            f"data.resize must be HEIGHTxWIDTH in pixels, such as 32x32, each at least {SMALLEST_SIDE}, got {resize}"
+        )
+    return int(sides[1]), int(sides[2])
+
+
+def resized(images: Array, size: tuple[int, int]) -> Array:
+    """Images uint8 [N, C, H, W] squeezed to (height, width) as `read_picture` does, channel by channel."""
+    from PIL import Image
+
+    if images.shape[2:] == size:
+        return images
+    small = np.empty((*images.shape[:2], *size), dtype=np.uint8)
+    for index in np.ndindex(*images.shape[:2]):
+        small[index] = Image.fromarray(images[index]).resize(size[::-1], Image.Resampling.LANCZOS)
+    return small
+
+
+def look(file: Path, turned: bool = True) -> Looks:
+    """What the header of a picture tells; its size without regard to EXIF if not `turned`. Raises DataError."""
     from PIL import Image
 
     try:
@@ -120,7 +151,7 @@ def look(file: Path) -> Looks:
             deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
             in_colour = image.mode not in GREY and not image.mode.startswith("I")
             # Pillow decodes a PNG to find its orientation, which a square one does not need, and turns a TIFF by itself
-            turns = width != height and image.format != "TIFF"
+            turns = turned and width != height and image.format != "TIFF"
             lies = turns and image.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception as error:  # a damaged picture fails in many ways, and each means the same to a person
         raise unreadable(file, error) from error
@@ -183,3 +214,81 @@ def unreadable(file: Path, error: Exception) -> DataError:
         return error
     reason = (str(error) or type(error).__name__).splitlines()[0]
     return DataError(f"{file} cannot be read as an image ({reason}); mend or remove it")
+
+
+# ---- all the pictures of a data set ----
+
+
+def stamped(files: list[Path]) -> tuple[tuple[Path, int], ...]:
+    return tuple((file, file.stat().st_mtime_ns) for file in files)
+
+
+@functools.lru_cache(maxsize=1)  # a configuration is checked several times, and there may be many files
+def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> tuple[tuple[int, int, int], int]:
+    """The shape [C, H, W] that all files are read in, in colour if one is; and how many have 16 bits a channel."""
+    files = [file for file, _ in stamped]
+    looks = _each(lambda index: look(files[index], turned=resize is None), files, "looking at the pictures")
+    channels, deep = (3 if any(one.in_colour for one in looks) else 1), sum(one.deep for one in looks)
+    if resize:
+        return (channels, *size_of(resize)), deep
+    sizes = [one.size for one in looks]
+    if (number := len(set(sizes))) > 1:
+        other = next(index for index, size in enumerate(sizes) if size != sizes[0])
+        raise DataError(
+            "all images must have one size, or data.resize brings them to one, such as data.resize=32x32: "
+            f"{files[0]} is {_by(sizes[0])} pixels (height x width), {files[other]} is {_by(sizes[other])}, and "
+            f"there are {number} sizes"
+        )
+    if min(sizes[0]) < SMALLEST_SIDE:
+        raise DataError(
+            f"{files[0]} must have sides of at least {SMALLEST_SIDE} pixels, got {_by(sizes[0])}; data.resize=32x32 "
+            "brings all to that size"
+        )
+    shape = (channels, *sizes[0])
+    if len(files) * math.prod(shape) > _memory():
+        raise DataError(
+            f"{len(files)} images of {_by(sizes[0])} pixels do not fit into memory; bring them to a smaller size, such "
+            "as data.resize=64x64"
+        )
+    return shape, deep
+
+
+def _memory() -> float:
+    """Bytes that this machine has."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return math.inf
+
+
+def read_pictures(files: list[Path], shape: tuple[int, int, int], resize: bool) -> Array:
+    """uint8 [N, C, H, W]."""
+    images = np.empty((len(files), *shape), dtype=np.uint8)
+
+    def read(index: int) -> None:
+        images[index] = read_picture(files[index], shape, resize)
+
+    _each(read, files, "reading the pictures")
+    return images
+
+
+def _each(do: Callable[[int], Result], files: Sequence[Path], what: str) -> list[Result]:
+    """What `do` gives for the index of each file, on all cores. Raises DataError that names all that are damaged."""
+    from tqdm import tqdm
+
+    def attempt(index: int) -> Result | DataError:
+        try:
+            return do(index)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        done = list(tqdm(pool.map(attempt, range(len(files))), what, len(files), disable=None, leave=False, delay=1))
+    if errors := [(file, one) for file, one in zip(files, done, strict=True) if isinstance(one, DataError)]:
+        more = ", ".join(str(file) for file, _ in errors[1:NAMED]) + (" and others" if len(errors) > NAMED else "")
+        raise DataError(str(errors[0][1]) + (f"; so must {more}, {len(errors)} in all" if more else ""))
+    return [one for one in done if not isinstance(one, DataError)]
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from data.facts import DatasetFacts
+
+ALL = "all"  # of data.num_labelled
+NAMED = 12  # classes at most, whose sizes a message lists
 
 Indices = npt.NDArray[np.int64]
 
@@ -39,20 +46,121 @@ class Split:
         }
 
 
-def check_sizes(num_known: int, num_classes: int, num_labelled: int, num_validation: int) -> None:
-    """Raises ValueError, naming the key, for a split that `num_known` images with a known label cannot give."""
-    if num_labelled < num_classes or num_labelled % num_classes:
-        raise ValueError(
-            f"data.num_labelled must be a positive multiple of the {num_classes} classes "
-            f"(labels are balanced), got {num_labelled}"
+def count_of(key: str, value: Any, total: int) -> int:
+    """The number of images that a count, or a fraction below 1 of `total`, stands for. Raises ValueError."""
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    if not ((is_count and value >= 0) or (isinstance(value, float) and 0 <= value < 1)):
+        raise ValueError(f"{key} must be a number of images, a fraction below 1, or 0 for none, got {value}")
+    return int(value) if is_count or not value else max(1, round(value * total))
+
+
+def apportion(sizes: Indices, number: int, least: int, most: Indices) -> Indices:
+    """`number` shared among classes in proportion to their sizes, by largest remainders, `least` to `most` [K] each."""
+    ideal = number * sizes / sizes.sum()
+    given = np.clip(number * sizes // sizes.sum(), least, most)
+    while missing := number - given.sum():
+        step = 1 if missing > 0 else -1
+        free = given < most if step > 0 else given > least
+        given[np.where(free, step * (ideal - given), -np.inf).argmax()] += step
+    return given
+
+
+def by_class(sizes: Indices, number: int) -> Indices:
+    """How many of each class are held out, by class: in proportion, and each class keeps one. Raises ValueError."""
+    if number > (sizes - 1).sum():
+        raise ValueError(f"at most {(sizes - 1).sum()}, as each class keeps a labelled image")
+    return apportion(sizes, number, 0, sizes - 1)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a split can be drawn of: `known` images with a label, and those of each class [K] that validation leaves."""
+
+    left: Callable[[int], Indices]  # by the number of validation images
+    known: int
+    num_classes: int
+    balanced: bool
+    described: str = ""  # for messages
+
+    def check(self, num_labelled: Any, num_validation: int) -> None:
+        """Raises ValueError that names what is wrong, and the largest numbers that are possible."""
+        got, is_count = num_labelled, isinstance(num_labelled, int) and not isinstance(num_labelled, bool)
+        multiple = "a positive multiple of the" if self.balanced else "at least the"
+        problem = f"data.num_labelled must be {ALL}, or {multiple} {self.num_classes} classes"
+        problem += f" while data.balanced is true, got {got}" if self.balanced else f", got {got}"
+        possible = got == ALL or (
+            is_count and got >= self.num_classes and not (self.balanced and got % self.num_classes)
         )
-    if num_validation < 1:
-        raise ValueError(f"data.num_validation must be >= 1, got {num_validation}")
-    if num_labelled + num_validation > num_known:
-        raise ValueError(
-            f"data.num_labelled + data.num_validation must be <= the {num_known} training images with a known label, "
-            f"got {num_labelled} + {num_validation}"
-        )
+        if possible and self._fits(got, num_validation):
+            return
+        if possible:
+            problem = (
+                f"data.num_labelled + data.num_validation must fit into the {self.known} training images with a known "
+                f"label{self.described}, got {got} + {num_validation}"
+            )
+        largest = []
+        if most := self._most_labelled(num_validation, self.balanced):
+            more = self._most_labelled(num_validation, balanced=False)
+            unbalanced = f" (data.balanced=false: {more})" if more > most else ""
+            largest.append(f"data.num_labelled={most}{unbalanced} with data.num_validation={num_validation}")
+        if possible and self._fits(got, 0):
+            numbers = range(self.known + 1)
+            first_not = bisect_left(numbers, True, key=lambda number: not self._fits(got, number))
+            largest.append(f"data.num_validation={first_not - 1} with data.num_labelled={got}")
+        raise ValueError(f"{problem}; possible are at most {', or '.join(largest) or 'none, as each class needs one'}")
+
+    def _most_labelled(self, num_validation: int, balanced: bool) -> int:
+        """0 where a class would be left without any."""
+        left = self.left(num_validation) if num_validation <= self.known else np.zeros(self.num_classes, dtype=np.int64)
+        return int(left.min() * self.num_classes if balanced else left.sum() if left.min() > 0 else 0)
+
+    def _fits(self, num_labelled: int | str, num_validation: int) -> bool:
+        most = self._most_labelled(num_validation, self.balanced and num_labelled != ALL)
+        return most > 0 if num_labelled == ALL else int(num_labelled) <= most
+
+
+def check_sizes(
+    facts: DatasetFacts,
+    *,
+    num_labelled: Any,
+    num_validation: Any,
+    balanced: bool,
+    stratified: bool,
+    labelled_in_unlabelled: bool,
+) -> None:
+    """Raises ValueError, naming the keys, for a split that a dataset with these facts cannot give."""
+    known, num_classes = facts.train_images - facts.unknown_labels, facts.num_classes
+    sizes = np.array(facts.class_sizes, dtype=np.int64)
+
+    def left(number: int) -> Indices:
+        if stratified and len(sizes):
+            return _left(sizes, number)
+        rest = known - number  # at best they are of all classes alike
+        even = min([rest // num_classes, *sizes])
+        return np.array([even] * (num_classes - 1) + [rest - even * (num_classes - 1)])
+
+    held_out = f"; data.num_test holds out {facts.held_out} more" if facts.held_out else ""
+    described = f" ({_described(sizes, facts.class_names)}{held_out})" if len(sizes) else ""
+    number = count_of("data.num_validation", num_validation, known)
+    Room(left, known, num_classes, balanced, described).check(num_labelled, number)
+    taken = known if num_labelled == ALL else num_labelled + number
+    if not labelled_in_unlabelled and taken == facts.train_images:
+        raise ValueError(NONE_UNLABELLED)
+
+
+NONE_UNLABELLED = "data.labelled_in_unlabelled must be true when no other training image is left, got false"
+
+
+def _left(sizes: Indices, number: int) -> Indices:
+    """Images of each class that `number` validation images leave which are drawn by class."""
+    return sizes - by_class(sizes, number) if number <= (sizes - 1).sum() else sizes * 0
+
+
+def _described(sizes: Indices, names: Sequence[str]) -> str:
+    if len(sizes) <= NAMED:
+        return ", ".join(f"{size} of {name}" for size, name in zip(sizes, names, strict=True))
+    smallest = int(sizes.argmin())
+    return f"the smallest class, {names[smallest]}, has {sizes[smallest]}"
 
 
 def class_prior(prior: str | list[float], labels: Indices, num_classes: int) -> list[float]:
@@ -77,31 +185,51 @@ def draw_split(
     labels: Indices,
     num_classes: int,
     *,
-    num_labelled: int,
-    num_validation: int,
+    num_labelled: int | str,
+    num_validation: float,
     split_seed: int,
     labelled_in_unlabelled: bool,
+    balanced: bool = True,
+    stratified: bool = False,
+    class_names: Sequence[str] = (),
     digest: str = "",
 ) -> Split:
-    """Draws `num_labelled` images balanced over classes and `num_validation` others; the rest is unlabelled.
+    """Draws validation images and, of the others, `num_labelled` with their labels; the rest is unlabelled.
 
-    An image whose label is -1 can only be unlabelled.
+    `num_labelled` is a number or "all" that have a label. A number is `balanced`, as many of each class, or by class
+    in proportion to how many there are, at least one. `num_validation` is a number or a fraction of the images with a
+    label, drawn over all of them or, `stratified`, by class in proportion. An image whose label is -1 can only be
+    unlabelled.
     Depends on `split_seed` and nothing else; the validation images are drawn first, so that they are the same
     whatever num_labelled is. With `labelled_in_unlabelled` the labelled images are also seen without their labels.
-    Raises ValueError for sizes that cannot be drawn.
+    Raises ValueError for sizes that cannot be drawn, with the largest that can.
     """
-    check_sizes(int((labels >= 0).sum()), num_classes, num_labelled, num_validation)
     order = np.random.default_rng(split_seed).permutation(len(labels))
-    validation = order[labels[order] >= 0][:num_validation]
+    with_label = order[labels[order] >= 0]
+    sizes = np.bincount(labels[with_label], minlength=num_classes)
+    number = count_of("data.num_validation", num_validation, len(with_label))
+
+    def left(number: int) -> Indices:
+        return _left(sizes, number) if stratified else np.bincount(labels[with_label[number:]], minlength=num_classes)
+
+    names = class_names or tuple(map(str, range(num_classes)))
+    Room(left, len(with_label), num_classes, balanced, f" ({_described(sizes, names)})").check(num_labelled, number)
+    validation = _first(with_label, labels, sizes - left(number)) if stratified else with_label[:number]
     rest = order[np.isin(order, validation, invert=True)]
-    per_class = num_labelled // num_classes
-    chosen = [rest[labels[rest] == k][:per_class] for k in range(num_classes)]
-    for k, rows in enumerate(chosen):
-        if len(rows) < per_class:
-            raise ValueError(
-                f"data.num_labelled={num_labelled} needs {per_class} images of class {k}, "
-                f"and {len(rows)} are left after validation"
-            )
-    labelled = np.concatenate(chosen)
+    available = left(number)
+    if num_labelled == ALL:
+        per_class = available
+    elif balanced:
+        per_class = np.full(num_classes, int(num_labelled) // num_classes)
+    else:
+        per_class = apportion(available, int(num_labelled), 1, available)
+    labelled = _first(rest, labels, per_class)
     unlabelled = rest if labelled_in_unlabelled else np.setdiff1d(rest, labelled)
+    if not len(unlabelled):
+        raise ValueError(NONE_UNLABELLED)
     return Split(np.sort(labelled), np.sort(unlabelled), np.sort(validation), digest)
+
+
+def _first(rows: Indices, labels: Indices, per_class: Indices) -> Indices:
+    """The first rows of each class, as many as `per_class` [K] says."""
+    return np.concatenate([rows[labels[rows] == k][:number] for k, number in enumerate(per_class)])

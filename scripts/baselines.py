@@ -286,7 +286,16 @@ def load_part(part: str, config: Config) -> Images:
     from data.datasets import load
 
     data = config.data
-    return load(data.name, data.root, part, data.checksum, data.path, data.random_classes)
+    return load(
+        data.name,
+        data.root,
+        part,
+        data.checksum,
+        data.path,
+        data.random_classes,
+        num_test=data.num_test,
+        resize=data.resize,
+    )
 
 
 def known_of(source: Images, split: Split, config: Config) -> Known:

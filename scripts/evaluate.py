@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.schema import Binarization, ConfigError, Likelihood, resolved_likelihood
+from data.facts import DataError
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def main() -> None:
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(part, arguments.importance_samples)
+        if len(measured) == 1:
+            raise DataError(f"--part {arguments.part}: the run has no such images")
         text = json.dumps(measured, indent=2)
         if arguments.output:
             arguments.output.write_text(text + "\n")

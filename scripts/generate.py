@@ -35,6 +35,7 @@ CAPTIONS = {"classes": "(a) class by style", "analogies": "(b) analogies", "inte
 def drawn(run: Run, kind: str, columns: int, seed: int, draw_pixels: bool = False) -> Tensor:
     """The picture uint8 [C, H, W] of a kind."""
     from data.batches import binarize
+    from data.facts import DataError
     from data.randomness import keyed_generator
     from training.pictures import (
         analogies,
@@ -55,6 +56,8 @@ def drawn(run: Run, kind: str, columns: int, seed: int, draw_pixels: bool = Fals
         return grid(samples(run.model, shape, generator, columns**2, draw_pixels), columns)
     if kind == "interpolation":
         return grid(interpolation(run.model, shape, generator, columns), columns)
+    if not len(run.validation.labels):
+        raise DataError(f"--kind {kind} draws validation images, and the run has none: data.num_validation=0")
     rows = turn_about(run.validation.labels)[:columns]
     x = binarize(run.validation.x[rows], run.binarization, generator)
     if kind == "reconstructions":

@@ -161,7 +161,8 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
     if not settings.estimators and own == OWN:
         names.append(OWN)
-    known = facts(run.config.data.name, run.config.data.path, run.config.data.random_classes)
+    data = run.config.data
+    known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
     made = {}
     for name in names:
         if name == own:

@@ -248,8 +248,10 @@ BAD: dict[str, tuple[Contents, tuple[str, ...]]] = {
     "no test images": ({"test_labels": LABELS}, ("test_images is missing", "test_labels is there")),
     "floats": ({"images": IMAGES / 255}, ("images must be uint8", "got float64 [46, 8, 8]", "times 255")),
     "NaN": ({"images": np.full(IMAGES.shape, np.nan)}, ("images must be uint8", "got float64")),
-    "booleans": ({"images": IMAGES > 9}, ("images must be uint8", "got bool")),
-    "wide integers": ({"images": IMAGES.astype(np.int64)}, ("images must be uint8", "got int64")),
+    "wide integers": (
+        {"images": IMAGES.astype(np.int64)},
+        ("must be uint8", "got int64", "images.astype(numpy.uint8)"),
+    ),
     "flat": ({"images": IMAGES.reshape(46, 64)}, ("[N, H, W] or [N, C, H, W]", "got [46, 64]")),
     "five axes": ({"images": IMAGES[:, None, None]}, ("[N, H, W] or [N, C, H, W]", "got [46, 1, 1, 8, 8]")),
     "one number": ({"images": np.uint8(3)}, ("[N, H, W] or [N, C, H, W]", "got []")),
@@ -258,9 +260,9 @@ BAD: dict[str, tuple[Contents, tuple[str, ...]]] = {
     "empty": ({"images": IMAGES[:0], "labels": LABELS[:0]}, ("images", "N >= 1", "got [0, 8, 8]")),
     "small": ({"images": IMAGES[:, :3]}, ("images", "at least 4 pixels", "got [46, 3, 8]")),
     "no pixels": ({"images": IMAGES[:, :0]}, ("images", "at least 4 pixels", "got [46, 0, 8]")),
-    "channels last": (
-        {"images": np.stack([IMAGES] * 3, axis=-1)},
-        ("got [46, 8, 8, 3]", "channels last", "images.transpose(0, 3, 1, 2)"),
+    "channels last, or a narrow image": (
+        {"images": np.stack([IMAGES] * 4, axis=-1)},
+        ("got [46, 8, 8, 4]", "channels last", "images.transpose(0, 3, 1, 2)"),
     ),
     "many channels": ({"images": np.stack([IMAGES] * 17, axis=1)}, ("1 to 16 channels", "got [46, 17, 8, 8]")),
     "no channels": ({"images": np.zeros((46, 0, 8, 8), np.uint8)}, ("1 to 16 channels", "got [46, 0, 8, 8]")),
@@ -308,10 +310,24 @@ def test_unusable_arrays_are_refused_by_the_command(kind: str, tmp_path: Path) -
 
 
 SETTINGS = {
-    "data.num_labelled=7": ("data.num_labelled must be a positive multiple of the 3 classes", "got 7"),
-    "data.num_labelled=27": ("<= the 30 training images with a known label", "got 27 + 6"),
-    "data.num_labelled=24": ("data.num_labelled=24 needs 8 images of class", "are left after validation"),
-    "data.num_validation=31": ("<= the 30 training images with a known label", "got 6 + 31"),
+    "data.num_labelled=2": ("data.num_labelled must be all, or at least the 3 classes", "got 2"),
+    "data.balanced=true data.num_labelled=7": (
+        "all, or a positive multiple of the 3 classes while data.balanced",
+        "got 7",
+    ),
+    "data.num_labelled=27": (
+        "must fit into the 30 training images with a known label (10 of 0, 10 of 1, 10 of 2; ",
+        "data.num_test holds out 6 more)",
+        "got 27 + 6; possible are at most data.num_labelled=24 with data.num_validation=6, or ",
+        "or data.num_validation=3 with data.num_labelled=27",
+    ),
+    "data.num_validation=31": ("got 6 + 31; possible are at most data.num_validation=24 with data.num_labelled=6",),
+    "data.num_validation=28 data.num_labelled=all": ("at most data.num_validation=27 with data.num_labelled=all",),
+    "data.num_validation=1.0": ("data.num_validation must be a number of images, a fraction below 1", "got 1.0"),
+    "data.num_test=-1": ("data.num_test must be a number of images, a fraction below 1, or 0 for none", "got -1"),
+    "data.num_test=34": ("data.num_test=34 is too many for the 36 images", "at most 33, as each class keeps"),
+    "data.resize=32": ("data.resize must be HEIGHTxWIDTH in pixels, such as 32x32", "got 32"),
+    "data.resize=3x32": ("data.resize must be HEIGHTxWIDTH in pixels", "at least 4, got 3x32"),
 }
 
 
@@ -392,23 +408,59 @@ def only_owls(folder: Path) -> None:
     shutil.rmtree(folder / "dogs")
 
 
-def sixteen_bits(folder: Path) -> None:
-    Image.fromarray(np.zeros((8, 6), dtype=np.uint16)).save(folder / "dogs" / "deep.png")
+def several_damaged(folder: Path) -> None:
+    for name in ("cats/01.png", "dogs/02.jpg", "unlabelled/00.jpg"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:30])
+
+
+def strange_formats(folder: Path) -> None:
+    (folder / "birds").mkdir()
+    for index in range(3):
+        (folder / "birds" / f"{index}.heic").write_text("no format of Pillow's")
+
+
+def a_part(folder: Path) -> None:
+    only_owls(folder)
+    (folder / "owls").rename(folder / "labelled")
+
+
+def parts(folder: Path) -> None:
+    for name in ("train", "test"):
+        (folder / name).mkdir()
+        for class_folder in ("cats", "dogs", "owls"):
+            shutil.copytree(folder / class_folder, folder / name / class_folder)
+    for name in ("cats", "dogs", "owls"):
+        shutil.rmtree(folder / name)
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "another size": (another_size, ("one size", "dogs/zzz.png is 7x8", "cats/00.jpg is 6x8")),
-    "16 bits": (sixteen_bits, ("dogs/deep.png", "8 bits a channel")),
+    "another size": (
+        another_size,
+        (
+            "one size",
+            "data.resize=32x32",
+            "dogs/zzz.png is 8x7",
+            "cats/00.jpg is 8x6 pixels (height x width)",
+            "2 sizes",
+        ),
+    ),
     "no picture": (lambda folder: (folder / "cats" / "01.png").write_text("no"), ("cats/01.png cannot be read",)),
     "cut picture": (
         lambda folder: (folder / "owls" / "03.png").write_bytes((folder / "owls" / "03.png").read_bytes()[:60]),
         ("owls/03.png cannot be read",),
     ),
-    "empty class": (empty_class, ("birds must have PNG or JPEG files", "got none")),
-    "one class": (
-        only_owls,
-        ("a sub-folder of PNG or JPEG files for each of 2 or more classes",),
+    "several damaged": (
+        several_damaged,
+        ("cats/01.png cannot be read", "mend or remove it; so must ", "dogs/02.jpg, ", "unlabelled/00.jpg, 3 in all"),
     ),
+    "empty class": (empty_class, ("birds must have pictures in a format that Pillow reads", "got none")),
+    "class in a format that nobody reads": (
+        strange_formats,
+        ("birds must have pictures", "got none (3 files of", "3 .heic (such as 0.heic)"),
+    ),
+    "one class": (only_owls, ("a sub-folder of pictures for each of 2 or more classes, got owls",)),
+    "parts": (parts, ("got test, train, which are names of parts", "such as data.path=")),
+    "a part": (a_part, ("got labelled, which are names of parts",)),
 }
 
 
@@ -426,7 +478,7 @@ def test_a_picture_that_another_takes_the_place_of_is_looked_at_again(tmp_path: 
     source = folder_of_files(tmp_path / "mine")
     arrays.facts(str(source))
     Image.new("L", (7, 8)).save(source / "owls" / "01.png")
-    with pytest.raises(DataError, match=r"owls.01\.png is 7x8"):
+    with pytest.raises(DataError, match=r"owls.01\.png is 8x7"):
         arrays.facts(str(source))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
+import re
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ from data.batches import (
 from data.datasets import load
 from data.facts import Array, DataError, Images
 from data.randomness import random_int16
-from data.splits import Split, draw_split
+from data.splits import ALL, Split, draw_split
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -128,18 +130,124 @@ def test_validation_is_the_same_whatever_is_labelled() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_labelled": 7}, r"data\.num_labelled must be a positive multiple of the 10 classes.*got 7"),
-        ({"num_labelled": 0}, r"data\.num_labelled must be a positive multiple.*got 0"),
-        ({"num_labelled": 15}, r"data\.num_labelled must be a positive multiple.*got 15"),
-        ({"num_validation": 0}, r"data\.num_validation must be >= 1, got 0"),
-        ({"num_labelled": 700}, r"data\.num_labelled \+ data\.num_validation must be <= .*got 700 \+ 100"),
-        ({"num_validation": 551}, r"data\.num_labelled \+ data\.num_validation must be <= .*got 50 \+ 551"),
-        ({"labels": np.minimum(LABELS, 8)}, r"data\.num_labelled=50 needs 5 images of class 9, and 0 are"),
+        ({"num_labelled": 7}, r"data\.num_labelled must be all, or a positive multiple of the 10 classes.*got 7;"),
+        ({"num_labelled": 0}, r"data\.num_labelled must be all, or a positive multiple.*got 0;"),
+        ({"num_labelled": 15}, r"data\.num_labelled must be all, or a positive multiple.*got 15;"),
+        ({"num_labelled": 9, "balanced": False}, r"data\.num_labelled must be all, or at least the 10 classes, got 9;"),
+        ({"num_labelled": "some"}, r"data\.num_labelled must be all, or a positive multiple.*got some;"),
+        ({"num_labelled": True}, r"data\.num_labelled must be all, or a positive multiple.*got True;"),
+        ({"num_validation": -1}, r"data\.num_validation must be a number of images, a fraction below 1, or 0.*got -1"),
+        ({"num_validation": 1.0}, r"data\.num_validation must be a number of images, a fraction below 1.*got 1\.0"),
+        ({"num_validation": math.nan}, r"data\.num_validation must be a number of images.*got nan"),
+        ({"num_validation": None}, r"data\.num_validation must be a number of images.*got None"),
+        ({"num_labelled": 700}, r"data\.num_labelled \+ data\.num_validation must fit into the 600.*got 700 \+ 100"),
+        ({"num_validation": 551}, r"data\.num_labelled \+ data\.num_validation must fit into.*got 50 \+ 551"),
+        ({"labels": np.minimum(LABELS, 8)}, r"0 of 9\), got 50 \+ 100; possible are at most none, as each class"),
     ],
 )
 def test_impossible_sizes_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_of(**changes)
+
+
+SIZES = np.array([1, 4, 30, 200, 365])  # unequal classes
+UNEQUAL = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 4, -1], [*SIZES, 100]))
+
+
+def unequal_split(num_labelled: Any = ALL, num_validation: Any = 0.2, **changes: Any) -> Split:
+    settings: dict[str, Any] = {"balanced": False, "stratified": True, "split_seed": 0} | changes
+    settings |= {"num_labelled": num_labelled, "num_validation": num_validation, "labelled_in_unlabelled": True}
+    return draw_split(UNEQUAL, 5, **settings)
+
+
+def counts(rows: Any) -> list[int]:
+    return np.bincount(UNEQUAL[rows], minlength=5).tolist()
+
+
+@pytest.mark.parametrize("split_seed", range(3))
+@pytest.mark.parametrize("stratified", [True, False])
+def test_all_labels_are_all_that_validation_leaves(stratified: bool, split_seed: int) -> None:
+    many = np.maximum(UNEQUAL, 1)  # by chance, validation would take the only image of a class
+    split = draw_split(
+        np.where(UNEQUAL < 0, -1, many - 1),
+        4,
+        num_labelled=ALL,
+        num_validation=0.25,
+        split_seed=split_seed,
+        labelled_in_unlabelled=False,
+        stratified=stratified,
+    )
+    assert len(split.validation) == 150
+    assert (UNEQUAL[split.unlabelled] < 0).all()
+    assert np.array_equal(np.sort(np.concatenate([split.labelled, split.validation])), np.flatnonzero(UNEQUAL >= 0))
+
+
+@pytest.mark.parametrize("number", [5, 6, 17, 60, 300, 480])
+def test_labels_in_proportion_are_within_one_of_it_and_leave_no_class_out(number: int) -> None:
+    split = unequal_split(number)
+    got, available = np.array(counts(split.labelled)), SIZES - counts(split.validation)
+    assert got.sum() == number
+    assert got.min() >= 1
+    assert (got <= available).all()
+    expected = np.maximum(number * available / available.sum(), 1)
+    assert np.abs(got - expected).max() <= (1 if number >= 60 else 3)  # small classes take from large ones
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0.2, 120), (60, 60), (1, 1), (0, 0), (595, 595), (0.001, 1)])
+def test_validation_by_class_is_in_proportion_and_leaves_each_class_a_label(number: float, expected: int) -> None:
+    split = unequal_split(ALL, number)
+    got = np.array(counts(split.validation))
+    assert got.sum() == expected
+    assert (got < SIZES).all()
+    assert np.abs(got - np.minimum(SIZES - 1, expected * SIZES / 600)).max() < (1.5 if expected < 595 else 3)
+    assert counts(split.labelled) == (SIZES - got).tolist()
+
+
+def test_validation_by_class_is_the_same_whatever_is_labelled_and_follows_the_seed() -> None:
+    first = unequal_split(ALL).validation.tolist()
+    assert unequal_split(17).validation.tolist() == unequal_split(5, balanced=True).validation.tolist() == first
+    assert unequal_split(ALL, split_seed=1).validation.tolist() != first
+
+
+def largest(message: str) -> list[dict[str, int]]:
+    """The settings that a refusal calls possible."""
+    said = message.partition("possible are at most ")[2].replace("data.", "")
+    found = []
+    for choice in said.split(", or "):
+        number = re.search(r"num_labelled=(\d+) \(balanced=false: (\d+)\) with num_validation=(\d+)", choice)
+        if number:
+            found += [{"num_labelled": int(number[1]), "num_validation": int(number[3])}]
+            found += [{"num_labelled": int(number[2]), "num_validation": int(number[3]), "balanced": False}]
+        else:
+            found += [{key: int(value) for key, value in re.findall(r"(num_\w+)=(\d+)", choice)}]
+    return found
+
+
+@pytest.mark.parametrize("split_seed", range(2))
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize(("num_labelled", "num_validation"), [(500, 200), (7, 100), (50, 580), (550, 0)])
+def test_what_a_refusal_calls_possible_is_and_one_more_is_not(
+    num_labelled: int, num_validation: int, stratified: bool, split_seed: int
+) -> None:
+    def draw(**changes: Any) -> Split:
+        return split_of(stratified=stratified, split_seed=split_seed, **changes)
+
+    with pytest.raises(ValueError, match="possible are at most") as refused:
+        draw(num_labelled=num_labelled, num_validation=num_validation)
+    choices = largest(str(refused.value))
+    assert choices
+    for choice in choices:
+        draw(**choice)
+        is_labelled = choice["num_labelled"] != num_labelled
+        key = "num_labelled" if is_labelled else "num_validation"
+        step = CLASSES if is_labelled and choice.get("balanced", True) else 1
+        with pytest.raises(ValueError, match="must fit into"):
+            draw(**choice | {key: choice[key] + step})
+
+
+def test_classes_are_named_in_a_refusal() -> None:
+    with pytest.raises(ValueError, match=r"\(1 of ant, 4 of bee, 30 of cat, 200 of dog, 365 of eel\), got 700 \+ 120"):
+        unequal_split(700, class_names=("ant", "bee", "cat", "dog", "eel"))
 
 
 # --- what training sees

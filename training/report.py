@@ -63,6 +63,10 @@ class Report:
         self.stack.enter_context(logging_redirect_tqdm())
         self.stack.callback(lambda: self.board.close())  # the one there is then
         log.info("%s\n%s", self.run.describe(), self.run.describe_objective())
+        for note in self.run.notes:
+            log.info(note)
+        if not len(self.run.validation.labels):
+            log.info("data.num_validation=0: no accuracy, bound, picture or alarm until the run is done")
         self.board.text("objective", self.run.describe_objective())
         self.board.text("config", f"```yaml\n{OmegaConf.to_yaml(plain(self.run.config))}\n```", self.start)
         self.ticking_since = time.perf_counter()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from configs.schema import Config
+from models.evaluation import Evaluation
 from training.report import Report
 from training.run import Run, flat, plain
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
@@ -19,7 +21,11 @@ def is_finished(folder: Path, config: Config) -> bool:
 
 def finish(run: Run, report: Report, folder: Path) -> None:
     """Measures on validation and test data, writes result.json and the final TensorBoard values."""
-    measured = run.measure("val") | run.measure("test")
+    measured: dict[str, float | None] = {**run.measure("val"), **run.measure("test")}
+    for part in ("val", "test"):
+        if f"{part}_bound" not in measured:  # there are no such images
+            measured |= {f"{part}_{field.name}": None for field in fields(Evaluation)}
+            measured |= {f"{part}_n": 0, f"{part}_n_with_label": 0}
     steps_here = run.step - report.start
     result: dict[str, Any] = {
         "estimator": type(run.estimator).__name__,
@@ -42,9 +48,12 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     }
     # the last step's validation is logged already
     test = {name: value for name, value in measured.items() if name.startswith("test_") and "_n" not in name}
-    report.final({name.replace("_", "/", 1): value for name, value in test.items()})
+    report.final({name.replace("_", "/", 1): value for name, value in test.items() if value is not None})
     report.flush()  # a finished run is not resumed
     write_json(folder / RESULT, result)
+    if measured["test_accuracy"] is None:
+        report.say(f"data.num_test=0: nothing is measured on test images; {folder / RESULT}")
+        return
     report.say(
         f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
         f"{run.log_likelihood_name} >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"

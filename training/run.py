@@ -24,7 +24,7 @@ from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
 from data.datasets import load
-from data.facts import Images
+from data.facts import DataError, Images
 from data.randomness import keyed_generator
 from data.splits import Indices, Split, class_prior, draw_split
 from estimators.contract import Estimator, Schedule
@@ -57,6 +57,7 @@ FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_
 # keys that older runs do not have, and what those did
 SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
 SINCE |= {"likelihood": "bernoulli", "prior": "uniform"}
+SINCE |= {"data.num_test": None, "data.resize": None, "data.balanced": True, "data.stratified": False}
 
 
 class Run:
@@ -78,14 +79,16 @@ class Run:
         tune_process()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
+        self.contents: dict[str, str] = {}  # digests of the files that images came from
         source = self._load("train")
+        self.notes = source.notes
         self.split = split_of(source, config)
         channels, height, width = source.images.shape[1:]
         self.facts = Facts(
             shape=(channels, height, width),
             class_names=source.class_names,
             binarization=config.data.binarization.value,
-            resize=getattr(config.data, "resize", None),
+            resize=config.data.resize,
             likelihood=config.likelihood.value,
             prior=class_prior(config.prior, source.labels[self.split.labelled], source.num_classes),
         )
@@ -115,7 +118,28 @@ class Run:
 
     def _load(self, part: str) -> Images:
         data = self.config.data
-        return load(data.name, data.root, part, data.checksum, data.path, data.random_classes)
+        source = load(
+            data.name,
+            data.root,
+            part,
+            data.checksum,
+            data.path,
+            data.random_classes,
+            num_test=data.num_test,
+            resize=data.resize,
+        )
+        self._check_contents(source.contents)
+        return source
+
+    def _check_contents(self, contents: dict[str, str]) -> None:
+        """Raises DataError where a file that was read before has other contents now."""
+        for file, digest in contents.items():
+            if self.contents.setdefault(file, digest) != digest:
+                where = self.config.data.path or f"{file} in {self.config.data.root}"
+                raise DataError(
+                    f"{where} has changed since this run read it, and what is now its test part may have been trained "
+                    "on; put back what was there and resume the run from its checkpoint, or start a new run"
+                )
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
@@ -147,10 +171,7 @@ class Run:
         """The training images of a part. The labelled ones are not among the unlabelled, though J may use them so."""
         if part == "labelled":
             return self.split.labelled
-        rows = np.setdiff1d(self.split.unlabelled, self.split.labelled)
-        if not len(rows):
-            raise ConfigError("the run has no unlabelled images: every training image was labelled")
-        return rows
+        return np.setdiff1d(self.split.unlabelled, self.split.labelled)
 
     def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
@@ -168,6 +189,8 @@ class Run:
             data, samples = self.load_test(), self.config.evaluation.importance_samples
         else:
             data, samples = self.validation if part == "val" else self.load_training(part), 0
+        if not len(data.labels):
+            return {}
         evaluation = self.evaluate(data, samples if importance_samples is None else importance_samples)
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
@@ -221,6 +244,7 @@ class Run:
             "validation_bounds": self.bounds[1] if self.bounds[0] == self.step and not self.unlooked else [],
             "config": plain(self.config),
             "split_hash": self.split.hash,
+            "contents": self.contents,
             "model": self.model.state_dict(),
             "estimator": self.estimator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -263,6 +287,7 @@ class Run:
             raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
         if state["split_hash"] != self.split.hash:
             raise ConfigError("resume found another dataset than the run's: the split's hash differs")
+        self._check_contents(state.get("contents", {}))  # published files; a person's own are in the split's hash
         load_parameters(self.model, state)
         self.estimator.load_state_dict(state["estimator"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -315,6 +340,9 @@ def split_of(source: Images, config: Config) -> Split:
         num_validation=data.num_validation,
         split_seed=data.split_seed,
         labelled_in_unlabelled=data.labelled_in_unlabelled,
+        balanced=data.balanced,
+        stratified=data.stratified,
+        class_names=source.class_names,
         digest=source.digest,
     )
 

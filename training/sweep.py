@@ -274,7 +274,8 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
             _say(f"go on with the sweep by: {command(Path(hydra.sweep.dir))}")
         sys.exit(code)
     if (folder / RESULT).exists():
-        return float(read_json(folder / RESULT)["val_accuracy"])
+        accuracy = read_json(folder / RESULT)["val_accuracy"]
+        return None if accuracy is None else float(accuracy)
     return None
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from configs.schema import ConfigError
 from configs.targets import build
 from data.batches import Binarization, binarize
-from data.datasets import DataError, facts
+from data.datasets import facts
+from data.facts import DataError
 from models.evaluation import evaluating, exact_terms, importance_weighted_by, naming_memory, rows_at_once
 from models.likelihoods import likelihood
 from models.networks import ImageShape
@@ -242,7 +243,7 @@ def facts_of(state: dict[str, Any]) -> Facts:
         return Facts(**stored | {"shape": tuple(stored["shape"]), "class_names": tuple(stored["class_names"])})
     data = state["config"]["data"]
     try:
-        known = facts(data["name"], data.get("path"), data.get("random_classes"))
+        known = facts(data["name"], data.get("path"), data.get("random_classes"), resize=data.get("resize"))
     except DataError as error:
         raise DataError(f"the checkpoint is from before it held its images' shape and classes: {error}") from error
     names = known.class_names

@@ -1,0 +1,168 @@
+"""The arrays of an .npz file with images and labels, checked before their pixels are read."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.facts import Array, DataError
+from data.pictures import SMALLEST_SIDE
+from data.splits import Indices
+
+MOST_CHANNELS = 16  # more are taken for a side, of images whose channels are last
+WANTED = "an .npz file has images (uint8 [N, H, W] or [N, C, H, W]) and labels (integers [N], -1 without a label)"
+TAKEN = (np.uint8, np.uint16, np.bool_)  # as pixels
+Header = tuple[tuple[int, ...], np.dtype[Any]]
+
+
+def read_images(file: Path, key: str) -> tuple[Array, tuple[str, ...]]:
+    """The images uint8 [N, C, H, W] of a checked array, and sentences on what was made of it."""
+    array, notes = _read(file, key), []
+    if array.dtype == np.bool_:
+        array = array.view(np.uint8) * np.uint8(255)
+        notes.append(f"{key} of {file} are bool, read as the grey levels 0 and 255")
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+        notes.append(f"{key} of {file} have 16 bits, of which the higher 8 are read")
+    if _has_channels_last(array.shape):
+        array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+        notes.append(f"{key} of {file} have their channels last, and are read so")
+    images: Array = array if array.ndim == 4 else array[:, None]
+    return images, tuple(notes)
+
+
+def read_labels(file: Path) -> tuple[tuple[int, int, int], Indices, Indices | None]:
+    """The shape [C, H, W] of all images, the labels, and those of the test images if there are any."""
+    headers = _headers(file)
+    missing = [key for key in ("images", "labels") if key not in headers]
+    if missing:
+        has = ", ".join(headers) or "none"
+        raise DataError(f"{file}: {missing[0]} is missing, and the file has the keys {has}; {WANTED}")
+    shape = _check_images(file, "images", headers["images"])
+    labels = _check_labels(file, "labels", headers["labels"], headers["images"][0][0], lowest=-1)
+    if ("test_images" in headers) != ("test_labels" in headers):
+        there, absent = sorted(("test_images", "test_labels"), key=headers.__contains__, reverse=True)
+        raise DataError(f"{file}: {absent} is missing, and {there} is there; both belong together")
+    if "test_images" not in headers:
+        return shape, labels, None
+    test_shape = _check_images(file, "test_images", headers["test_images"])
+    if test_shape != shape:
+        raise DataError(
+            f"{file}: test_images must be as images are, {_by(shape)} (channels, height, width), got {_by(test_shape)}"
+        )
+    number = headers["test_images"][0][0]
+    test_labels = _check_labels(file, "test_labels", headers["test_labels"], number, lowest=0)
+    if test_labels.max() > labels.max():
+        raise DataError(
+            f"{file}: test_labels must be classes that labels has, 0 to {labels.max()}, got {test_labels.max()}"
+        )
+    return shape, labels, test_labels
+
+
+def _check_images(file: Path, key: str, header: Header) -> tuple[int, int, int]:
+    """The shape [C, H, W] of each image."""
+    shape, dtype = header
+    wanted = f"{file}: {key} must be uint8 [N, H, W] or [N, C, H, W]"
+    if dtype not in TAKEN:
+        whole = f" ({key}.astype(numpy.uint8), of pixels in 0..255)"
+        scale = {"f": " (pixels in 0..1 times 255, rounded)", "i": whole, "u": whole}.get(dtype.kind, "")
+        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}; convert it{scale}")
+    if len(shape) not in (3, 4):
+        raise DataError(f"{wanted}, got {list(shape)}")
+    if shape[0] == 0:
+        raise DataError(f"{wanted} with N >= 1, got {list(shape)}")
+    if _has_channels_last(shape):
+        shape = (shape[0], shape[3], *shape[1:3])
+    channels, height, width = (1, *shape[1:]) if len(shape) == 3 else shape[1:]
+    if len(shape) == 4 and width == SMALLEST_SIDE < channels and height > SMALLEST_SIDE:
+        raise DataError(f"{wanted}, got {list(shape)}, with channels last; use {key}.transpose(0, 3, 1, 2)")
+    if not 1 <= channels <= MOST_CHANNELS:
+        raise DataError(f"{wanted} with 1 to {MOST_CHANNELS} channels C, got {list(shape)}")
+    if min(height, width) < SMALLEST_SIDE:
+        raise DataError(f"{wanted} with sides of at least {SMALLEST_SIDE} pixels, got {list(shape)}")
+    return channels, height, width
+
+
+def _has_channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether the last axis is too narrow for a side, and the others are wide enough."""
+    return len(shape) == 4 and 1 <= shape[3] < SMALLEST_SIDE <= min(shape[1:3])
+
+
+def _check_labels(file: Path, key: str, header: Header, number: int, lowest: int) -> Indices:
+    shape, dtype = header
+    wanted = f"{file}: {key} must be integers [{number}], one for each image"
+    if dtype.kind not in "iu":
+        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}")
+    if shape != (number,):
+        raise DataError(f"{wanted}, got {list(shape)}")
+    labels = _read(file, key)
+    if labels.min() < lowest:
+        without = " (-1 is an image without a label)" if lowest < 0 else ": a test image needs its label"
+        raise DataError(f"{file}: {key} must be >= {lowest}{without}, got {labels.min()}")
+    if labels.max() >= 2**31:
+        raise DataError(f"{file}: {key} must be classes 0, 1, 2 and so on, got {labels.max()}")
+    return labels.astype(np.int64)
+
+
+def read_names(file: Path, num_classes: int) -> tuple[str, ...]:
+    """The classes' names, if the file has them."""
+    headers = _headers(file)
+    if "class_names" not in headers:
+        return ()
+    shape, dtype = headers["class_names"]
+    wanted = f"{file}: class_names must be strings [{num_classes}], one for each class in the order of the labels"
+    if dtype.kind != "U" or shape != (num_classes,):
+        raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}")
+    names = tuple(map(str, _read(file, "class_names")))
+    if not all(name.strip() for name in names) or len(set(names)) < len(names):
+        raise DataError(f"{wanted}, none of them empty or there twice, got {', '.join(map(repr, names))}")
+    return names
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _headers(file: Path) -> dict[str, Header]:
+    """Shape and dtype of each array, whose data must be as long as its header tells."""
+    found = {}
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as stream:
+                    shape, dtype = _header(stream)
+                    length = stream.tell() + math.prod(shape) * dtype.itemsize
+                if not dtype.hasobject and length != entry.file_size:
+                    raise ValueError(f"{entry.filename} has {entry.file_size} bytes where {length} are promised")
+                found[entry.filename.removesuffix(".npy")] = (shape, dtype)
+    except Exception as error:  # a damaged archive fails in many ways, and each means the same to a person
+        raise _unreadable(file, error) from error
+    return found
+
+
+def _header(stream: IO[bytes]) -> Header:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return shape, dtype
+
+
+def _read(file: Path, key: str) -> npt.NDArray[Any]:
+    """An array whose header is checked; pickles are never read."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            array: npt.NDArray[Any] = arrays[key]
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise _unreadable(file, error) from error
+    return array
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(f"{file} cannot be read as an .npz file ({reason}); write it with numpy.savez")
