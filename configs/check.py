@@ -98,6 +98,28 @@ def check(config: Config) -> None:
         call = "(f, logits, *, step, context, generator)"
         got = config.estimator["_target_"]
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
+    if config.prior != "uniform":
+        _check_reads_prior(config, estimator, known.num_classes)
+
+
+def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:
+    """Somebody's own estimator may know of no p(y): its KL, and so J, would be those of a uniform one."""
+    import torch
+
+    logits = torch.zeros(1, num_classes, requires_grad=True)
+    prior = torch.arange(1.0, num_classes + 1).log_softmax(dim=0)
+    kls = []
+    with torch.random.fork_rng([]), suppress(Exception):  # what it fails by, training will say
+        estimator.prepare(1, num_classes)
+        for estimator.log_prior in (None, prior):
+            generator, context = torch.Generator().manual_seed(0), torch.zeros(1, 1, 1, 1)
+            estimate = estimator(lambda y: y.square().sum(dim=-1), logits, step=0, context=context, generator=generator)
+            kls.append(estimate.kl.detach())
+    if len(kls) == 2 and torch.equal(*kls):
+        raise ConfigError(
+            f"prior must be uniform with an estimator whose kl is not from self.log_prior, got {shown(config.prior)} "
+            f"with {config.estimator['_target_']}; categorical_kl(logits, self.log_prior) is"
+        )
 
 
 def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:

@@ -343,7 +343,7 @@ def test_what_bounds_are_of_is_said_of_one_kind_too(tmp_path: Path) -> None:
 def test_own_images_are_told_apart_by_their_digest(tmp_path: Path) -> None:
     """Not by their path: the same images may have been moved, and others put in their place."""
     for seed, (folder, digest) in enumerate({"here": "abc", "there": "abc", "moved": "def"}.items()):
-        data = {"data__name": "arrays", "data__path": f"{folder}.npz", "data__binarization": "none"}
+        data: dict[str, Any] = {"data__name": "arrays", "data__path": f"{folder}.npz", "data__binarization": "none"}
         made = make_run(tmp_path / folder, 0.9, seed=seed, **data)
         (made / "split.json").write_text(json.dumps({"digest": digest}))
     found = comparison(tmp_path, metric="test_bound")

@@ -17,7 +17,9 @@ from models import likelihoods
 from models.likelihoods import DiscretizedLogistic, Gaussian, PerChannelScale, log_likelihood_name
 from models.networks import ImageShape, conv
 from models.vae import SemiSupervisedVAE
-from tests.runs import CONV, MLP, run
+from scripts import evaluate, generate
+from tests.runs import CONV, MLP, command, resume, run
+from training.checkpoints import stored
 
 # torch.distributions is not annotated
 # mypy: disable-error-code="no-untyped-call"
@@ -245,6 +247,42 @@ def test_grey_pixels_have_grey_levels_unless_bernoulli_is_asked_for(tmp_path: Pa
     line = f"{MLP} train.steps=1 data.binarization=none likelihood=auto"
     run(line, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["config"]["likelihood"] == "discretized_logistic"
+
+
+def test_a_run_from_before_goes_on_as_bernoulli_whatever_its_pixels(tmp_path: Path) -> None:
+    """Of grey images of one's own, which now have another default: its files are made as they were then."""
+    rows = np.arange(300)
+    images = np.random.default_rng(0).integers(0, 256, (300, 6, 5), dtype=np.uint8)
+    np.savez(tmp_path / "mine.npz", images=images, labels=rows % 3)
+    folder = tmp_path / "run"
+    line = f"{MLP} data=arrays data.path={tmp_path}/mine.npz data.num_labelled=30 data.num_validation=30 train.steps=4"
+    run(f"{line} data.binarization=none likelihood=bernoulli", folder)
+    overrides, config = folder / ".hydra" / "overrides.yaml", folder / ".hydra" / "config.yaml"
+    for file in (overrides, config):
+        kept = [row for row in file.read_text().splitlines() if "likelihood" not in row and "prior: " not in row]
+        file.write_text("\n".join(row for row in kept if "prior=" not in row) + "\n")
+    for path in stored(folder):
+        state = torch.load(path, weights_only=True)
+        for key in ("likelihood", "prior"):
+            del state[key], state["config"][key]
+        torch.save(state, path)
+    assert command(evaluate.main, f"{folder} --part val").code == 0
+    resume(folder, "train.steps=6")
+    assert json.loads((folder / "result.json").read_text())["config"]["likelihood"] == "bernoulli"
+
+
+def test_grey_levels_are_not_measured_as_binary_pixels(tmp_path: Path) -> None:
+    run(f"{MLP} train.steps=1 data.binarization=none likelihood=discretized_logistic", tmp_path / "run")
+    ended = command(evaluate.main, f"{tmp_path / 'run'} --binarization dynamic")
+    assert ended.code == 2
+    assert "--binarization must be none for this run" in ended.err
+    assert command(evaluate.main, f"{tmp_path / 'run'} --part val --binarization none").code == 0
+    for pixels in ("mean", "drawn"):
+        line = f"{tmp_path / 'run'} --kind samples --columns 3 --pixels {pixels} --output {tmp_path / pixels}.png"
+        assert command(generate.main, line).code == 0
+    assert (tmp_path / "mean.png").read_bytes() != (tmp_path / "drawn.png").read_bytes()
+    ended = command(generate.main, f"{tmp_path / 'run'} --pixels drawn --output {tmp_path / 'no'}.png")
+    assert (ended.code, "--pixels must be mean for --kind classes" in ended.err) == (2, True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, distributions
 
-from configs.check import typed
+from configs.check import check, typed
 from configs.schema import ConfigError
 from data.splits import class_prior
-from estimators.contract import categorical_kl
+from estimators.contract import CostFunction, Estimate, categorical_kl
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, sparsemax
 from models.evaluation import importance_weighted
@@ -22,7 +24,7 @@ from models.networks import mlp
 from models.objective import Weights, objective
 from models.vae import SemiSupervisedVAE
 from scripts.command import composed
-from tests.runs import MLP, checkpoint, resume, run
+from tests.runs import ESTIMATORS, MLP, checkpoint, resume, run
 from tests.test_estimators import CASES, Case, assert_same_with_gradient, cost, each, estimate, small_batch
 from tests.test_objective import (
     DATA,
@@ -137,6 +139,30 @@ def test_sparsemax_has_the_kl_of_its_own_p() -> None:
     p = sparsemax(logits.detach())
     expected = torch.special.xlogy(p, p).sum(dim=-1) - (p * LOG_PRIOR).sum(dim=-1)
     torch.testing.assert_close(found, expected)
+
+
+class KnowsOfNoPrior(Marginalization):
+    """As an estimator from outside that was written before there was a prior."""
+
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        estimate = super().forward(f, logits, step=step, context=context, generator=generator)
+        return replace(estimate, kl=categorical_kl(logits))
+
+
+def test_an_estimator_whose_kl_is_from_a_uniform_prior_is_refused_another() -> None:
+    own = "estimator._target_=tests.test_prior.KnowsOfNoPrior"
+    check(typed(composed("data=digits", "estimator=marginalization", own)))
+    with pytest.raises(
+        ConfigError, match=r"prior must be uniform .* got labelled with tests.test_prior.KnowsOfNoPrior"
+    ):
+        check(typed(composed("data=digits", "estimator=marginalization", own, "prior=labelled")))
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_each_estimator_takes_a_prior(name: str) -> None:
+    check(typed(composed("data=digits", *shlex.split(ESTIMATORS[name]), "prior=labelled")))
 
 
 # ---- which prior, and what is drawn from it ----
