@@ -60,12 +60,13 @@ def load(path: str | None, part: str, num_test: float | None = None, resize: str
     """The `train` or `test` part, and a digest of all pixels and labels. Raises DataError."""
     file = _found(path)
     test: tuple[Array, Indices] | None = None
+    inside: tuple[str, ...] = ()
     if file.is_dir():
         left_out = LeftOut()
         files, labels = _listed(file, left_out)
         shape, deep = shape_of_all(stamped(files), resize)
         images, names = read_pictures(files, shape, resize is not None), _names(file)
-        notes = _notes(file, left_out, deep)
+        notes, inside = _notes(file, left_out, deep), tuple(path.relative_to(file).as_posix() for path in files)
     else:
         _, labels, test_labels = npz.read_labels(file)
         images, notes = npz.read_images(file, "images")
@@ -87,7 +88,8 @@ def load(path: str | None, part: str, num_test: float | None = None, resize: str
     if test and part == "test":
         return replace(whole, images=test[0], labels=test[1])
     chosen = rows[part == "test"]
-    return replace(whole, images=images[chosen], labels=labels[chosen])
+    inside = tuple(inside[row] for row in chosen) if inside else ()
+    return replace(whole, images=images[chosen], labels=labels[chosen], files=inside)
 
 
 def parts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,16 +24,51 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]
 
 def read_images(file: Path, key: str) -> tuple[Array, tuple[str, ...]]:
     """The images uint8 [N, C, H, W] of a checked array, and sentences on what was made of it."""
-    array, notes = _read(file, key), []
+    return _as_pixels(_read(file, key), f"{key} of {file}")
+
+
+def image_shape(file: Path, key: str = "images") -> tuple[int, tuple[int, int, int]]:
+    """The number of images and their shape [C, H, W], by the header alone. Raises DataError."""
+    headers = _headers(file)
+    if key not in headers:
+        raise DataError(f"{file}: {key} is missing, and the file has the keys {', '.join(headers) or 'none'}; {WANTED}")
+    return headers[key][0][0], _check_images(file, key, headers[key])
+
+
+def stream_images(file: Path, size: int, key: str = "images") -> Iterator[Array]:
+    """The images of a checked array, `size` at a time: uint8 [size, C, H, W], read as `read_images` does.
+
+    Memory holds those alone, whether the file is compressed or not; but for an array in Fortran's order, whose images
+    do not lie one after another. Raises DataError.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
+            shape, dtype, is_fortran = _whole_header(stream)
+            if is_fortran:
+                whole = _read(file, key)
+            for first in range(0, shape[0], size):
+                rows = min(size, shape[0] - first)
+                if is_fortran:
+                    part = whole[first : first + rows]
+                else:
+                    content = stream.read(rows * math.prod(shape[1:]) * dtype.itemsize)
+                    part = np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+                yield _as_pixels(part, key)[0]
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise _unreadable(file, error) from error
+
+
+def _as_pixels(array: npt.NDArray[Any], what: str) -> tuple[Array, tuple[str, ...]]:
+    notes = []
     if array.dtype == np.bool_:
         array = array.view(np.uint8) * np.uint8(255)
-        notes.append(f"{key} of {file} are bool, read as the grey levels 0 and 255")
+        notes.append(f"{what} are bool, read as the grey levels 0 and 255")
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
-        notes.append(f"{key} of {file} have 16 bits, of which the higher 8 are read")
+        notes.append(f"{what} have 16 bits, of which the higher 8 are read")
     if _has_channels_last(array.shape):
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
-        notes.append(f"{key} of {file} have their channels last, and are read so")
+        notes.append(f"{what} have their channels last, and are read so")
     images: Array = array if array.ndim == 4 else array[:, None]
     return images, tuple(notes)
 
@@ -147,10 +183,16 @@ def _headers(file: Path) -> dict[str, Header]:
 
 
 def _header(stream: IO[bytes]) -> Header:
+    shape, dtype, _ = _whole_header(stream)
+    return shape, dtype
+
+
+def _whole_header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], bool]:
+    """Shape, dtype, and whether the array is in Fortran's order."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    return shape, dtype
+    shape, is_fortran, dtype = read(stream)
+    return shape, dtype, is_fortran
 
 
 def _read(file: Path, key: str) -> npt.NDArray[Any]:

@@ -104,8 +104,10 @@ def test_charts_are_pictures(channels: int) -> None:
     q, labels = some_predictions()
     x = torch.randint(256, (4, channels, 8, 8), dtype=torch.uint8)
     mistakes = worst_mistakes(q, labels, 5)
-    charts = draw_confusion(confusion(q, labels)), draw_mistakes(x, mistakes), draw_calibration(q, labels)
-    for chart in (*charts, draw_mistakes(x, [])):
+    names = ("a class with a long name", "b", "")
+    pictures = draw_confusion(confusion(q, labels), names), draw_mistakes(x, mistakes, names)
+    charts = *pictures, draw_calibration(q, labels)
+    for chart in (*charts, draw_mistakes(x, [], names)):
         assert chart.dtype == torch.uint8
         assert chart.shape[0] == 3
         assert chart.float().std() > 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def turn_about(labels: Tensor) -> Tensor:
     return torch.argsort(earlier * (labels.max() + 1) + labels)
 
 
-def save_png(sheet: Tensor, path: Path, zoom: int) -> None:
+def save_png(sheet: Tensor, path: Path | IO[bytes], zoom: int) -> None:
     """Writes a uint8 picture [C, H, W] with 1 or 3 channels, each pixel `zoom` times as large."""
     from PIL import Image
 

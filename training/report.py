@@ -107,14 +107,15 @@ class Report:
         self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
         seen, weights = measured.per_image, self.run.weights
         if seen is not None:
-            self.board.predictions(seen.q, self.run.validation, step)
+            self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)
             alarms = [classes_collapsed(seen.q, self.run.validation.labels)]
             if weights.labelled or weights.unlabelled:  # else p(x|y,z) and q(z|x,y) are not trained
                 alarms += [generator_ignores_y(seen.bound_spread), z_unused(measured.kl_z)]
             # a healthy model has yet to learn to use y and z: it is no warning before half of the steps are done
             self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)
         if step == self.run.config.train.steps:
-            self.board.project(self.run.model, self.run.validation, self.run.binarization)
+            names = self.run.facts.class_names
+            self.board.project(self.run.model, self.run.validation, self.run.binarization, names)
         self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
         self.bar.set_postfix(self.shown)
         rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())

@@ -80,7 +80,7 @@ class Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         self.contents: dict[str, str] = {}  # digests of the files that images came from
-        source = self._load("train")
+        source = self.load_images("train")
         self.notes = source.notes
         self.split = split_of(source, config)
         channels, height, width = source.images.shape[1:]
@@ -116,7 +116,7 @@ class Run:
         )
         self.validation = evaluation_data(source, self.split.validation, self.device)
 
-    def _load(self, part: str) -> Images:
+    def load_images(self, part: str) -> Images:
         data = self.config.data
         source = load(
             data.name,
@@ -143,7 +143,7 @@ class Run:
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
-        return evaluation_data(self._load("test"), slice(None), self.device)
+        return evaluation_data(self.load_images("test"), slice(None), self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -175,7 +175,7 @@ class Run:
 
     def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
-        return evaluation_data(self._load("train"), self.rows(part), self.device)
+        return evaluation_data(self.load_images("train"), self.rows(part), self.device)
 
     def measure(self, part: Part, importance_samples: int | None = None) -> dict[str, float]:
         """Evaluation of a part under the names of result.json.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +114,15 @@ class TensorBoard:
         self.writer.add_image("analogies", grid(analogies(model, images), columns=model.num_classes + 1), step)
         self.writer.add_image("walk_through_z", grid(interpolation(model, shape, generator, 10), columns=10), step)
 
-    def predictions(self, q: Tensor, data: EvaluationData, step: int) -> None:
+    def predictions(self, q: Tensor, data: EvaluationData, names: Sequence[str], step: int) -> None:
         """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
         if q.shape[-1] <= MOST_CLASSES:
-            self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels)), step)
-        self.writer.add_image("worst_mistakes", draw_mistakes(data.x, worst_mistakes(q, data.labels, 20)), step)
+            self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels), names), step)
+        mistakes = draw_mistakes(data.x, worst_mistakes(q, data.labels, 20), names)
+        self.writer.add_image("worst_mistakes", mistakes, step)
         self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
 
-    def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any) -> None:
+    def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any, names: Sequence[str]) -> None:
         """Writes the projector's files anew: z of the first held-out images, with true and predicted class.
 
         add_embedding would leave a folder for each step, and forget the others when the run is resumed.
@@ -132,7 +134,8 @@ class TensorBoard:
         files = self.folder / "projector"
         files.mkdir(exist_ok=True)
         points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
-        classes = (f"{label}\t{guess}" for label, guess in zip(labels, predicted.tolist(), strict=True))
+        words = [" ".join(name.split()) for name in names]  # a tab would be another column
+        classes = (f"{words[label]}\t{words[guess]}" for label, guess in zip(labels, predicted.tolist(), strict=True))
         write_atomically(files / "z.tsv", "".join(f"{row}\n" for row in points).encode())
         write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in ("class\tpredicted", *classes)).encode())
         side = math.ceil(len(images) ** 0.5)
