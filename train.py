@@ -45,9 +45,7 @@ def train(run: Run, report: Report, folder: Path) -> int:
     update = ReplayedUpdate(run, guard) if run.config.cuda_graph else Update(run, guard)
     with Interruption() as interruption:
         if run.unlooked:
-            look(run, report, interruption)
-            report.flush()
-            run.save(folder)
+            look(run, report, folder, interruption)
             if interruption.exit_code:
                 return stopped(run, folder, interruption)
         for step in range(run.step, settings.steps):
@@ -55,20 +53,26 @@ def train(run: Run, report: Report, folder: Path) -> int:
             run.step = done = step + 1
             report.add(result, guard.norm)
 
-            last = done == settings.steps
+            run.unlooked, last = any(looks_due(run)), done == settings.steps
             if done % settings.log_every == 0 or last:
                 guard.raise_if_diverged()
                 report.log_step(done)
-            if any(looks_due(run)):
-                look(run, report, interruption)
-            if done % settings.checkpoint_every == 0 or last or interruption.exit_code:
+            if done % settings.checkpoint_every == 0 or last or run.unlooked or interruption.exit_code:
                 guard.raise_if_diverged()
-                with report.paused():
-                    report.flush()  # a run that goes on from here does not log it again
-                    run.save(folder)
+                save(run, report, folder)
+            if run.unlooked:
+                look(run, report, folder, interruption)
             if interruption.exit_code:
                 return stopped(run, folder, interruption)
     return 0
+
+
+def save(run: Run, report: Report, folder: Path) -> None:
+    """Writes a checkpoint. A run that goes on from it logs nothing again, but what belongs to a look still to come."""
+    with report.paused():
+        report.flush()
+        run.logged = report.logged_at_step(run.step) if run.unlooked else None
+        run.save(folder)
 
 
 def stopped(run: Run, folder: Path, interruption: Interruption) -> int:
@@ -85,27 +89,34 @@ def looks_due(run: Run) -> tuple[bool, bool]:
     return validate, diagnose_every > 0 and (run.step % diagnose_every == 0 or last)
 
 
-def look(run: Run, report: Report, interruption: Interruption) -> None:
-    """Validation and diagnostics where they are due. A signal puts them off to when the run is resumed."""
-    from training.divergence import raise_unless_finite
+def look(run: Run, report: Report, folder: Path, interruption: Interruption) -> None:
+    """Validation and diagnostics where they are due, of a run that is saved, and then saves it as looked at.
+
+    A signal puts them off to when the run is resumed. A checkpoint whose validation diverges is not kept.
+    """
+    from training.checkpoints import drop_newest
+    from training.divergence import Diverged, raise_unless_finite
     from training.interruption import Interrupted
 
     validate, diagnose = looks_due(run)
-    run.unlooked = True
     with report.paused():
         try:
             if validate:
-                measured = run.evaluate(run.validation, after_batch=interruption.check)
+                measured = run.validate(interruption.check)
+                raise_unless_finite("the validation bound", measured.bound, run.step)
             if diagnose:
                 diagnosed = run.diagnose(after_draw=interruption.check)
         except Interrupted:
             return
+        except Diverged:
+            drop_newest(folder)
+            raise
         if validate:
-            raise_unless_finite("the validation bound", measured.bound, run.step)
             report.validation(run.step, measured)
         if diagnose:
             report.diagnostics(run.step, diagnosed)
     run.unlooked = False
+    save(run, report, folder)
 
 
 def run_job(config: DictConfig, folder: Path) -> int:
@@ -151,9 +162,14 @@ def run_in(folder: Path, checked: Config) -> int:
 
 def ended_by(error: Exception, folder: Path) -> int:
     """Says in one sentence what ended a job, if a person can mend it, and returns the exit code."""
+    from models.evaluation import OutOfMemoryError
     from training.checkpoints import CheckpointError
     from training.divergence import Diverged
 
+    if isinstance(error, OutOfMemoryError):
+        way_on = f"go on with: uv run train.py {resume_argument(folder)} evaluation.batch_size=NUMBER"
+        errors.error("catvae: %s; nothing is lost, %s", error, way_on)
+        return 2
     if isinstance(error, (ConfigError, DataError, CheckpointError, Diverged)):
         errors.error("catvae: %s", error)
         return 3 if isinstance(error, Diverged) else 2

@@ -34,7 +34,7 @@ from configs.wording import explain, keys, shown, unknown_key
 from data.datasets import facts, load
 from data.facts import DataError
 from data.folders import made
-from data.splits import Indices, draw_split
+from data.splits import Indices, class_prior, draw_split
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
@@ -98,6 +98,28 @@ def check(config: Config) -> None:
         call = "(f, logits, *, step, context, generator)"
         got = config.estimator["_target_"]
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
+    if config.prior != "uniform":
+        _check_reads_prior(config, estimator, known.num_classes)
+
+
+def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:
+    """Somebody's own estimator may know of no p(y): its KL, and so J, would be those of a uniform one."""
+    import torch
+
+    logits = torch.zeros(1, num_classes, requires_grad=True)
+    prior = torch.arange(1.0, num_classes + 1).log_softmax(dim=0)
+    kls = []
+    with torch.random.fork_rng([]), suppress(Exception):  # what it fails by, training will say
+        estimator.prepare(1, num_classes)
+        for estimator.log_prior in (None, prior):
+            generator, context = torch.Generator().manual_seed(0), torch.zeros(1, 1, 1, 1)
+            estimate = estimator(lambda y: y.square().sum(dim=-1), logits, step=0, context=context, generator=generator)
+            kls.append(estimate.kl.detach())
+    if len(kls) == 2 and torch.equal(*kls):
+        raise ConfigError(
+            f"prior must be uniform with an estimator whose kl is not from self.log_prior, got {shown(config.prior)} "
+            f"with {config.estimator['_target_']}; categorical_kl(logits, self.log_prior) is"
+        )
 
 
 def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:
@@ -145,8 +167,12 @@ def check_machine(config: Config) -> None:
         raise ConfigError("cuda_graph must be false where optimizer.fused is not true, got true")
     data = config.data
     try:
-        draw_split(
-            *_labels(data.name, data.root, data.checksum, data.path, data.random_classes, data.num_test, data.resize),
+        labels, num_classes = _labels(
+            data.name, data.root, data.checksum, data.path, data.random_classes, data.num_test, data.resize
+        )
+        split = draw_split(
+            labels,
+            num_classes,
             num_labelled=data.num_labelled,
             num_validation=data.num_validation,
             split_seed=data.split_seed,
@@ -154,6 +180,7 @@ def check_machine(config: Config) -> None:
             balanced=data.balanced,
             stratified=data.stratified,
         )
+        class_prior(config.prior, labels[split.labelled], num_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -169,7 +196,7 @@ def _labels(
     resize: str | None,
 ) -> tuple[Indices, int]:
     """The training images' labels, and the number of classes."""
-    source = load(name, root, "train", checksum, path, random_classes, num_test=num_test, resize=resize)
+    source = load(name, root, "train", checksum, path, random_classes, num_test=num_test, resize=resize, mapped=True)
     return source.labels, source.num_classes
 
 

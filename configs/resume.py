@@ -28,6 +28,9 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         before = [str(override) for override in OmegaConf.load(recorded)]
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise ConfigError(f"resume must be a run folder, got {folder}: its {recorded} is unreadable") from error
+    configuration = folder / ".hydra" / "config.yaml"
+    if configuration.is_file() and "\nlikelihood:" not in "\n" + configuration.read_text(errors="replace"):
+        before = ["likelihood=bernoulli", *before]  # the only one there was, whatever the pixels
     quoted = "'" + str(folder).replace("'", "\\'") + "'"
     # output_subdir=null leaves .hydra as the first run wrote it
     added = [f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]

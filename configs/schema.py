@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from data.datasets import NAMES, OWN, facts
+from data.facts import DatasetFacts
 from data.pictures import size_of
 from data.splits import check_sizes, count_of
 
@@ -25,6 +26,12 @@ class Binarization(Enum):
     none = "none"
 
 
+class Placement(Enum):
+    auto = "auto"
+    device = "device"
+    host = "host"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -35,6 +42,16 @@ class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Likelihood(Enum):
+    """Of models.likelihoods; `auto` follows the pixels."""
+
+    auto = "auto"
+    bernoulli = "bernoulli"
+    continuous_bernoulli = "continuous_bernoulli"
+    gaussian = "gaussian"
+    discretized_logistic = "discretized_logistic"
 
 
 class OnDivergence(Enum):
@@ -61,6 +78,7 @@ class DataConfig:
     balanced: bool = True  # as many labelled images of each class; else in proportion to how many there are
     stratified: bool = False  # validation images are drawn by class, in proportion; else over all that have a label
     resize: str | None = None  # of data=arrays: HEIGHTxWIDTH to bring all images to
+    placement: Placement = Placement.auto  # of the images; on the host, or in their file, what is larger than a device
     split_seed: int = 0  # draws the split, and nothing else
     labelled_in_unlabelled: bool = True  # labelled images are also seen without their labels
     binarization: Binarization = Binarization.dynamic
@@ -162,11 +180,50 @@ class Config:
     resume: str | None = None  # a run folder to go on with
     on_divergence: OnDivergence = OnDivergence.stop  # or back to the last checkpoint, with half the learning rate
     cuda_graph: bool = False  # a step is recorded once and replayed; on a GPU alone
+    likelihood: Likelihood = Likelihood.bernoulli  # of the pixels; runs from before had no other
+    prior: Any = "uniform"  # p(y): uniform, labelled (frequencies among the labels), or a list of K probabilities
     deterministic: bool = False  # same seed, same bits on a GPU too, or a refusal that names the operation
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
+        self.likelihood = resolved_likelihood(self.likelihood, self.data.binarization)
+        if self.prior not in ("uniform", "labelled"):
+            data = self.data
+            known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
+            self.prior = _probabilities(self.prior, known)
+
+
+def resolved_likelihood(likelihood: Likelihood, binarization: Binarization) -> Likelihood:
+    """`auto` as what the pixels are: binary ones are Bernoulli, whole grey levels have a discretized logistic.
+
+    Raises ValueError where the likelihood would be a density at binary pixels, which has no upper limit there, or
+    would spread its probability over grey levels that never come. Bernoulli on grey levels has to be asked for.
+    """
+    if likelihood is Likelihood.auto:
+        grey = binarization is Binarization.none
+        return Likelihood.discretized_logistic if grey else Likelihood.bernoulli
+    if binarization is not Binarization.none and likelihood is not Likelihood.bernoulli:
+        raise ValueError(
+            f"likelihood must be bernoulli (or auto) where data.binarization={binarization.value} makes pixels 0 or 1, "
+            f"got {likelihood.value}; data.binarization=none keeps the grey levels that it is for"
+        )
+    return likelihood
+
+
+def _probabilities(prior: Any, known: DatasetFacts) -> list[float]:
+    """A list of K positive numbers whose sum is 1 within a hundredth, divided by their sum. Raises ValueError."""
+    numbers = prior if isinstance(prior, list) else []
+    if (
+        len(numbers) == known.num_classes
+        and all(isinstance(p, (int, float)) and not isinstance(p, bool) and 0 < p < math.inf for p in numbers)
+        and abs(sum(numbers) - 1) < 0.01 + 1e-9
+    ):
+        return [p / sum(numbers) for p in numbers]
+    raise ValueError(
+        f"prior must be uniform, labelled or a list of {known.num_classes} positive numbers that sum to 1, "
+        f"one for each class, got {prior}"
+    )
 
 
 ConfigStore.instance().store(name="schema", node=Config)

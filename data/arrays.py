@@ -66,12 +66,13 @@ def load(
     file = _found(path)
     test: tuple[Array | InFile, Indices] | None = None
     images: Array | InFile
+    inside: tuple[str, ...] = ()
     if _has_pictures(file):
         left_out = LeftOut()
         files, labels = _listed(file, left_out)
         shape, deep = shape_of_all(stamped(files), resize)
         images, names = read_pictures(files, shape, resize is not None), _names(file)
-        notes = _notes(file, left_out, deep)
+        notes, inside = _notes(file, left_out, deep), tuple(path.relative_to(file).as_posix() for path in files)
     else:
         _, labels, test_labels = npz.read_labels(file)
         images, notes = _arrays(file, "images", resize, mapped)
@@ -87,9 +88,9 @@ def load(
     if test and part == "test":
         return replace(whole, images=test[0], labels=test[1])
     chosen = rows[part == "test"]
-    return replace(
-        whole, images=images.of(chosen) if isinstance(images, InFile) else images[chosen], labels=labels[chosen]
-    )
+    inside = tuple(inside[row] for row in chosen) if inside else ()
+    chosen_images = images.of(chosen) if isinstance(images, InFile) else images[chosen]
+    return replace(whole, images=chosen_images, labels=labels[chosen], files=inside)
 
 
 def _has_pictures(file: Path) -> bool:

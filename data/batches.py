@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.facts import Array, Images
+from data.pictures import memory
 from data.randomness import keyed_generator, random_int16
 from data.splits import Indices, Split
 from data.stored import InFile
@@ -28,12 +31,23 @@ class OnHost:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, chosen: slice) -> Tensor:
-        return torch.from_numpy(self.images[self.rows[chosen]]).to(self.device)
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), *self.images.shape[1:]))
 
-    def read(self, chosen: Tensor) -> Tensor:
+    def __getitem__(self, chosen: slice | Sequence[int] | Tensor) -> Tensor:
+        return self.read(chosen).to(self.device)
+
+    def read(self, chosen: slice | Sequence[int] | Tensor) -> Tensor:
         """On the host."""
-        return torch.from_numpy(self.images[self.rows[chosen.numpy()]])
+        rows = self.rows[chosen if isinstance(chosen, slice) else np.asarray(chosen)]
+        return torch.from_numpy(self.images[rows])
+
+
+def fit(images: Array | InFile, device: torch.device) -> bool:
+    """Whether images fit into half of a GPU's free memory, or a quarter of the machine's, beside the training."""
+    free, part = (torch.cuda.mem_get_info(device)[0], 2) if device.type == "cuda" else (memory(), 4)
+    return math.prod(images.shape) * part <= free
 
 
 class Ahead:
@@ -63,7 +77,7 @@ class TrainingData:
 class EvaluationData:
     """Images uint8 [N, C, H, W] and labels int64 [N] to measure with."""
 
-    x: Tensor
+    x: Tensor | OnHost
     labels: Tensor
 
 
@@ -77,10 +91,11 @@ def training_data(source: Images, split: Split, device: torch.device, on_host: b
     return TrainingData(x_labelled[:], y_labelled, x_unlabelled[:])
 
 
-def evaluation_data(source: Images, rows: Indices | slice, device: torch.device) -> EvaluationData:
-    return EvaluationData(
-        torch.from_numpy(source.images[rows]).to(device), torch.from_numpy(source.labels[rows]).to(device)
-    )
+def evaluation_data(
+    source: Images, rows: Indices | slice, device: torch.device, on_host: bool = False
+) -> EvaluationData:
+    x = OnHost(source.images, np.arange(len(source.labels))[rows], device)
+    return EvaluationData(x if on_host else x[:], torch.from_numpy(source.labels[rows]).to(device))
 
 
 def binarize(images: Tensor, binarization: Binarization, generator: torch.Generator) -> Tensor:

@@ -50,6 +50,7 @@ class Images:
     class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
     notes: tuple[str, ...] = ()  # sentences for the log: what was left out, and what was made of the rest
     contents: dict[str, str] = field(default_factory=dict)  # a digest of each file that train and test come from
+    files: tuple[str, ...] = ()  # each image's, below the folder that they were read from
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))

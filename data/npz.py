@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,37 @@ def read_images(file: Path, key: str) -> tuple[Array, tuple[str, ...]]:
     """The images uint8 [N, C, H, W] of a checked array, and sentences on what was made of it."""
     array = _read(file, key)
     return as_pixels(array), _notes(file, key, array)
+
+
+def image_shape(file: Path, key: str = "images") -> tuple[int, tuple[int, int, int]]:
+    """The number of images and their shape [C, H, W], by the header alone. Raises DataError."""
+    headers = _headers(file)
+    if key not in headers:
+        raise DataError(f"{file}: {key} is missing, and the file has the keys {', '.join(headers) or 'none'}; {WANTED}")
+    return headers[key][0][0], _check_images(file, key, headers[key])
+
+
+def stream_images(file: Path, size: int, key: str = "images") -> Iterator[Array]:
+    """The images of a checked array, `size` at a time: uint8 [size, C, H, W], read as `read_images` does.
+
+    Memory holds those alone, whether the file is compressed or not; but for an array in Fortran's order, whose images
+    do not lie one after another. Raises DataError.
+    """
+    try:
+        with _opened(file, key) as stream:
+            shape, is_fortran, dtype = _header(stream)
+            if is_fortran:
+                whole = _read(file, key)
+            for first in range(0, shape[0], size):
+                rows = min(size, shape[0] - first)
+                if is_fortran:
+                    part = whole[first : first + rows]
+                else:
+                    content = stream.read(rows * math.prod(shape[1:]) * dtype.itemsize)
+                    part = np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+                yield as_pixels(part)
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise _unreadable(file, error) from error
 
 
 def map_images(file: Path, key: str) -> tuple[InFile, tuple[str, ...]] | None:
@@ -189,6 +221,17 @@ def _entries(file: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
                 yield entry.filename, entry.file_size, inside
 
 
+@contextmanager
+def _opened(file: Path, key: str) -> Iterator[IO[bytes]]:
+    """An array's header and data, unpacked."""
+    if file.is_dir():
+        with (file / f"{key}.npy").open("rb") as stream:
+            yield stream
+        return
+    with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as inside:
+        yield inside
+
+
 def _place(file: Path, key: str) -> tuple[Path, int, tuple[int, ...], np.dtype[Any]] | None:
     """Where an array's data begin, in which file, with shape and dtype; None where they are not there as they are."""
     path, offset = (file / f"{key}.npy", 0) if file.is_dir() else (file, _offset(file, f"{key}.npy"))
@@ -234,4 +277,9 @@ def _read(file: Path, key: str) -> npt.NDArray[Any]:
 
 def _unreadable(file: Path, error: Exception) -> DataError:
     reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(f"{file} cannot be read as an .npz file ({reason}); write it with numpy.savez")
+    kind, way = (
+        ("a folder of .npy files", "write them with numpy.save")
+        if file.is_dir()
+        else ("an .npz file", "write it with numpy.savez")
+    )
+    return DataError(f"{file} cannot be read as {kind} ({reason}); {way}")

@@ -245,7 +245,7 @@ def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> t
             "brings all to that size"
         )
     shape = (channels, *sizes[0])
-    if len(files) * math.prod(shape) > _memory():
+    if len(files) * math.prod(shape) > memory():
         raise DataError(
             f"{len(files)} images of {_by(sizes[0])} pixels do not fit into memory; bring them to a smaller size, such "
             "as data.resize=64x64"
@@ -253,7 +253,7 @@ def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> t
     return shape, deep
 
 
-def _memory() -> float:
+def memory() -> float:
     """Bytes that this machine has."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

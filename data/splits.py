@@ -163,6 +163,24 @@ def _described(sizes: Indices, names: Sequence[str]) -> str:
     return f"the smallest class, {names[smallest]}, has {sizes[smallest]}"
 
 
+def class_prior(prior: str | list[float], labels: Indices, num_classes: int) -> list[float]:
+    """p(y) [K] as the configuration's `prior` asks for it, given the labels of the labelled images.
+
+    Raises ValueError where the labels should tell and a class has none.
+    """
+    if isinstance(prior, list):
+        return prior
+    if prior == "uniform":
+        return [1 / num_classes] * num_classes
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all():
+        raise ValueError(
+            "prior must be uniform or a list of probabilities where a class has no labelled image, got labelled, "
+            f"and class {int(counts.argmin())} has none"
+        )
+    return [int(count) / len(labels) for count in counts]
+
+
 def draw_split(
     labels: Indices,
     num_classes: int,

@@ -26,7 +26,7 @@ class Estimate:
     """What an estimator returns for a minibatch of B images.
 
     value      [B]  estimates E_q[f] as a number; its gradient is the estimator's gradient
-    kl         [B]  KL(q(y|x) || p(y)), p(y) uniform, in nats per image
+    kl         [B]  KL(q(y|x) || p(y)), in nats per image; p(y) is the estimator's `log_prior`
     auxiliary  []   a loss for the estimator's own parameters alone
     metrics         scalars to log; `evaluations`, the calls of f per image, is always there
     """
@@ -41,11 +41,13 @@ class Estimator(nn.Module):
     """A gradient estimator: parameters and buffers are its own state, and travel in checkpoints.
 
     State changes in training mode alone. Whatever needs the sizes of the data is made in `prepare`.
+    `log_prior` is log p(y) [K], None where p(y) is uniform; it is set before the first call.
     An estimator sets `calls_once` if it calls f once and leaves the gradient through f to the loss: f then takes other
     work along in the same pass.
     """
 
     calls_once = False
+    log_prior: Tensor | None = None
 
     def depends_on(self, step: int) -> object:
         """What of `step` an estimate depends on: equal at two steps that do the same but for randomness and data.
@@ -121,9 +123,11 @@ def temperature_at(schedule: Schedule, step: int) -> float:
     return temperature
 
 
-def categorical_kl(logits: Tensor) -> Tensor:
-    """KL(q(y|x) || uniform) = log K - H(q(y|x)) [B], in nats, from logits [B, K]."""
-    return math.log(logits.shape[-1]) - entropy(logits)
+def categorical_kl(logits: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """KL(q(y|x) || p(y)) = -H(q(y|x)) - E_q[log p(y)] [B], in nats, from logits [B, K]; log_prior as an estimator's."""
+    if log_prior is None:
+        return math.log(logits.shape[-1]) - entropy(logits)
+    return -entropy(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)
 
 
 def entropy(logits: Tensor) -> Tensor:

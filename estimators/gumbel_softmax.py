@@ -34,7 +34,7 @@ class GumbelSoftmax(Estimator):
 
     `kl` chooses the loss of Maddison et al. 2017: `analytic` (eq. 22), the closed form of the categorical KL;
     `sampled` (eq. 21), sum_k y_k log(q_k / p_k) at the relaxed draw; `relaxed` (eq. 20), the log-density ratio of the
-    Concrete posterior at tau and the uniform Concrete prior at `prior_temperature`, which alone bounds the relaxed
+    Concrete posterior at tau and the Concrete prior at p(y) and `prior_temperature`, which alone bounds the relaxed
     model's evidence.
 
     Raises ValueError for num_samples < 1, a temperature <= 0 or prior_temperature <= 0.
@@ -79,12 +79,14 @@ class GumbelSoftmax(Estimator):
 
     def _kl(self, logits: Tensor, log_y: Tensor, y: Tensor, temperature: float) -> Tensor:
         if self.kl == "analytic":
-            return categorical_kl(logits)
+            return categorical_kl(logits, self.log_prior)
         if self.kl == "sampled":
-            log_ratio = log_probabilities(logits) + math.log(logits.shape[-1])
+            log_p = -math.log(logits.shape[-1]) if self.log_prior is None else self.log_prior
+            log_ratio = log_probabilities(logits) - log_p
             return (y * log_ratio).sum(dim=-1).mean(dim=0)
         posterior = exp_concrete_log_density(log_y, logits, temperature)
-        prior = exp_concrete_log_density(log_y, torch.zeros_like(logits), self.prior_temperature)
+        prior_logits = torch.zeros_like(logits) if self.log_prior is None else self.log_prior
+        prior = exp_concrete_log_density(log_y, prior_logits, self.prior_temperature)
         return (posterior - prior).mean(dim=0)
 
 

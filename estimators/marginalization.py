@@ -51,7 +51,9 @@ class Marginalization(Estimator):
             )
         q = logits.float().softmax(dim=-1).T.contiguous()  # so the gradient of the costs is laid out as they are
         value = (q * costs).sum(dim=0)
-        return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(num_classes)})
+        return Estimate(
+            value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), {"evaluations": float(num_classes)}
+        )
 
 
 def affordable_chunk(f: CostFunction, classes: Tensor) -> int:

@@ -56,7 +56,9 @@ class SumAndSample(Estimator):
         if num_exact < num_classes:
             surrogate = surrogate + weight[-1] * centred[-1] * (classes[-1] * log_q).sum(dim=-1)
         value = with_gradient_of((weight * costs).sum(dim=0), surrogate)
-        return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(len(classes))})
+        return Estimate(
+            value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), {"evaluations": float(len(classes))}
+        )
 
 
 class UnorderedSet(Estimator):
@@ -95,7 +97,9 @@ class UnorderedSet(Estimator):
         signal = log_weight.exp() * (costs.detach() - baseline)
         surrogate = (signal.float() * log_q.gather(-1, drawn).T).sum(dim=0)  # R grad q = q R grad log q
         value = with_gradient_of((log_weight.exp().float() * costs).sum(dim=0), surrogate)
-        return Estimate(value, categorical_kl(logits), logits.new_zeros(()), {"evaluations": float(size)})
+        return Estimate(
+            value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), {"evaluations": float(size)}
+        )
 
 
 def ratios(members: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +141,8 @@ class SparsemaxSum(Estimator):
         weight, order = p.sort(dim=-1, descending=True)
         costs = f(one_hot(order[:, :calls].T, logits.shape[-1]))
         kl = (p * p.clamp(min=TINY).log()).sum(dim=-1) + math.log(logits.shape[-1])
+        if self.log_prior is not None:
+            kl = kl - (p * (self.log_prior + math.log(logits.shape[-1]))).sum(dim=-1)
         metrics: dict[str, Tensor | float] = {"evaluations": float(calls), "support": support.float().mean()}
         return Estimate((weight[:, :calls].T * costs).sum(dim=0), kl, logits.new_zeros(()), metrics)
 

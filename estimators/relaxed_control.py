@@ -81,7 +81,7 @@ class REBAR(Estimator):
             "control_scale": self.scale.detach(),
             "signal_variance": signal.detach().var(correction=0),
         }
-        return Estimate(value, categorical_kl(logits), auxiliary, metrics)
+        return Estimate(value, categorical_kl(logits, self.log_prior), auxiliary, metrics)
 
 
 class RELAX(REBAR):

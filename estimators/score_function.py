@@ -127,7 +127,7 @@ class ScoreFunction(Estimator):
             "evaluations": float(self.num_samples),
             "signal_variance": signal.var(correction=0),
         }
-        return Estimate(value, categorical_kl(logits), auxiliary, metrics)
+        return Estimate(value, categorical_kl(logits, self.log_prior), auxiliary, metrics)
 
 
 class MuProp(Estimator):
@@ -161,4 +161,4 @@ class MuProp(Estimator):
             "signal_variance": signal.var(correction=0),
         }
         value = with_gradient_of(costs.mean(dim=0), surrogate)
-        return Estimate(value, categorical_kl(logits), logits.new_zeros(()), metrics)
+        return Estimate(value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), metrics)

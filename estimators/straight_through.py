@@ -43,7 +43,7 @@ class StraightThrough(Estimator):
         soft = self.surrogate(log_q, y, temperature, generator)
         return Estimate(
             value=f(y + (soft - soft.detach())).mean(dim=0),
-            kl=categorical_kl(logits),
+            kl=categorical_kl(logits, self.log_prior),
             auxiliary=logits.new_zeros(()),
             metrics={"evaluations": float(self.num_samples), "temperature": temperature},
         )

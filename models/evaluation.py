@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, asdict, dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data.batches import Binarization, EvaluationData, binarize
 from data.randomness import keyed_generator
@@ -16,23 +19,33 @@ from estimators.contract import categorical_kl
 from models.vae import SemiSupervisedVAE
 
 CALIBRATION_BINS = 15
-ROWS = 8192  # of images and classes that go through the generator at once
+ROWS = 8192  # of images and classes that go through the generator at once, at most
+BYTES = ROWS * 28 * 28 * 4  # of those rows as float32: larger images go in fewer rows, see `rows_at_once`
 EVALUATION_SEED = 0  # the same binarization and noise for every run of one batch size, so that runs can be compared
+
+
+Item = TypeVar("Item")
+
+
+class OutOfMemoryError(Exception):
+    """Memory did not suffice for an evaluation; the message names the setting that asks for less."""
 
 
 @dataclass
 class PerImage:
-    """What pictures and alarms need of each image: q(y|x) [N, K], and how b(x, y) is spread over y [N], nats."""
+    """Of each image: q(y|x) [N, K], how b(x, y) is spread over y [N], and the exact bound [N], nats."""
 
     q: Tensor
     bound_spread: Tensor
+    bound: Tensor
 
 
 @dataclass
 class Evaluation:
-    """Means over a data set; bounds, KLs and log-likelihood in nats per image.
+    """Means over a data set of n images; bounds, KLs and log-likelihood in nats per image.
 
-    Accuracy and calibration are those of the images with a label, None where no image has one.
+    Bits per dimension are -bound / (D log 2), no fewer than -log2 p(x) / D, for images of D whole grey levels.
+    Accuracy and calibration are those of the n_with_label images with a label, None where no image has one.
     """
 
     accuracy: float | None
@@ -42,10 +55,19 @@ class Evaluation:
     kl_z: float
     calibration_error: float | None
     log_likelihood: float | None = None
+    bits_per_dimension: float | None = None  # where p(x) is a probability of whole grey levels
+    n: int = 0
+    n_with_label: int = 0
     seen: InitVar[PerImage | None] = None
 
     def __post_init__(self, seen: PerImage | None) -> None:
-        self.per_image = seen  # no field: fields are what is logged and kept in result.json
+        self.per_image = seen  # no field: fields are what is kept in result.json
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What was measured, by its name, without the numbers of images."""
+        counts = ("n", "n_with_label")
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in counts}
 
 
 def one_hot_classes(num_classes: int, batch: int, device: torch.device) -> Tensor:
@@ -53,9 +75,36 @@ def one_hot_classes(num_classes: int, batch: int, device: torch.device) -> Tenso
     return torch.eye(num_classes, device=device).unsqueeze(1).expand(-1, batch, -1)
 
 
+def rows_at_once(pixels: int) -> int:
+    """How many images of so many pixels (times channels) go through the networks at once, whatever their size."""
+    return max(1, min(ROWS, BYTES // (4 * pixels)))
+
+
 def class_chunks(num_classes: int, x: Tensor) -> tuple[Tensor, ...]:
-    """Every class for every image of x [B, ...], in parts [S, B, K] of some thousands of rows, which memory holds."""
-    return one_hot_classes(num_classes, len(x), x.device).split(max(1, ROWS // len(x)))
+    """Every class for every image of x [B, ...], in parts [S, B, K] of as many rows as go at once."""
+    at_once = rows_at_once(math.prod(x.shape[1:]))
+    return one_hot_classes(num_classes, len(x), x.device).split(max(1, at_once // len(x)))
+
+
+def progress(parts: Iterable[Item], total: int, doing: str) -> Iterable[Item]:
+    """The same parts, with a bar where they take more than a second; quiet where the output is not a terminal."""
+    disable = bool(os.environ.get("TQDM_DISABLE")) or None
+    return tqdm(parts, total=total, desc=doing, unit="batch", delay=1, leave=False, dynamic_ncols=True, disable=disable)
+
+
+@contextmanager
+def naming_memory(batch: int, key: str) -> Iterator[None]:
+    """Raises OutOfMemoryError where PyTorch finds no memory for `batch` images at once, which `key` sets."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a class of its own for a device's memory alone
+        signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+            raise
+        message = f"memory does not suffice for {batch} images at once: {key} must be less than {batch} here"
+        if batch == 1:
+            message = "memory does not suffice for one image: a smaller model is what is left"
+        raise OutOfMemoryError(message) from error
 
 
 @contextmanager
@@ -85,42 +134,53 @@ def evaluate(
     An exception of `after_batch` ends it.
     """
     sums: dict[str, Tensor] = {}
-    probabilities, spreads = [], []
-    with evaluating(model):
-        for index, images in enumerate(data.x.split(min(batch_size, len(data.x)))):
+    probabilities, spreads, bounds = [], [], []
+    size = min(batch_size, len(data.x), rows_at_once(math.prod(data.x.shape[1:])))
+    batches = progress(
+        (data.x[i : i + size] for i in range(0, len(data.x), size)), -(-len(data.x) // size), "evaluation"
+    )
+    with evaluating(model), naming_memory(size, "evaluation.batch_size"):
+        for index, images in enumerate(batches):
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
-            q, spread, measured = _exact_terms(model, x, generator)
+            q, spread, measured = exact_terms(model, x, model.draw_noise(x, generator))
             if importance_samples > 0:
                 measured["log_likelihood"] = importance_weighted(model, x, importance_samples, generator)
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             probabilities.append(q)
             spreads.append(spread)
+            bounds.append(measured["bound"])
             after_batch()
     q, known = torch.cat(probabilities), data.labels >= 0
     labels, q_known = data.labels[known], q[known]
+    means = {name: (value / len(q)).item() for name, value in sums.items()}
+    if model.likelihood.of_grey_levels:
+        means["bits_per_dimension"] = -means["bound"] / (math.log(2) * math.prod(data.x.shape[1:]))
     return Evaluation(
         accuracy=(q_known.argmax(dim=-1) == labels).double().mean().item() if len(labels) else None,
         calibration_error=calibration_error(q_known, labels) if len(labels) else None,
-        **{name: (value / len(q)).item() for name, value in sums.items()},
-        seen=PerImage(q, torch.cat(spreads)),
+        **means,
+        n=len(q),
+        n_with_label=len(labels),
+        seen=PerImage(q, torch.cat(spreads), torch.cat(bounds)),
     )
 
 
-def _exact_terms(
-    model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """q(y|x) [B, K], the standard deviation of b(x, y) over y [B], and the exact bound and its parts, each [B]."""
+def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """q(y|x) [B, K], the standard deviation of b(x, y) over y [B], and the exact bound and its parts, each [B].
+
+    Of images x [B, C, H, W] and z's noise [B, Z].
+    """
     logits = model.classifier(x)
     q = logits.softmax(dim=-1)
-    features, noise = model.inference.features(x), model.draw_noise(x, generator)
+    features = model.inference.features(x)
     bounds = [model.bound(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
     reconstructions, kls = (
         torch.cat(parts) for parts in zip(*((b.reconstruction, b.kl_z) for b in bounds), strict=True)
     )
     reconstruction, kl_z = (q.T * reconstructions).sum(dim=0), (q.T * kls).sum(dim=0)
-    kl_y = categorical_kl(logits)
+    kl_y = categorical_kl(logits, model.log_prior)
     return (
         q,
         (reconstructions - kls).std(dim=0, correction=0),
@@ -138,13 +198,19 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, gener
 
     A lower bound in expectation that tightens with S (Burda et al. 2016, eq. 8).
     """
+    return importance_weighted_by(model, x, (model.draw_noise(x, generator) for _ in range(samples)))
+
+
+def importance_weighted_by(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
+    """`importance_weighted` by these S draws of z's noise, each [B, Z]."""
     features = model.inference.features(x)
     log_weights = []
-    for _ in range(samples):
-        noise = model.draw_noise(x, generator)
+    for noise in draws:
         parts = [model.log_weight(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
         log_weights.append(torch.cat(parts))
-    per_class = torch.stack(log_weights).logsumexp(dim=0) - math.log(samples)
+    per_class = torch.stack(log_weights).logsumexp(dim=0) - math.log(len(log_weights))
+    if model.log_prior is not None:
+        return (per_class + model.log_prior.unsqueeze(-1)).logsumexp(dim=0)
     return per_class.logsumexp(dim=0) - math.log(model.num_classes)
 
 

@@ -77,7 +77,8 @@ def gradient_quality(
         raise ValueError(f"draws must be >= {MINIMUM_DRAWS}, got {draws}")
     with _evaluating(model, estimator, x.device):
         logits, cost = _categorical_term(model, x, keyed_generator(x.device, seed, "gradient quality"))
-        networks = [getattr(model, name).parameters() for name in NETWORKS]
+        networks = [list(getattr(model, name).parameters()) for name in NETWORKS]
+        networks[-1] += model.likelihood.parameters()  # the generator's, as both are p(x|y,z)
         parts = [[logits], *([p for p in network if p.requires_grad] for network in networks)]
         sizes = [sum(tensor.numel() for tensor in part) for part in parts]
         inputs = [tensor for part in parts for tensor in part]

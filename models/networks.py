@@ -181,7 +181,7 @@ class MLPInference(nn.Module):
 
 
 class MLPGenerator(nn.Module):
-    """p(x|y,z): Bernoulli logits [S, B, D] from y [S, B, K] and z [S, B, Z], one hidden layer."""
+    """p(x|y,z): a number a pixel [S, B, D], from y [S, B, K] and z [S, B, Z], one hidden layer."""
 
     def __init__(self, shape: ImageShape, num_classes: int, latent_size: int, hidden: int) -> None:
         super().__init__()
@@ -316,7 +316,7 @@ class TransposedConvDoubleSize(nn.ConvTranspose2d):
 
 
 class ConvGenerator(nn.Module):
-    """p(x|y,z): Bernoulli logits [S, B, D], transposed convolutions, four for 28 x 28 (Jang et al. 2017, section 4.3).
+    """p(x|y,z): a number a pixel [S, B, D], transposed convolutions, four for 28 x 28 (Jang et al. 2017, section 4.3).
 
     The first one, from 1 x 1 to sides of at most 7, is written as the linear layer that it is.
     """
@@ -363,7 +363,7 @@ class Inference(Protocol):
 
 
 class Generator(Protocol):
-    """p(x|y,z): Bernoulli logits [S, B, D] from y [S, B, K] and z [S, B, Z]."""
+    """p(x|y,z): a number a pixel for the likelihood [S, B, D], from y [S, B, K] and z [S, B, Z]."""
 
     def __call__(self, y: Tensor, z: Tensor) -> Tensor: ...
 

@@ -45,8 +45,9 @@ def objective(
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
     its first term by the estimator. The loss is -J plus the estimator's auxiliary loss. Where both bounds have no
-    weight, the control of the classifier alone, they are not computed.
+    weight, the control of the classifier alone, they are not computed. The model and the estimator have the same p(y).
     """
+    assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
     logits = model.classifier(x, generator)
     logits_labelled, logits_unlabelled = logits[:labelled], logits[labelled:]
@@ -79,7 +80,8 @@ def objective(
     estimate = estimator(cost, logits_unlabelled, step=step, context=x[labelled:], generator=generator)
     if bound is None:
         bound = model.bound(x[:labelled], features[:labelled], y_labelled.unsqueeze(0), noise[:labelled])
-    labelled_bound = bound.value.mean() - math.log(num_classes)
+    log_prior = -math.log(num_classes) if model.log_prior is None else (y_labelled * model.log_prior).sum(dim=-1).mean()
+    labelled_bound = bound.value.mean() + log_prior
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 
     j = weights.labelled * labelled_bound + weights.unlabelled * unlabelled_bound + weights.alpha * classification

@@ -47,12 +47,12 @@ def refusing_bad_input() -> Iterator[None]:
         refuse(COME_BY[package])
 
 
-def writable(output: Path, suffixes: tuple[str, ...]) -> None:
+def writable(output: Path, suffixes: tuple[str, ...], option: str = "--output") -> None:
     """Refuses, before any work, a file that cannot be written or whose format is unknown. Raises ConfigError."""
     if output.suffix.lower() not in suffixes:
-        raise ConfigError(f"--output must end in {' or '.join(suffixes)}, got {output}")
+        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {output}")
     if not output.parent.is_dir():
-        raise ConfigError(f"--output must be in a folder that exists, got {output}")
+        raise ConfigError(f"{option} must be in a folder that exists, got {output}")
 
 
 def positive(text: str) -> int:

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.schema import Binarization, ConfigError, Likelihood, resolved_likelihood
 from data.facts import DataError
 from scripts.command import positive, refusing_bad_input, writable
 
@@ -24,6 +25,13 @@ PARTS: dict[str, tuple[Part, ...]] = {
     "labelled": ("labelled",),
     "unlabelled": ("unlabelled",),
 }
+
+
+def _check_pixels(likelihood: Likelihood, binarization: str) -> None:
+    try:
+        resolved_likelihood(likelihood, Binarization(binarization))
+    except ValueError as error:
+        raise ConfigError(f"--binarization must be none for this run: {error}") from error
 
 
 def main() -> None:
@@ -54,7 +62,9 @@ def main() -> None:
         from training.run import stored_run
 
         run = stored_run(arguments.folder, arguments.checkpoint)
-        run.binarization = arguments.binarization or run.binarization
+        if arguments.binarization:
+            _check_pixels(run.config.likelihood, arguments.binarization)
+            run.binarization = arguments.binarization
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(part, arguments.importance_samples)

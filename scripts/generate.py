@@ -6,7 +6,11 @@ interpolation    generated images, a row a class, along the columns the same wal
 analogies        validation images on the left, one of each class in turn, and to the right their style z from q(z|x,y)
                  in every class
 reconstructions  validation images above p(x|y,z) at their most probable class and style
+samples          draws of the model, y from its p(y) (see `prior`) and z from p(z): classes as often as it has them;
+                 with --pixels drawn the pixels too are drawn, from the likelihood
 sheet            classes, analogies and interpolation side by side with captions, for a paper: 7 inches, 300 dpi
+
+Only the validation images need the data that the run was trained on; --images takes others for them.
 
 uv run python -m scripts.generate outputs/DATE/TIME-NAME --output digits.png
 uv run python -m scripts.generate outputs/DATE/TIME-NAME --kind sheet --output figure.pdf
@@ -18,38 +22,73 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.schema import ConfigError
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.run import Run
+    from training.trained import Trained
 
-KINDS = ("classes", "analogies", "interpolation", "sheet", "reconstructions")
+KINDS = ("classes", "analogies", "interpolation", "sheet", "reconstructions", "samples")
+ENCODING = ("analogies", "sheet", "reconstructions")  # these take images
 CAPTIONS = {"classes": "(a) class by style", "analogies": "(b) analogies", "interpolation": "(c) walk between styles"}
 
 
-def drawn(run: Run, kind: str, columns: int, seed: int) -> Tensor:
-    """The picture uint8 [C, H, W] of a kind."""
-    from data.batches import binarize
-    from data.facts import DataError
-    from data.randomness import keyed_generator
-    from training.pictures import analogies, beside, generated, grid, interpolation, reconstructions, turn_about
+def held_out(arguments: argparse.Namespace, model: Trained) -> Tensor:
+    """Images uint8 [N, C, H, W] to encode: those of --images, or the validation images, whose classes take turns."""
+    import torch
 
-    generator = keyed_generator(run.device, seed, "generate")
-    shape = run.validation.x.shape[1:]
-    if kind == "classes":
-        return grid(generated(run.model, shape, generator, columns), columns)
-    if kind == "interpolation":
-        return grid(interpolation(run.model, shape, generator, columns), columns)
+    from data.facts import DataError
+    from data.inputs import inputs
+    from training.pictures import turn_about
+    from training.run import stored_run
+
+    if arguments.images:
+        source = inputs(arguments.images, model.facts.shape, model.facts.resize)
+        number = max(arguments.columns, model.model.num_classes)
+        return torch.from_numpy(next(source.chunks(number))[1].copy())
+    run = stored_run(arguments.folder, arguments.checkpoint)
     if not len(run.validation.labels):
-        raise DataError(f"--kind {kind} draws validation images, and the run has none: data.num_validation=0")
-    rows = turn_about(run.validation.labels)[:columns]
-    x = binarize(run.validation.x[rows], run.binarization, generator)
+        raise DataError(
+            f"--kind {arguments.kind} draws validation images, and the run has none: data.num_validation=0; "
+            "--images takes others"
+        )
+    return run.validation.x[turn_about(run.validation.labels)].cpu()
+
+
+def drawn(
+    model: Trained, kind: str, columns: int, seed: int, images: Tensor | None = None, draw_pixels: bool = False
+) -> Tensor:
+    """The picture uint8 [C, H, W] of a kind; `images` are for those that encode some."""
+    import torch
+
+    from data.batches import binarize
+    from data.randomness import keyed_generator
+    from training.pictures import (
+        analogies,
+        beside,
+        generated,
+        grid,
+        interpolation,
+        reconstructions,
+        samples,
+    )
+
+    generator = keyed_generator(model.device, seed, "generate")
+    shape, vae = torch.Size(model.facts.shape), model.model
+    if kind == "classes":
+        return grid(generated(vae, shape, generator, columns), columns)
+    if kind == "samples":
+        return grid(samples(vae, shape, generator, columns**2, draw_pixels), columns)
+    if kind == "interpolation":
+        return grid(interpolation(vae, shape, generator, columns), columns)
+    assert images is not None
+    x = binarize(images[:columns].to(model.device), model.facts.binarization, generator)
     if kind == "reconstructions":
-        return grid(reconstructions(run.model, x), len(x))
-    images = analogies(run.model, x).unflatten(0, (len(x), -1))
-    return beside(grid(images[:, 0], 1), grid(images[:, 1:].flatten(0, 1), run.model.num_classes))
+        return grid(reconstructions(vae, x), len(x))
+    styles = analogies(vae, x).unflatten(0, (len(x), -1))
+    return beside(grid(styles[:, 0], 1), grid(styles[:, 1:].flatten(0, 1), vae.num_classes))
 
 
 def main() -> None:
@@ -59,25 +98,35 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
     parser.add_argument("--output", type=Path, default=Path("generated.png"), help="the picture to write, .png or .pdf")
     parser.add_argument("--columns", type=positive, default=10, help="how many styles, steps or validation images")
+    parser.add_argument(
+        "--pixels", choices=("mean", "drawn"), default="mean", help="of samples: the mean picture, or a draw of pixels"
+    )
+    parser.add_argument("--images", type=Path, help="a folder of pictures or an .npz file, for validation images")
     parser.add_argument("--seed", type=int, default=0, help="draws the styles")
     parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes; not of a sheet")
     arguments = parser.parse_args()
     with refusing_bad_input():
         writable(arguments.output, (".png", ".pdf"))
+        if arguments.pixels == "drawn" and arguments.kind != "samples":
+            raise ConfigError(
+                f"--pixels must be mean for --kind {arguments.kind}, got drawn; --kind samples draws them"
+            )
 
         from training.pictures import save_figure, save_png
-        from training.run import stored_run
+        from training.trained import open_run
 
-        run = stored_run(arguments.folder, arguments.checkpoint)
+        model = open_run(arguments.folder, "auto", arguments.checkpoint)
+        images = held_out(arguments, model) if arguments.kind in ENCODING else None
         if arguments.kind == "sheet":
-            counts = {"analogies": run.model.num_classes}  # one of each class: as high as the others
+            counts = {"analogies": len(model.class_names)}  # one of each class: as high as the others
             panels = [
-                (caption, drawn(run, kind, counts.get(kind, arguments.columns), arguments.seed))
+                (caption, drawn(model, kind, counts.get(kind, arguments.columns), arguments.seed, images))
                 for kind, caption in CAPTIONS.items()
             ]
             save_figure(panels, arguments.output)
         else:
-            picture = drawn(run, arguments.kind, arguments.columns, arguments.seed)
+            pixels = arguments.pixels == "drawn"
+            picture = drawn(model, arguments.kind, arguments.columns, arguments.seed, images, pixels)
             if arguments.output.suffix.lower() == ".pdf":
                 save_figure([("", picture)], arguments.output, width=picture.shape[-1] * arguments.zoom / 72)
             else:

@@ -95,8 +95,8 @@ def plain_loop(run: Run, networks: Networks, sampled: bool) -> Step:
     """
     settings, data, weights = run.config.train, run.batches.data, run.weights
     unused = torch.zeros(len(data.x_unlabelled), networks.num_classes)
-    labelled = forever(ImagesOneByOne(data.x_labelled, data.y_labelled), settings.batch_size_labelled)
-    unlabelled = forever(ImagesOneByOne(data.x_unlabelled, unused), settings.batch_size_unlabelled)
+    labelled = forever(ImagesOneByOne(data.x_labelled[:], data.y_labelled), settings.batch_size_labelled)
+    unlabelled = forever(ImagesOneByOne(data.x_unlabelled[:], unused), settings.batch_size_unlabelled)
     modules: list[Any] = [networks.classifier, networks.inference, networks.generator]
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)

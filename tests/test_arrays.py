@@ -189,8 +189,8 @@ def test_the_held_out_test_part_is_a_sixth_of_each_class_and_always_the_same(tmp
     test, rest = arrays.load(path, "test"), arrays.load(path, "train")
     assert np.bincount(test.labels).tolist() == [2, 2, 2]
     assert len(rest.labels) == 36 + 10 - 6
-    assert (arrays.load(path, "test").images == test.images).all()
-    of_test, of_rest = ({image.tobytes() for image in part.images} for part in (test, rest))
+    assert (arrays.load(path, "test").images[:] == test.images[:]).all()
+    of_test, of_rest = ({image.tobytes() for image in part.images[:]} for part in (test, rest))
     assert not of_test & of_rest
     facts = arrays.facts(path)
     assert (facts.train_images, facts.unknown_labels, facts.num_classes, facts.shape) == (40, 10, 3, (1, 8, 8))

@@ -109,6 +109,15 @@ BAD = [
     ("data=mnist data.path=mine.npz", "data.path is read by data=arrays alone", "got mine.npz with data=mnist"),
     ("data=arrays", "data=arrays needs data.path, an .npz file", "got nothing"),
     ("data.binarization=always", "data.binarization must be one of dynamic, threshold, none", "got always"),
+    ("likelihood=poisson", "likelihood must be one of auto, bernoulli, continuous_bernoulli, gaussian", "got poisson"),
+    ("likelihood=gaussian", "likelihood must be bernoulli (or auto) where data.binarization=dynamic", "got gaussian"),
+    (
+        "data.binarization=threshold likelihood=discretized_logistic",
+        "data.binarization=none keeps the grey levels",
+        "got discretized_logistic",
+    ),
+    ("prior=equal", "prior must be uniform, labelled or a list of 10 positive numbers that sum to 1", "got equal"),
+    ("prior=[0.5,0.5]", "prior must be uniform, labelled or a list of 10 positive numbers", "got [0.5, 0.5]"),
     # limits
     ("seed=-1", "seed must be >= 0", "got -1"),
     ("seed=18446744073709551616", "seed must be >= 0 and < 2**64", "got 18446744073709551616"),

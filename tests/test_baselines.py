@@ -103,7 +103,7 @@ def test_drawn_pixels_are_those_that_a_run_is_evaluated_on(done: Path) -> None:
 
     with mock.patch.object(evaluation, "binarize", remember):
         trained.evaluate(trained.validation)
-    pixels = baselines.as_evaluated(trained.validation.x.numpy(), trained.config)
+    pixels = baselines.as_evaluated(trained.validation.x[:].numpy(), trained.config)
     assert np.array_equal(pixels, torch.cat(seen).flatten(1).numpy())
     assert set(np.unique(pixels)) == {0, 1}
 

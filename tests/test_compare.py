@@ -55,7 +55,8 @@ def make_run(
     content = {"estimator": "X", "split_hash": f"hash{seed}", "steps": flat["train.steps"], "start_step": 0}
     content |= {"seconds": 10.0 + seed, "steps_per_second": 5.0, "device": "cpu", "precision": "fp32"}
     content |= {"val_accuracy": accuracy, "val_bound": -20.0, "test_accuracy": accuracy, "test_bound": -21.0 - seed}
-    content |= {"test_log_likelihood": -19.0, "test_calibration_error": 0.01, "git_commit": "abc", "versions": {}}
+    content |= {"test_log_likelihood": -19.0, "test_bits_per_dimension": 1.5}
+    content |= {"test_calibration_error": 0.01, "git_commit": "abc", "versions": {}}
     content |= {"config": flat, **(result or {})}
     (folder / "result.json").write_text(json.dumps(content))
     written = overrides or [f"estimator={estimator}", f"seed={seed}"]
@@ -268,6 +269,94 @@ def test_a_repeated_draw_counts_once(tmp_path: Path) -> None:
     assert [row["status"] for row in rows_of(tmp_path)] == ["counted", "repeat"]
 
 
+# ---- bounds of other pixels ----
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "none": {"likelihood": "bernoulli", "data__binarization": "none"},
+    "dynamic": {"likelihood": "bernoulli", "data__binarization": "dynamic"},
+    "grey": {"likelihood": "discretized_logistic", "data__binarization": "none"},
+    "other data": {"likelihood": "bernoulli", "data__binarization": "dynamic", "data__name": "mnist"},
+}
+
+
+@pytest.fixture
+def other_pixels(tmp_path: Path) -> Path:
+    """Two estimators with two draws for each kind of pixels; bounds of each kind are far from those of the others."""
+    for place, (kind, config) in enumerate(KINDS.items()):
+        for estimator in ("marginalization", "gumbel_softmax"):
+            for seed in (0, 1):
+                bound = -100.0 * (place + 1) - (estimator == "gumbel_softmax") - 0.1 * seed
+                make_run(
+                    tmp_path / kind / f"{estimator}-{seed}",
+                    0.9 + place / 100,
+                    estimator,
+                    seed,
+                    result={"test_bound": bound, "test_log_likelihood": bound + 1},
+                    events=True,
+                    **config,
+                )
+    return tmp_path
+
+
+@pytest.mark.parametrize("metric", [name for name in METRICS if METRICS[name].of_pixels])
+def test_bounds_are_ranked_and_subtracted_among_the_same_pixels_alone(metric: str, other_pixels: Path) -> None:
+    found = comparison(other_pixels, metric=metric)
+    assert len(found.parts) == 4
+    assert sorted(map(len, [part.groups for part in found.parts])) == [2] * 4
+    for part in found.parts:
+        assert len({run.pixels for group in part.groups for run in group.runs}) == 1
+        base, other = part.groups
+        assert part.baseline is base
+        assert other.against_baseline is not None
+        assert abs(other.against_baseline.difference.mean) < 50
+    said = run_compare(other_pixels, more=f"--metric {metric}").out
+    assert said.count("== Bounds of data.name=") == 4
+    assert "neither ranked nor subtracted across them" in " ".join(said.split())
+    for text in (as_markdown(found), page(found)):
+        for part in found.parts:
+            assert part.pixels in text
+    ElementTree.fromstring(page(found))
+
+
+def test_beside_accuracies_bounds_are_in_tables_of_their_own(other_pixels: Path) -> None:
+    found = comparison(other_pixels)
+    assert found.baseline is not None
+    assert sum(group.against_baseline is not None for group in found.groups) == 7  # accuracies can be subtracted
+    ranked, *apart = run_compare(other_pixels).out.split("== Bounds of ")
+    assert "test bound" not in ranked.partition("mean ±")[0]
+    assert [part.count("marginalization") + part.count("gumbel_softmax") for part in apart] == [2] * 4
+    assert all("test bound" in part and "not ranked ==" in part for part in apart)
+    html = page(found)
+    headings = re.findall(r"<h3>(val bound[^<]*)</h3>", html)
+    assert len(headings) == len(set(headings)) == 4
+    assert all(f"Bounds of {part.pixels}" in html for part in found.parts)
+
+
+def test_what_bounds_are_of_is_said_of_one_kind_too(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", 0.9, **KINDS["none"])
+    assert "below E[log p(b)], b drawn from the grey levels" in " ".join(run_compare(tmp_path).out.split())
+    make_run(tmp_path / "b", 0.9, seed=1, **KINDS["none"] | {"prior": "labelled"})
+    assert not comparison(tmp_path).parts  # the same pixels under another p(y) are the same numbers
+
+
+def test_own_images_are_told_apart_by_their_digest(tmp_path: Path) -> None:
+    """Not by their path: the same images may have been moved, and others put in their place."""
+    for seed, (folder, digest) in enumerate({"here": "abc", "there": "abc", "moved": "def"}.items()):
+        data: dict[str, Any] = {"data__name": "arrays", "data__path": f"{folder}.npz", "data__binarization": "none"}
+        made = make_run(tmp_path / folder, 0.9, seed=seed, **data)
+        (made / "split.json").write_text(json.dumps({"digest": digest}))
+    found = comparison(tmp_path, metric="test_bound")
+    assert sorted(len(group.runs) for group in found.groups) == [1, 2]
+    assert len(found.parts) == 2
+
+
+def test_a_run_from_before_there_was_a_choice_is_bernoulli(tmp_path: Path) -> None:
+    make_run(tmp_path / "old", 0.9, data__binarization="none")
+    make_run(tmp_path / "new", 0.9, seed=1, **KINDS["none"])
+    assert len(comparison(tmp_path, metric="test_bound").groups) == 1
+
+
 def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path: Path) -> None:
     for seed, (samples, value) in enumerate([(5, -10.0), (5, -12.0), (1, -30.0)]):
         result = {"test_log_likelihood": value}
@@ -327,7 +416,7 @@ def test_runs_of_the_trainer(trained: Path) -> None:
     assert [row["status"] for row in rows] == ["counted"] * 4 + ["unfinished"]
     for row in rows[:4]:
         result = json.loads(Path(row["folder"], "result.json").read_text())
-        assert all(float(row[name]) == result[name] for name in METRICS if name != "evaluations")
+        assert all(float(row[name]) == result[name] for name in METRICS if name in result)
         assert float(row["evaluations"]) == {"marginalization": 10, "gumbel_softmax": 1}[row["group"]]
         assert f"estimator={row['group']}" in row["command"]
     assert rows[4]["test_accuracy"] == ""

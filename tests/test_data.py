@@ -310,7 +310,7 @@ def test_batches_depend_on_step_seed_and_generator_alone() -> None:
 def test_evaluation_data_keeps_rows_and_labels_together() -> None:
     split = split_of()
     part = evaluation_data(numbered_images(), split.validation, CPU)
-    assert row_numbers(part.x) == split.validation.tolist()
+    assert row_numbers(part.x[:]) == split.validation.tolist()
     assert part.labels.tolist() == LABELS[split.validation].tolist()
     assert len(evaluation_data(numbered_images(), slice(None), CPU).x) == len(LABELS)
 
@@ -453,8 +453,8 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, suffix: str) -> No
         images, labels = gzip.compress(images), gzip.compress(labels)
     write(tmp_path, images, labels, suffix)
     source = load("mnist", str(tmp_path), "train", checksum=False)
-    assert np.array_equal(source.images, IMAGES[:, None])
-    assert source.images.dtype == np.uint8
+    assert np.array_equal(source.images[:], IMAGES[:, None])
+    assert source.images[:].dtype == np.uint8
     assert source.labels.tolist() == [3, 1, 4, 1, 9]
     assert source.labels.dtype == np.int64
     assert source.num_classes == 10
@@ -584,8 +584,8 @@ def test_digits_need_no_files(tmp_path: Path) -> None:
     assert train.images.shape == (1437, 1, 8, 8)
     assert test.images.shape == (360, 1, 8, 8)
     for part in (train, test):
-        assert part.images.dtype == np.uint8
-        assert (part.images.min(), part.images.max()) == (0, 255)
+        assert part.images[:].dtype == np.uint8
+        assert (part.images[:].min(), part.images[:].max()) == (0, 255)
         assert set(part.labels) == set(range(10))
         assert len(part.labels) == len(part.images)
     assert train.labels[:5].tolist() == [0, 1, 2, 3, 4]
@@ -605,7 +605,7 @@ def test_real_mnist() -> None:
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
     assert test.labels[:5].tolist() == [7, 2, 1, 0, 4]
     assert np.bincount(train.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-    assert abs(train.images.mean() / 255 - 0.1307) < 1e-4  # the mean that torchvision's examples subtract
+    assert abs(train.images[:].mean() / 255 - 0.1307) < 1e-4  # the mean that torchvision's examples subtract
 
 
 @needs_mnist
@@ -638,4 +638,4 @@ def test_of_a_plain_and_a_packed_file_the_one_with_a_known_checksum_is_read(
     plain = write(tmp_path, images=idx(IMAGES[::-1]))  # unpacked by a program that broke off, or worse
     for name, content in packed.items():
         plain[0].with_name(name + ".gz").write_bytes(content)
-    assert np.array_equal(load("mnist", str(tmp_path), "train").images, IMAGES[:, None])
+    assert np.array_equal(load("mnist", str(tmp_path), "train").images[:], IMAGES[:, None])

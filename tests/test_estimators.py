@@ -614,22 +614,27 @@ def test_mean_sampled_kl_of_one_hot_draws_is_the_analytic_one(shape: str) -> Non
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.0])
 @pytest.mark.parametrize("kl", ["sampled", "relaxed"])
-def test_kl_of_a_relaxed_draw_agrees_with_torch_distributions(kl: KL, temperature: float) -> None:
+@pytest.mark.parametrize("prior", [None, [0.5, 0.02, 0.08, 0.1, 0.1, 0.2]])
+def test_kl_of_a_relaxed_draw_agrees_with_torch_distributions(
+    prior: list[float] | None, kl: KL, temperature: float
+) -> None:
     """The draw is seen through f, its noise solved for, and the loss built anew from that noise."""
     logits, weight = small_batch()
     spy = Spy(cost(weight))
     estimator = GumbelSoftmax(partial(constant, value=temperature), 3, kl=kl, prior_temperature=0.7)
+    p_y = torch.tensor(prior or [1 / 6] * 6)
+    estimator.log_prior = None if prior is None else p_y.log()
     found = estimate(estimator, spy, logits).kl
 
     same = logits.detach().double().requires_grad_()
     noise = temperature * spy.seen[0].double().log() - same.detach()  # up to a constant, which cancels
     log_y = ((same + noise) / temperature).log_softmax(dim=-1)
     if kl == "sampled":
-        expected = (log_y.exp() * (same.log_softmax(dim=-1) + math.log(6))).sum(dim=-1)
+        expected = (log_y.exp() * (same.log_softmax(dim=-1) - p_y.log())).sum(dim=-1)
     else:
         posterior: Distribution = ExpRelaxedCategorical(torch.tensor(temperature), logits=same)
-        prior: Distribution = ExpRelaxedCategorical(torch.tensor(0.7), logits=torch.zeros_like(same))
-        expected = posterior.log_prob(log_y) - prior.log_prob(log_y)
+        relaxed_prior: Distribution = ExpRelaxedCategorical(torch.tensor(0.7), logits=p_y.log().expand_as(same))
+        expected = posterior.log_prob(log_y) - relaxed_prior.log_prob(log_y)
     assert_same_with_gradient(found, expected.mean(dim=0), (logits, same))
 
 

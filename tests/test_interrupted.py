@@ -49,9 +49,9 @@ def signalling(function: Callable[..., Any], call: int) -> Callable[..., Any]:
 
 MOMENTS = {
     "a step": (Batches, "rows", 7),
-    "the first batch of a validation": (evaluation, "_exact_terms", 1),
-    "the last batch of a validation": (evaluation, "_exact_terms", 4),
-    "the validation of the last step": (evaluation, "_exact_terms", 5),
+    "the first batch of a validation": (evaluation, "exact_terms", 1),
+    "the last batch of a validation": (evaluation, "exact_terms", 4),
+    "the validation of the last step": (evaluation, "exact_terms", 5),
     "diagnostics": (gradient_quality, "_joined", 2),
     "diagnostics of the last step": (gradient_quality, "_joined", 6),
 }
@@ -76,7 +76,7 @@ def test_signal_at_any_moment(log_every: int, moment: str, whole: Callable[[str]
 def test_a_second_signal_in_the_missed_validation(whole: Callable[[str], Path], tmp_path: Path) -> None:
     line, folder = f"{LINE} evaluation.batch_size=50", tmp_path / "run"
     for _ in range(2):
-        with mock.patch.object(evaluation, "_exact_terms", signalling(evaluation._exact_terms, 2)):
+        with mock.patch.object(evaluation, "exact_terms", signalling(evaluation.exact_terms, 2)):
             if checkpoints.stored(folder):
                 resume(folder, code=143)
             else:
@@ -89,8 +89,8 @@ def test_a_second_signal_in_the_missed_validation(whole: Callable[[str], Path], 
 
 def test_a_long_validation_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """A validation, which is minutes for a large model on a slow machine, is left off after the batch in hand."""
-    batches = mock.Mock(side_effect=signalling(evaluation._exact_terms, 3))
-    with mock.patch.object(evaluation, "_exact_terms", batches):
+    batches = mock.Mock(side_effect=signalling(evaluation.exact_terms, 3))
+    with mock.patch.object(evaluation, "exact_terms", batches):
         run(f"{LINE} evaluation.batch_size=10", tmp_path / "run", code=143)
     assert batches.call_count == 3  # of 20
 

@@ -82,9 +82,9 @@ def slow_write(self, data):
 write_record, RecordWriter.write = RecordWriter.write, slow_write
 os.fsync, os.replace, os.unlink = watched_fsync, watched_replace, watched_unlink
 """
-# of FEW: four for split.json, result.json, three files of the projector and checkpoints 0, 2, ..., 8 each, and three
-# checkpoints that go
-MOMENTS = 43
+# of FEW: four for split.json, result.json, three files of the projector and each checkpoint: 0, 2, 4 and, before
+# and after they are looked at, 3, 6 and 8; and four checkpoints that go
+MOMENTS = 60
 DRAWN = random.Random(0)
 AT_START, AT_WORK = [DRAWN.random() for _ in range(4)], [DRAWN.random() for _ in range(15)]
 Start = Callable[..., subprocess.Popen[str]]
@@ -191,12 +191,16 @@ def assert_goes_on(folder: Path, line: str, never_killed: Path) -> None:
 
 
 def test_killed_while_writing(start: Start, whole: Callable[[str], Path], tmp_path: Path) -> None:
-    """Half of the first checkpoint is written, all of a later one, half of result.json, or all but the old is gone."""
+    """Half of the first checkpoint is written, all of a later one, half of result.json, or all but the old is gone.
+
+    At 34 a validation is over, and its events may be written, but not the checkpoint that knows of it.
+    """
     moments = {
         6: "half of a file",
-        20: "all of .step_00000006.pt.partial",
-        22: "step_00000002.pt gone",
-        41: "half of a file",
+        29: "all of .step_00000006.pt.partial",
+        31: "step_00000003.pt gone",
+        34: "all of .step_00000006.pt.partial",
+        58: "half of a file",
     }
     _, err = start(FEW, tmp_path / "at${oc.env:KILLED_AT}", *moments).communicate(timeout=120)
     assert err == ""
@@ -214,7 +218,7 @@ def test_every_moment_is_known(start: Start, tmp_path: Path) -> None:
     assert not died(start(FEW, tmp_path / "run"))
     names = moments_until_death(tmp_path / "run")
     assert len(names) == MOMENTS
-    assert names.count("half of a file") == 10
+    assert names.count("half of a file") == 14
     assert names[-1] == "result.json in place"
 
 

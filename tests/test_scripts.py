@@ -31,7 +31,7 @@ NAMES = ("accuracy", "bound", "reconstruction", "kl_y", "kl_z", "calibration_err
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 8 steps with checkpoints at 4 and 8; it keeps the intensities, so that no pixel is drawn."""
+    """A run of 8 steps with checkpoints at 6 and 8; it keeps the intensities, so that no pixel is drawn."""
     path = tmp_path_factory.mktemp("scripts") / "run"
     run(MLP + "estimator=marginalization train.steps=8 data.binarization=none", path)
     return path
@@ -58,9 +58,12 @@ def assert_refused(ended: Ended, *words: str) -> None:
 @pytest.mark.parametrize("part", ["labelled", "unlabelled"])
 def test_training_images_are_measured_with_their_true_labels(part: str, folder: Path) -> None:
     found = measured(f"{folder} --part {part}")
-    assert found.keys() == {"steps", *(f"{part}_{name}" for name in NAMES)}
+    assert found.keys() == {"steps", *(f"{part}_{name}" for name in (*NAMES, "n", "n_with_label"))}
     source = load("digits", "", "train")
-    rows = json.loads((folder / "split.json").read_text())[part]
+    split = json.loads((folder / "split.json").read_text())
+    rows = sorted({*split[part]} - ({*split["labelled"]} if part == "unlabelled" else set()))
+    assert len(rows) == {"labelled": 50, "unlabelled": 1437 - 200 - 50}[part]
+    assert found[f"{part}_n"] == found[f"{part}_n_with_label"] == len(rows)
     q, labels = classified(stored_run(folder), source.images[rows]), torch.from_numpy(source.labels[rows])
     assert found[f"{part}_accuracy"] == (q.argmax(dim=-1) == labels).double().mean().item()
     assert found[f"{part}_calibration_error"] == pytest.approx(calibration_error(q, labels), abs=1e-6)
@@ -80,6 +83,7 @@ def test_images_without_a_label_count_for_the_bound_alone(folder: Path) -> None:
     data.labels[100:] = -1
     some = run.evaluate(data)
     assert (some.bound, some.kl_z) == (whole.bound, whole.kl_z)
+    assert (some.n, some.n_with_label, whole.n_with_label) == (whole.n, 100, whole.n)
     right = classified(run, data.x[:100].numpy()).argmax(dim=-1) == data.labels[:100]
     assert some.accuracy == right.double().mean().item() != whole.accuracy
     data.labels[:] = -1
@@ -88,10 +92,10 @@ def test_images_without_a_label_count_for_the_bound_alone(folder: Path) -> None:
 
 
 def test_any_checkpoint(folder: Path) -> None:
-    newest, older = measured(f"{folder} --part val"), measured(f"{folder} --part val --checkpoint step_00000004.pt")
-    assert (newest["steps"], older["steps"]) == (8, 4)
+    newest, older = measured(f"{folder} --part val"), measured(f"{folder} --part val --checkpoint step_00000006.pt")
+    assert (newest["steps"], older["steps"]) == (8, 6)
     assert newest["val_bound"] != older["val_bound"]
-    path = folder / "checkpoints" / "step_00000004.pt"
+    path = folder / "checkpoints" / "step_00000006.pt"
     assert measured(f"{folder} --part val --checkpoint {path}") == older
 
 
@@ -119,7 +123,7 @@ def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--checkpoint step_00000005.pt", ("no checkpoint step_00000005.pt", "step_00000004.pt, step_00000008.pt")),
+        ("--checkpoint step_00000005.pt", ("no checkpoint step_00000005.pt", "step_00000006.pt, step_00000008.pt")),
         ("--checkpoint result.json", ("no checkpoint result.json",)),
         ("--output nowhere/found.json", ("folder that exists", "nowhere/found.json")),
         ("--output found.txt", ("must end in .json", "found.txt")),
@@ -159,6 +163,7 @@ def test_every_kind_in_both_formats(kind: str, suffix: str, folder: Path, tmp_pa
         width, height = {
             "classes": (4 * cell + gap, 10 * cell + gap),
             "interpolation": (4 * cell + gap, 10 * cell + gap),
+            "samples": (4 * cell + gap, 4 * cell + gap),
             "analogies": (11 * cell + 2 * gap + 6, 4 * cell + gap),
             "reconstructions": (4 * cell + gap, 2 * cell + gap),
         }[kind]
@@ -167,7 +172,7 @@ def test_every_kind_in_both_formats(kind: str, suffix: str, folder: Path, tmp_pa
 
 def test_a_checkpoint_and_a_seed_are_drawn(folder: Path, tmp_path: Path) -> None:
     pictures = set()
-    for index, more in enumerate(("", "--seed 1", "--checkpoint step_00000004.pt", "--kind interpolation")):
+    for index, more in enumerate(("", "--seed 1", "--checkpoint step_00000006.pt", "--kind interpolation")):
         picture = tmp_path / f"{index}.png"
         assert command(generate.main, f"{folder} --output {picture} {more}").code == 0
         pictures.add(picture.read_bytes())

@@ -104,8 +104,10 @@ def test_charts_are_pictures(channels: int) -> None:
     q, labels = some_predictions()
     x = torch.randint(256, (4, channels, 8, 8), dtype=torch.uint8)
     mistakes = worst_mistakes(q, labels, 5)
-    charts = draw_confusion(confusion(q, labels)), draw_mistakes(x, mistakes), draw_calibration(q, labels)
-    for chart in (*charts, draw_mistakes(x, [])):
+    names = ("a class with a long name", "b", "")
+    pictures = draw_confusion(confusion(q, labels), names), draw_mistakes(x, mistakes, names)
+    charts = *pictures, draw_calibration(q, labels)
+    for chart in (*charts, draw_mistakes(x, [], names)):
         assert chart.dtype == torch.uint8
         assert chart.shape[0] == 3
         assert chart.float().std() > 5
@@ -122,13 +124,17 @@ def balanced(confidence: float) -> Tensor:
     )
 
 
+LABELS = torch.arange(100) % 10
 USUAL = [10.0] * ENOUGH_NORMS
 
 
 @pytest.mark.parametrize(
     ("raised", "healthy"),
     [
-        (lambda: classes_collapsed(balanced(1.0)[:4]), lambda: classes_collapsed(balanced(1.0))),
+        (
+            lambda: classes_collapsed(balanced(1.0)[:4].repeat(25, 1), LABELS),
+            lambda: classes_collapsed(balanced(1.0), LABELS),
+        ),
         (lambda: generator_ignores_y(torch.zeros(9)), lambda: generator_ignores_y(torch.full((9,), 30.0))),
         (lambda: z_unused(0.01), lambda: z_unused(13.0)),
         (lambda: gradient_exploded([10.0, 5000.0, 10.0], USUAL), lambda: gradient_exploded([10.0, 500.0], USUAL)),
@@ -139,6 +145,31 @@ def test_alarms(raised: Callable[[], Alarm], healthy: Callable[[], Alarm]) -> No
     assert not healthy().up
     assert raised().name == healthy().name
     assert raised().name in ALARMS
+
+
+def predictions_of(labels: Tensor, right: float) -> Tensor:
+    """q(y|x) that is sure of the label for a part of the images, and of class 0 for the rest."""
+    said = torch.where(torch.arange(len(labels)) % 100 < 100 * right, labels, 0)
+    return torch.nn.functional.one_hot(said, 7).float()
+
+
+@pytest.mark.parametrize("counts", [[2000, 100, 100, 60, 60, 40, 40], [50] * 7, [1500, 100, 0, 0, 0, 0, 0]])
+def test_a_collapse_is_held_against_the_labels_spread(counts: list[int]) -> None:
+    """With any frequencies: quiet where q is right, up where it says one class of everything."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(7).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=random)]
+    for right in (1.0, 0.9):
+        assert not classes_collapsed(predictions_of(labels, right), labels).up
+    assert classes_collapsed(predictions_of(labels, 0.0), labels).up
+    unknown = torch.full_like(labels, -1)
+    both = torch.cat([labels, unknown])
+    assert not classes_collapsed(torch.cat([predictions_of(labels, 1.0), predictions_of(labels, 0.0)]), both).up
+
+
+def test_without_any_label_a_collapse_is_held_against_all_classes() -> None:
+    unknown = torch.full((100,), -1)
+    assert not classes_collapsed(balanced(1.0), unknown).up
+    assert classes_collapsed(balanced(1.0)[:4], unknown[:4]).up
 
 
 def test_no_norm_is_usual_at_the_start() -> None:

@@ -11,9 +11,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-LEAST_CLASSES = 0.5  # of all classes, that predictions must be spread over
+LEAST_CLASSES = 0.5  # of the labels' spread beyond one class, that predictions must have
 LEAST_SPREAD = 1.0  # nats: the standard deviation of b(x,y) over y
 LEAST_KL_Z = 0.1  # nats
 MOST_GROWTH = 100.0  # times the gradient norm of the first steps
@@ -29,18 +30,28 @@ class Alarm:
     sentence: str
 
 
-def classes_collapsed(q: Tensor) -> Alarm:
-    """From q(y|x) [N, K]: whether exp H(mean q), the effective number of classes, is under half of K.
+def classes_collapsed(q: Tensor, labels: Tensor) -> Alarm:
+    """From q(y|x) [N, K] and labels [N], -1 where unknown: whether q is spread over far fewer classes than the labels.
 
-    It takes evaluation data in which the classes are about as frequent.
+    The spread is exp H(p) - 1, p the mean of q(y|x) or the labels' frequencies: K - 1 where classes are as frequent, 0
+    where there is one. Images without a label do not count, unless none has one: then it is held against K classes.
     """
-    mean = q.double().mean(dim=0)
-    effective, all_classes = mean.xlogy(mean).sum().neg().exp().item(), q.shape[-1]
+    known, num_classes = labels >= 0, q.shape[-1]
+    if known.any():
+        used = effective_classes(q[known].double().mean(dim=0))
+        there = effective_classes(torch.bincount(labels[known], minlength=num_classes).double() / known.sum())
+    else:
+        used, there = effective_classes(q.double().mean(dim=0)), float(num_classes)
     return Alarm(
         "classes_collapsed",
-        effective < LEAST_CLASSES * all_classes,
-        f"q(y|x) has collapsed: it uses as many as {effective:.1f} of {all_classes} classes",
+        used - 1 < LEAST_CLASSES * (there - 1),
+        f"q(y|x) has collapsed: it uses as many as {used:.1f} classes, where the labels are spread over {there:.1f}",
     )
+
+
+def effective_classes(p: Tensor) -> float:
+    """exp H(p), the number of equally frequent classes that would be as diverse, of frequencies p [K]."""
+    return p.xlogy(p).sum().neg().exp().item()
 
 
 def generator_ignores_y(spread: Tensor) -> Alarm:

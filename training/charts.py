@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import OnHost
 from models.evaluation import calibration_bins
 
 if TYPE_CHECKING:
@@ -37,17 +39,18 @@ def worst_mistakes(q: Tensor, labels: Tensor, number: int) -> list[tuple[int, in
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def draw_confusion(counts: Tensor) -> Tensor:
+def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     """A picture uint8 [3, H, W] of counts [K, K]; the colour is a count's share of its row, red off the diagonal."""
-    classes, height, left, top, right = len(counts), 26, 28, 62, 42
+    classes, height, top, right = len(counts), 26, 62, 42
+    left = max(28, min(WIDTH // 3, 8 + round(max(map(_font(TEXT).getlength, names)))))
     width = max(28, (WIDTH - left - right) // classes)
     image, draw = _blank(left + width * classes + right, top + height * classes + 8)
     _centred(draw, "right", left + width * classes + right / 2, 48)
     draw.text((4, 12), "row: true class; column: predicted class", BLACK, _font(TEXT))
     for row, numbers in enumerate(counts.tolist()):
         y, total = top + height * row, max(sum(numbers), 1)
-        _centred(draw, str(row), left + width * (row + 0.5), 48)
-        _centred(draw, str(row), left / 2, y + height / 2)
+        _centred(draw, _fitting(names[row], width), left + width * (row + 0.5), 48)
+        _centred(draw, _fitting(names[row], left), left / 2, y + height / 2)
         _centred(draw, f"{numbers[row] / total:.0%}", left + width * classes + right / 2, y + height / 2)
         for column, number in enumerate(numbers):
             x, share = left + width * column, number / total
@@ -58,24 +61,59 @@ def draw_confusion(counts: Tensor) -> Tensor:
     return _tensor(image)
 
 
-def draw_mistakes(x: Tensor, mistakes: list[tuple[int, int, int, float]], columns: int = 5) -> Tensor:
+def draw_mistakes(
+    x: Tensor | OnHost, mistakes: list[tuple[int, int, int, float]], names: Sequence[str], columns: int = 5
+) -> Tensor:
     """A picture uint8 [3, H, W] of images from x, uint8 [N, C, H, W], each above "true -> predicted" and confidence."""
+    title = "most confident mistakes: true -> predicted, q(y|x)" if mistakes else "no mistakes"
+    width = WIDTH // columns
+    tiles = [
+        (
+            x[index : index + 1][0].double().mean(dim=0, keepdim=True),
+            f"{_arrow(names[label], names[guess], width)}\n{confidence:.2%}",
+        )
+        for index, label, guess, confidence in mistakes
+    ]
+    return draw_tiles(title, tiles, columns, width)
+
+
+def draw_tiles(title: str, tiles: Sequence[tuple[Tensor, str]], columns: int, width: int) -> Tensor:
+    """A picture uint8 [3, H, W] of images [C, H, W] of 0..255, each above its lines of text, in tiles of one width."""
     from PIL import Image
 
-    side, width, height, top = 56, WIDTH // columns, 98, 30
-    rows = max(1, -(-len(mistakes) // columns))
-    image, draw = _blank(width * columns, top + height * rows)
-    title = "most confident mistakes: true -> predicted, q(y|x)" if mistakes else "no mistakes"
+    side = width - 14
+    lines = max((caption.count("\n") + 1 for _, caption in tiles), default=2)
+    height, top = side + 12 + 15 * lines, 30
+    image, draw = _blank(width * columns, top + height * max(1, -(-len(tiles) // columns)))
     draw.text((6, 7), title, BLACK, _font(TEXT))
-    for place, (index, label, predicted, confidence) in enumerate(mistakes):
+    for place, (pixels, caption) in enumerate(tiles):
         down, across = divmod(place, columns)
         left, upper = across * width, top + down * height
-        pixels = x[index].double().mean(dim=0).round().to(torch.uint8).cpu().numpy()
-        tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-        image.paste(tile, (left + (width - side) // 2, upper + 4))
-        _centred(draw, f"{label} -> {predicted}", left + width / 2, upper + side + 14)
-        _centred(draw, f"{confidence:.2%}", left + width / 2, upper + side + 29)
+        if len(pixels) not in (1, 3):
+            pixels = pixels.double().mean(dim=0, keepdim=True)
+        array = pixels.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        tile = Image.fromarray(array if len(pixels) == 3 else array[..., 0])
+        zoom = side / max(tile.size)
+        size = max(1, round(tile.width * zoom)), max(1, round(tile.height * zoom))
+        small = tile.resize(size, Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS)
+        image.paste(small, (left + (width - small.width) // 2, upper + 4))
+        for line, text in enumerate(caption.split("\n")):
+            _centred(draw, _fitting(text, width), left + width / 2, upper + side + 14 + 15 * line)
     return _tensor(image)
+
+
+def _arrow(true: str, predicted: str, width: int) -> str:
+    room = (width - _font(TEXT).getlength(" -> ")) / 2
+    return f"{_fitting(true, room)} -> {_fitting(predicted, room)}"
+
+
+def _fitting(text: str, width: float) -> str:
+    """The text, or as much of it as the width takes, and dots."""
+    font = _font(TEXT)
+    if font.getlength(text) <= width - 2:
+        return text
+    shorter = (text[:end] + ".." for end in range(len(text) - 1, 0, -1))
+    return next((part for part in shorter if font.getlength(part) <= width - 2), text[:1])
 
 
 def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:

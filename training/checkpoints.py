@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -18,18 +20,28 @@ class CheckpointError(Exception):
     """A checkpoint is missing or unusable; the message says which and why."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes another file and moves it into place: `path` is never seen half-written. Raises OSError."""
+@contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """Another file to write to, which is moved into place at the end: `path` is never seen half-written.
+
+    Nothing is left of it after an error. Raises OSError.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)  # on a full disk every byte counts
         raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
+    with written(path) as file:
+        file.write(content)
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -48,6 +60,12 @@ def prune(folder: Path) -> None:
     """Deletes all checkpoints but the newest two."""
     for old in stored(folder)[:-KEPT]:
         old.unlink()
+
+
+def drop_newest(folder: Path) -> None:
+    """Deletes the newest checkpoint where there is one before it."""
+    for newest in stored(folder)[1:][-1:]:
+        newest.unlink()
 
 
 def stored(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def turn_about(labels: Tensor) -> Tensor:
     return torch.argsort(earlier * (labels.max() + 1) + labels)
 
 
-def save_png(sheet: Tensor, path: Path, zoom: int) -> None:
+def save_png(sheet: Tensor, path: Path | IO[bytes], zoom: int) -> None:
     """Writes a uint8 picture [C, H, W] with 1 or 3 channels, each pixel `zoom` times as large."""
     from PIL import Image
 
@@ -91,6 +92,17 @@ def generated(model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Gene
     classes = one_hot_classes(model.num_classes, styles, z.device)
     with evaluating(model):
         return model.generate(classes, z.expand(model.num_classes, -1, -1)).view(-1, *shape)
+
+
+def samples(
+    model: SemiSupervisedVAE, shape: torch.Size, generator: torch.Generator, number: int, draw_pixels: bool = False
+) -> Tensor:
+    """Draws of the model, [number, C, H, W]: y from p(y), z from p(z), and p(x|y,z)'s mean, or pixels drawn from it."""
+    y = model.draw_classes(number, generator).unsqueeze(0)
+    z = torch.randn(1, number, model.latent_size, generator=generator, device=generator.device)
+    with evaluating(model):
+        x = model.draw_pixels(y, z, generator) if draw_pixels else model.generate(y, z)
+    return x.view(number, *shape)
 
 
 def analogies(model: SemiSupervisedVAE, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Report:
         self.run = run
         self.folder = folder
         self.start = run.step
-        self.board = TensorBoard(folder, run.step, flat(plain(run.config)))
+        self.board = self._board()
         self.steps = 0  # timed since the last logging step
         self.metrics: dict[str, Tensor | float] = {}
         self.shown: dict[str, str] = {}
@@ -40,6 +40,13 @@ class Report:
         self.seconds = 0.0  # spent training, without evaluation and writing
         self.logged_at = 0.0
         self.ticking_since = time.perf_counter()
+
+    def _board(self) -> TensorBoard:
+        return TensorBoard(self.folder, self.run.step, flat(plain(self.run.config)), self.run.logged)
+
+    def logged_at_step(self, step: int) -> dict[str, float]:
+        """The scalars that were written of a step."""
+        return self.board.newest if self.board.newest_step == step else {}
 
     def __enter__(self) -> Report:
         self.stack = ExitStack()
@@ -96,19 +103,19 @@ class Report:
         self.steps, self.logged_at = 0, self.seconds
 
     def validation(self, step: int, measured: Evaluation) -> None:
-        values = {name: value for name, value in asdict(measured).items() if value is not None}
-        self.board.scalars({f"val/{name}": value for name, value in values.items()}, step)
+        self.board.scalars({f"val/{name}": value for name, value in measured.means.items()}, step)
         self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
         seen, weights = measured.per_image, self.run.weights
         if seen is not None:
-            self.board.predictions(seen.q, self.run.validation, step)
-            alarms = [classes_collapsed(seen.q)]
+            self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)
+            alarms = [classes_collapsed(seen.q, self.run.validation.labels)]
             if weights.labelled or weights.unlabelled:  # else p(x|y,z) and q(z|x,y) are not trained
                 alarms += [generator_ignores_y(seen.bound_spread), z_unused(measured.kl_z)]
             # a healthy model has yet to learn to use y and z: it is no warning before half of the steps are done
             self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)
         if step == self.run.config.train.steps:
-            self.board.project(self.run.model, self.run.validation, self.run.binarization)
+            names = self.run.facts.class_names
+            self.board.project(self.run.model, self.run.validation, self.run.binarization, names)
         self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
         self.bar.set_postfix(self.shown)
         rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
@@ -134,7 +141,7 @@ class Report:
     def roll_back(self, step: int) -> None:
         """Goes on from an earlier step, and drops what was logged past it."""
         self.board.close()
-        self.board = TensorBoard(self.folder, step, flat(plain(self.run.config)))
+        self.board = self._board()
         self.raised = set()
         self.steps, self.logged_at = 0, self.seconds
         self.bar.n = step

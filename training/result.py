@@ -25,6 +25,7 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     for part in ("val", "test"):
         if f"{part}_bound" not in measured:  # there are no such images
             measured |= {f"{part}_{field.name}": None for field in fields(Evaluation)}
+            measured |= {f"{part}_n": 0, f"{part}_n_with_label": 0}
     steps_here = run.step - report.start
     result: dict[str, Any] = {
         "estimator": type(run.estimator).__name__,
@@ -38,12 +39,16 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "device": run.device.type,
         "precision": run.precision,
         **measured,
+        "class_names": run.facts.class_names,
+        "log_likelihood_of": run.log_likelihood_name.rstrip(","),  # what the bounds and log_likelihood are below
+        "prior": run.model.prior,
         "git_commit": git_commit(),
         "versions": versions(),
         "config": flat(plain(run.config)),
     }
     # the last step's validation is logged already
-    report.final({n.replace("_", "/", 1): v for n, v in measured.items() if n.startswith("test_") and v is not None})
+    test = {name: value for name, value in measured.items() if name.startswith("test_") and "_n" not in name}
+    report.final({name.replace("_", "/", 1): value for name, value in test.items() if value is not None})
     report.flush()  # a finished run is not resumed
     write_json(folder / RESULT, result)
     if measured["test_accuracy"] is None:
@@ -51,5 +56,5 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         return
     report.say(
         f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
-        f"log p(x) >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
+        f"{run.log_likelihood_name} >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
     )

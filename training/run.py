@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -21,19 +22,20 @@ from torch import Tensor
 from configs.check import build_optimizer, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
-from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
+from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
 from data.datasets import load
 from data.facts import DataError, Images
 from data.randomness import keyed_generator
-from data.splits import Split, draw_split
+from data.splits import Indices, Split, class_prior, draw_split
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
+from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
 from models.objective import Objective, Weights
-from models.vae import SemiSupervisedVAE
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
+from training.trained import Facts, build_model, load_parameters, spread_out, stored_state
 
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
@@ -49,12 +51,26 @@ FREE_TO_CHANGE = {
     "train.checkpoint_every",
     "on_divergence",
 }
-FREE_TO_CHANGE |= {"data.root", "data.path", "data.checksum", "evaluation.batch_size", "evaluation.importance_samples"}
+FREE_TO_CHANGE |= {
+    "data.root",
+    "data.path",
+    "data.placement",
+    "data.checksum",
+    "evaluation.batch_size",
+    "evaluation.importance_samples",
+}
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
 # keys that older runs do not have, and what those did
 SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
-SINCE |= {"data.num_test": None, "data.resize": None, "data.balanced": True, "data.stratified": False}
+SINCE |= {"likelihood": "bernoulli", "prior": "uniform"}
+SINCE |= {
+    "data.num_test": None,
+    "data.resize": None,
+    "data.placement": "auto",
+    "data.balanced": True,
+    "data.stratified": False,
+}
 
 
 class Run:
@@ -64,7 +80,9 @@ class Run:
         self.config = config
         self.step = 0
         self.rollbacks = 0
-        self.unlooked = False  # a signal cut short the looks that were due at `step`
+        self.unlooked = False  # the looks that are due at `step` are still to come
+        self.logged: dict[str, float] | None = None  # then: the scalars of `step` so far
+        self.bounds: tuple[int, list[float]] = (0, [])  # of the validation images, and the step that they are of
         self.sums: dict[str, Tensor] = {}  # of J's terms since the last logging step, on the device
         self.summed = 0
         self.norms: list[Tensor] = []  # of the gradient, in the same steps
@@ -75,15 +93,25 @@ class Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
         self.contents: dict[str, str] = {}  # digests of the files that images came from
-        source = self._load("train")
-        self.notes, self.class_names = source.notes, source.class_names
+        source = self.load_images("train")
+        self.notes = source.notes
         self.split = split_of(source, config)
-        shape = ImageShape(*source.images.shape[1:])
+        channels, height, width = source.images.shape[1:]
+        self.facts = Facts(
+            shape=(channels, height, width),
+            class_names=source.class_names,
+            binarization=config.data.binarization.value,
+            resize=config.data.resize,
+            likelihood=config.likelihood.value,
+            prior=class_prior(config.prior, source.labels[self.split.labelled], source.num_classes),
+        )
+        shape = ImageShape(channels, height, width)
         torch.manual_seed(config.seed)
         with self.device:
-            self.model = SemiSupervisedVAE(build(config.model, "model", shape, source.num_classes))
+            self.model = build_model(config.model, self.facts)
             self.estimator: Estimator = build(config.estimator, "estimator")
             self.estimator.prepare(shape.size, source.num_classes)
+            self.estimator.log_prior = self.model.log_prior
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
         self.parameters = dict(self.model.named_parameters())
@@ -91,17 +119,17 @@ class Run:
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
-        self.binarization: Binarization = config.data.binarization.value
+        self.binarization: Binarization = self.facts.binarization
         self.batches = Batches(
-            training_data(source, self.split, self.device),
+            training_data(source, self.split, self.device, self._on_host(source)),
             batch_size_labelled=config.train.batch_size_labelled,
             batch_size_unlabelled=config.train.batch_size_unlabelled,
             binarization=self.binarization,
             seed=config.seed,
         )
-        self.validation = evaluation_data(source, self.split.validation, self.device)
+        self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
 
-    def _load(self, part: str) -> Images:
+    def load_images(self, part: str) -> Images:
         data = self.config.data
         source = load(
             data.name,
@@ -112,9 +140,15 @@ class Run:
             data.random_classes,
             num_test=data.num_test,
             resize=data.resize,
+            mapped=True,
         )
         self._check_contents(source.contents)
         return source
+
+    def _on_host(self, source: Images) -> bool:
+        """Whether images stay on the host, or in their file, and come to the device a minibatch at a time."""
+        placement = self.config.data.placement.value
+        return placement == "host" or (placement == "auto" and not fit(source.images, self.device))
 
     def _check_contents(self, contents: dict[str, str]) -> None:
         """Raises DataError where a file that was read before has other contents now."""
@@ -128,7 +162,7 @@ class Run:
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
-        return evaluation_data(self._load("test"), slice(None), self.device)
+        return evaluation_data(self.load_images("test"), slice(None), self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -145,12 +179,28 @@ class Run:
             after_batch=after_batch,
         )
 
+    def validate(self, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
+        """Evaluation of the validation images, whose bounds are kept for the checkpoint."""
+        evaluation = self.evaluate(self.validation, after_batch=after_batch)
+        if evaluation.per_image is not None:
+            self.bounds = self.step, spread_out(evaluation.per_image.bound)
+        return evaluation
+
+    def rows(self, part: Literal["labelled", "unlabelled"]) -> Indices:
+        """The training images of a part. The labelled ones are not among the unlabelled, though J may use them so."""
+        if part == "labelled":
+            return self.split.labelled
+        return np.setdiff1d(self.split.unlabelled, self.split.labelled)
+
     def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
-        return evaluation_data(self._load("train"), getattr(self.split, part), self.device)
+        return evaluation_data(self.load_images("train"), self.rows(part), self.device)
 
     def measure(self, part: Part, importance_samples: int | None = None) -> dict[str, float]:
         """Evaluation of a part under the names of result.json.
+
+        PART_n is the number of its images, which means are over, and PART_n_with_label that of those with a known
+        label, which accuracy and calibration are over.
 
         log p(x) is by `importance_samples`, None for the configuration's on the test part and without it elsewhere.
         """
@@ -208,6 +258,9 @@ class Run:
             "summed": self.summed,
             "norms": self.norms,
             "early_norms": self.early_norms,
+            "logged": self.logged,
+            "facts": asdict(self.facts),
+            "validation_bounds": self.bounds[1] if self.bounds[0] == self.step and not self.unlooked else [],
             "config": plain(self.config),
             "split_hash": self.split.hash,
             "contents": self.contents,
@@ -254,13 +307,7 @@ class Run:
         if state["split_hash"] != self.split.hash:
             raise ConfigError("resume found another dataset than the run's: the split's hash differs")
         self._check_contents(state.get("contents", {}))  # published files; a person's own are in the split's hash
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ConfigError(
-                "resume found other layers in the checkpoint than the networks have now; go on with the version of the "
-                "program that made it, whose git_commit is in its result.json, or start a new run"
-            ) from error
+        load_parameters(self.model, state)
         self.estimator.load_state_dict(state["estimator"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random_state"].cpu())
@@ -269,6 +316,8 @@ class Run:
         # runs from before have none of these
         self.rollbacks = state.get("rollbacks", 0)
         self.unlooked = state.get("unlooked", False)
+        self.logged = state.get("logged")
+        self.bounds = state["step"], state.get("validation_bounds", [])
         self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
         self.norms = state.get("norms", [])
         self.early_norms = state.get("early_norms", [])
@@ -281,8 +330,14 @@ class Run:
         return (
             f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
             f"{len(split.validation)} validation images (split {split.hash[:12]}); "
-            f"{type(self.estimator).__name__}, {count:,} parameters, {self.device}, {self.precision}"
+            f"{type(self.estimator).__name__}, {self.config.likelihood.value}, {count:,} parameters, "
+            f"{self.device}, {self.precision}"
         )
+
+    @property
+    def log_likelihood_name(self) -> str:
+        """What the results' log_likelihood is a lower bound of."""
+        return log_likelihood_name(self.config.likelihood.value, self.binarization)
 
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""
@@ -400,10 +455,11 @@ def changes(before: dict[str, Any], config: Config) -> str:
 def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
-    Raises CheckpointError, ConfigError, DataError.
+    With its data, which `training.trained.open_run` does without. Raises CheckpointError, ConfigError, DataError.
     """
-    cpu = torch.device("cpu")
-    state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
+    state = stored_state(folder, checkpoint)
+    if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
+        state["config"] |= {"device": "cpu", "cuda_graph": False}
     run = Run(typed(OmegaConf.create(state["config"])))
     run.restore(state)
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from data.batches import EvaluationData, binarize
 from data.randomness import keyed_generator
-from models.evaluation import evaluating
+from models.evaluation import evaluating, rows_at_once
 from models.vae import SemiSupervisedVAE
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.checkpoints import write_atomically
@@ -59,15 +60,24 @@ PROJECTOR = """embeddings {{
 
 
 class TensorBoard:
-    """Writes a run's events; after a resume, what was logged past `start` is dropped."""
+    """Writes a run's events; after a resume, what was logged past `start` is dropped.
 
-    def __init__(self, folder: Path, start: int, hyper_parameters: dict[str, Any]) -> None:
+    With `logged`, the scalars of `start` itself, all of that step is dropped and they are written anew: the process
+    before this one may have got as far as a part of what else belongs to that step.
+    """
+
+    def __init__(
+        self, folder: Path, start: int, hyper_parameters: dict[str, Any], logged: dict[str, float] | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.folder = folder
         laid_out = has_layout(folder)
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)  # the first step to drop
+        first_to_drop = start + (logged is None)
+        self.writer = SummaryWriter(str(folder), purge_step=first_to_drop)
+        self.newest_step = start
+        self.newest: dict[str, float] = {}  # scalars of the step last written of
         plain = (int, float, str, bool)
         flat = {key: value if isinstance(value, plain) else str(value) for key, value in hyper_parameters.items()}
         # written into the run's own folder: add_hparams would make a second run of it
@@ -76,8 +86,11 @@ class TensorBoard:
         if not laid_out:
             charts = {section: {c: ["Multiline", tags] for c, tags in part.items()} for section, part in LAYOUT.items()}
             self.writer.add_custom_scalars(charts)
+        self.scalars(logged or {}, start)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        self.newest = (self.newest if step == self.newest_step else {}) | values
+        self.newest_step = step
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
@@ -101,25 +114,28 @@ class TensorBoard:
         self.writer.add_image("analogies", grid(analogies(model, images), columns=model.num_classes + 1), step)
         self.writer.add_image("walk_through_z", grid(interpolation(model, shape, generator, 10), columns=10), step)
 
-    def predictions(self, q: Tensor, data: EvaluationData, step: int) -> None:
+    def predictions(self, q: Tensor, data: EvaluationData, names: Sequence[str], step: int) -> None:
         """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
         if q.shape[-1] <= MOST_CLASSES:
-            self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels)), step)
-        self.writer.add_image("worst_mistakes", draw_mistakes(data.x, worst_mistakes(q, data.labels, 20)), step)
+            self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels), names), step)
+        mistakes = draw_mistakes(data.x, worst_mistakes(q, data.labels, 20), names)
+        self.writer.add_image("worst_mistakes", mistakes, step)
         self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
 
-    def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any) -> None:
+    def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any, names: Sequence[str]) -> None:
         """Writes the projector's files anew: z of the first held-out images, with true and predicted class.
 
         add_embedding would leave a folder for each step, and forget the others when the run is resumed.
         """
-        images, labels = data.x[:PROJECTED], data.labels[:PROJECTED].tolist()
+        number = min(PROJECTED, rows_at_once(math.prod(data.x.shape[1:])))
+        images, labels = data.x[:number], data.labels[:number].tolist()
         x = binarize(images, binarization, keyed_generator(images.device, 0, "projector"))
         z, predicted = encode(model, x)
         files = self.folder / "projector"
         files.mkdir(exist_ok=True)
         points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
-        classes = (f"{label}\t{guess}" for label, guess in zip(labels, predicted.tolist(), strict=True))
+        words = [" ".join(name.split()) for name in names]  # a tab would be another column
+        classes = (f"{words[label]}\t{words[guess]}" for label, guess in zip(labels, predicted.tolist(), strict=True))
         write_atomically(files / "z.tsv", "".join(f"{row}\n" for row in points).encode())
         write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in ("class\tpredicted", *classes)).encode())
         side = math.ceil(len(images) ** 0.5)

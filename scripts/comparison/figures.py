@@ -204,9 +204,18 @@ def curve_limits(all_curves: Sequence[Curves]) -> tuple[tuple[float, float], tup
     return (float(min(0, first)), float(final or 1)), padded([floor, top])
 
 
-def curve_chart(comparison: Comparison, name: str) -> str:
+def groups_with(comparison: Comparison, name: str, pixels: str | None) -> list[tuple[int, Group, Curves]]:
+    """Place, group and curves of those that have any; only those of these pixels, where they are given."""
+    return [
+        (place, group, curves)
+        for place, group in enumerate(comparison.groups, 1)
+        if pixels in (None, group.pixels) and (curves := curves_of(group, name))
+    ]
+
+
+def curve_chart(comparison: Comparison, name: str, pixels: str | None) -> str:
     """All groups in one figure, each with its number where it ends."""
-    shown = [(i, group, c) for i, group in enumerate(comparison.groups, 1) if (c := curves_of(group, name))]
+    shown = groups_with(comparison, name, pixels)
     if not shown:
         return ""
     steps, values = curve_limits([curves for *_, curves in shown])
@@ -229,9 +238,9 @@ def curve_chart(comparison: Comparison, name: str) -> str:
     return both(draw, f"{METRICS[name].title} against steps, a line a group")
 
 
-def curve_panels(comparison: Comparison, name: str) -> str:
+def curve_panels(comparison: Comparison, name: str, pixels: str | None) -> str:
     """A small figure a group, with the means of the others behind it in grey."""
-    shown = [(i, group, c) for i, group in enumerate(comparison.groups, 1) if (c := curves_of(group, name))]
+    shown = groups_with(comparison, name, pixels)
     if not shown:
         return ""
     steps, values = curve_limits([curves for *_, curves in shown])
@@ -253,10 +262,10 @@ def curve_panels(comparison: Comparison, name: str) -> str:
     return tag("div", "".join(panels), class_="panels")
 
 
-def learning_curves(comparison: Comparison, name: str) -> str:
-    """Empty where no run has the curve."""
+def learning_curves(comparison: Comparison, name: str, pixels: str | None = None) -> str:
+    """Of all groups, or of those with the same pixels. Empty where no run has the curve."""
     draw = curve_chart if len(comparison.groups) <= COLOURS else curve_panels
-    return draw(comparison, name)
+    return draw(comparison, name, pixels)
 
 
 def chip(comparison: Comparison, group: Group) -> str:
@@ -374,11 +383,15 @@ def cut(name: str, length: int) -> str:
 
 
 def both_curves(comparison: Comparison) -> str:
-    """Validation accuracy and bound, under a heading each."""
-    drawn = {name: learning_curves(comparison, name) for name in ("val_accuracy", "val_bound")}
+    """Validation accuracy and bound, under a heading each; a figure of bounds for each kind of pixels."""
+    kinds: list[str | None] = [part.pixels for part in comparison.parts] or [None]
+    titles = {name: METRICS[name].title for name in ("val_accuracy", "val_bound")}
+    drawn = [(titles["val_accuracy"], learning_curves(comparison, "val_accuracy"))]
+    for pixels in kinds:
+        heading = f"{titles['val_bound']}, {METRICS['val_bound'].unit} per image" + (f", of {pixels}" if pixels else "")
+        drawn.append((heading, learning_curves(comparison, "val_bound", pixels)))
     return "".join(
-        tag("h3", METRICS[name].title + (f", {METRICS[name].unit} per image" if METRICS[name].unit else ""))
-        + (figure if figure.startswith("<div") else tag("figure", figure))
-        for name, figure in drawn.items()
+        tag("h3", escape(heading)) + (figure if figure.startswith("<div") else tag("figure", figure))
+        for heading, figure in drawn
         if figure
     )

@@ -24,6 +24,12 @@ class Group:
     summaries: dict[str, Summary] = field(default_factory=dict)
     against_baseline: Paired | None = None
 
+    @property
+    def pixels(self) -> str:
+        """What its bounds are about; empty where it has none."""
+        has_any = any(METRICS[name].of_pixels for name in self.summaries)
+        return self.runs[0].pixels if has_any else ""
+
 
 @dataclass
 class Comparison:
@@ -36,6 +42,12 @@ class Comparison:
     unfinished: list[tuple[str, Record]]  # with the name of the group that each would be in
     repeats: list[tuple[str, Record]]  # finished, and in no mean
     notes: list[str]
+    pixels: str = ""  # what the bounds are about; empty where that differs
+    parts: list[Comparison] = field(default_factory=list)  # one for each kind of pixels, where there are several
+
+    @property
+    def ranks_pixels(self) -> bool:
+        return METRICS[self.metric].of_pixels
 
 
 # ---- grouping ----
@@ -194,9 +206,35 @@ def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseli
     base = groups[0] if groups else None
     if baseline is not None:
         base = _named(baseline, groups)
-    if base is not None:
+    compared = Comparison(metric, groups, base, baseline is not None, unfinished, repeats, said)
+    kinds = list(dict.fromkeys(group.pixels for group in groups))
+    if len([pixels for pixels in kinds if pixels]) > 1:
+        compared.parts = [_part(compared, pixels) for pixels in kinds if pixels or compared.ranks_pixels]
+        compared.notes = [SEVERAL_PIXELS, *said]
+    else:
+        compared.pixels = max(kinds, default="")
+    if base is not None and not (compared.parts and compared.ranks_pixels):
         _test(groups, base, metric)
-    return Comparison(metric, groups, base, baseline is not None, unfinished, repeats, said)
+    return compared
+
+
+SEVERAL_PIXELS = (
+    "bounds, log p(x) and bits per dimension of other data, other treatments of pixels (data.binarization) or another "
+    "likelihood are numbers about different things: they are in tables of their own, and neither ranked nor subtracted "
+    "across them; a likelihood is chosen by val accuracy"
+)
+
+
+def _part(whole: Comparison, pixels: str) -> Comparison:
+    """The groups whose bounds are about the same pixels; with a baseline of its own where bounds are what is ranked."""
+    groups = [group for group in whole.groups if group.pixels == pixels]
+    if not whole.ranks_pixels:
+        return Comparison(whole.metric, groups, None, False, [], [], [], pixels)
+    chosen = whole.baseline_is_chosen and whole.baseline in groups
+    base = whole.baseline if chosen else groups[0]
+    assert base is not None
+    _test(groups, base, whole.metric)
+    return Comparison(whole.metric, groups, base, chosen, [], [], [], pixels)
 
 
 def rank(summary: Summary | None, metric: str) -> float:

@@ -24,7 +24,14 @@ COSTS = ("evaluations", "seconds", "steps_per_second")
 def columns(comparison: Comparison) -> list[str]:
     """The metrics to show: the one that sorts, and the others that any group has."""
     wanted = [comparison.metric, *(name for name in METRICS if name not in (comparison.metric, "val_bound"))]
+    if comparison.parts:
+        wanted = [name for name in wanted if not METRICS[name].of_pixels]
     return [name for name in wanted if any(name in group.summaries for group in comparison.groups)]
+
+
+def pixel_columns(part: Comparison) -> list[str]:
+    """The metrics that a part has and the whole does not show."""
+    return [name for name in columns(part) if METRICS[name].of_pixels]
 
 
 def quality_and_cost(comparison: Comparison) -> tuple[list[str], list[str]]:
@@ -63,6 +70,25 @@ EXPLAINED = (
     "mean ± half of its 95 % interval (Student's t over the runs of a group); sd is that of runs, with n - 1; "
     "bounds and log p(x) in nats per image; calls are of the generator, per unlabelled image and step"
 )
+
+
+def explained(comparison: Comparison) -> str:
+    """How to read a table, and what its bounds are about."""
+    about = f"; {about_pixels(comparison)}" if comparison.pixels else ""
+    return EXPLAINED + about
+
+
+def about_pixels(comparison: Comparison) -> str:
+    """What the bounds of one kind of pixels bound."""
+    from models.likelihoods import log_likelihood_name
+
+    config = next(g.runs[0].config for g in comparison.groups if g.pixels == comparison.pixels)
+    name = log_likelihood_name(str(config.get("likelihood")), str(config.get("data.binarization")))
+    return f"they are of {comparison.pixels}: below {name.rstrip(',')}"
+
+
+def part_title(part: Comparison) -> str:
+    return f"Bounds of {part.pixels}" if part.pixels else "Without a bound"
 
 
 def about_test(comparison: Comparison) -> list[str]:
@@ -124,13 +150,15 @@ UNFINISHED_SAID = "Without result.json (killed, failed, or still running), and i
 # ---- the terminal, Markdown and CSV ----
 
 
-def quality_table(comparison: Comparison, names: Sequence[str]) -> list[list[str]]:
-    """A row a group, with the standard deviation of the metric that sorts."""
+def quality_table(
+    comparison: Comparison, names: Sequence[str], groups: Sequence[Group] | None = None
+) -> list[list[str]]:
+    """A row a group, of all or of `groups`, with the standard deviation of the metric that sorts."""
     rows = [["", "group", "n"]]
     for name in names:
         rows[0] += [METRICS[name].title, *(["sd"] if name == comparison.metric else [])]
-    for place, group in enumerate(comparison.groups, 1):
-        row = [str(place), group.name, str(len(group.runs))]
+    for group in comparison.groups if groups is None else groups:
+        row = [str(comparison.groups.index(group) + 1), group.name, str(len(group.runs))]
         for name in names:
             summary = group.summaries.get(name)
             row.append(plus_minus(summary, METRICS[name], len(group.runs)))
@@ -169,18 +197,30 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def as_text(comparison: Comparison) -> str:
+def text_tables(comparison: Comparison) -> list[str]:
     quality, cost = quality_and_cost(comparison)
-    blocks = []
-    if comparison.groups:
-        blocks += [headline(comparison), aligned(quality_table(comparison, quality))]
-        if cost:
-            blocks.append(aligned(quality_table(comparison, cost)))
-        blocks.append(fill(EXPLAINED, 118))
-    else:
-        blocks.append("no finished run")
+    blocks = [headline(comparison), aligned(quality_table(comparison, quality))]
+    if cost:
+        blocks.append(aligned(quality_table(comparison, cost)))
+    blocks.append(fill(explained(comparison), 118))
     if said := about_test(comparison):
         blocks += ["\n".join(fill(sentence, 118) for sentence in said), aligned(test_table(comparison))]
+    return blocks
+
+
+def as_text(comparison: Comparison) -> str:
+    blocks = []
+    if not comparison.groups:
+        blocks.append("no finished run")
+    elif comparison.parts and comparison.ranks_pixels:
+        blocks.append(headline(comparison) + ", ranked apart for each kind of pixels")
+        for part in comparison.parts:
+            blocks += [f"== {part_title(part)} ==", *text_tables(part)]
+    else:
+        blocks += text_tables(comparison)
+        for part in comparison.parts:
+            table = aligned(quality_table(comparison, pixel_columns(part), part.groups))
+            blocks += [f"== {part_title(part)}, not ranked ==", table, fill(about_pixels(part), 118)]
     if comparison.unfinished:
         lines = [
             f"{folder} ({name}): {steps} steps, val accuracy {accuracy}, val bound {bound}\n    {words}"
@@ -192,24 +232,42 @@ def as_text(comparison: Comparison) -> str:
     return "\n\n".join(blocks)
 
 
+def markdown_groups(comparison: Comparison, names: Sequence[str], groups: Sequence[Group]) -> str:
+    rows = [["", "group", "n", *(METRICS[name].title for name in names)]]
+    for group in groups:
+        cells = []
+        for name in names:
+            summary = group.summaries.get(name)
+            sd = f" ({optional(summary.sd, METRICS[name])})" if summary else ""
+            cells.append(plus_minus(summary, METRICS[name], len(group.runs)) + sd)
+        rows.append([str(comparison.groups.index(group) + 1), f"`{group.name}`", str(len(group.runs)), *cells])
+    return markdown_table(rows)
+
+
+def markdown_tables(comparison: Comparison) -> list[str]:
+    said = explained(comparison)
+    blocks = [f"{headline(comparison)}. {said[0].upper()}{said[1:]}; sd in brackets."]
+    blocks.append(markdown_groups(comparison, columns(comparison), comparison.groups))
+    if tested := about_test(comparison):
+        blocks += [" ".join(tested), markdown_table(test_table(comparison))]
+    if any(len(group.runs) > 1 for group in comparison.groups):
+        blocks += ["Every run:", markdown_table(run_table(comparison, columns(comparison)))]
+    return blocks
+
+
 def as_markdown(comparison: Comparison) -> str:
     blocks = ["# Comparison of runs"]
-    if comparison.groups:
-        blocks += [f"{headline(comparison)}. {EXPLAINED[0].upper()}{EXPLAINED[1:]}; sd in brackets."]
-        head = ["", "group", "n", *(METRICS[name].title for name in columns(comparison))]
-        rows = [head]
-        for place, group in enumerate(comparison.groups, 1):
-            cells = []
-            for name in columns(comparison):
-                summary = group.summaries.get(name)
-                sd = f" ({optional(summary.sd, METRICS[name])})" if summary else ""
-                cells.append(plus_minus(summary, METRICS[name], len(group.runs)) + sd)
-            rows.append([str(place), f"`{group.name}`", str(len(group.runs)), *cells])
-        blocks.append(markdown_table(rows))
-    if said := about_test(comparison):
-        blocks += [" ".join(said), markdown_table(test_table(comparison))]
-    if any(len(group.runs) > 1 for group in comparison.groups):
-        blocks += ["Every run:", markdown_table(run_table(comparison))]
+    if comparison.groups and not (comparison.parts and comparison.ranks_pixels):
+        blocks += markdown_tables(comparison)
+    for part in comparison.parts:
+        blocks.append(f"## {part_title(part)}")
+        if comparison.ranks_pixels:
+            blocks += markdown_tables(part)
+        else:
+            names = pixel_columns(part)
+            blocks += [markdown_groups(comparison, names, part.groups), f"Not ranked; {about_pixels(part)}."]
+            if any(len(group.runs) > 1 for group in part.groups):
+                blocks.append(markdown_table(run_table(part, names)))
     if comparison.unfinished:
         blocks += [f"{UNFINISHED_SAID}:", markdown_table([UNFINISHED, *unfinished_rows(comparison)])]
     if comparison.notes:
@@ -219,9 +277,8 @@ def as_markdown(comparison: Comparison) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def run_table(comparison: Comparison) -> list[list[str]]:
+def run_table(comparison: Comparison, names: Sequence[str]) -> list[list[str]]:
     """Every run that counts, by group and draw, so that a published mean shows what it is the mean of."""
-    names = columns(comparison)
     table = [["", "group", "split_seed", "seed", *(METRICS[name].title for name in names)]]
     for place, group in enumerate(comparison.groups, 1):
         rows = []
@@ -244,14 +301,14 @@ def as_csv(comparison: Comparison) -> str:
     facts = ("device", "precision", "git_commit", "split_hash", "start_step")
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(["group", "folder", "status", "steps", "seed", "split_seed", *METRICS, *facts, "command"])
+    writer.writerow(["group", "folder", "status", "steps", "seed", "split_seed", *METRICS, "pixels", *facts, "command"])
     rows = [(*row, "counted") for row in counted] + [(*row, "repeat") for row in comparison.repeats]
     for name, run, status in [*rows, *((*row, "unfinished") for row in comparison.unfinished)]:
         values = [repr(run.values[metric]) if metric in run.values else "" for metric in METRICS]
         seeds = [run.config.get("seed", ""), run.config.get("data.split_seed", "")]
         known = [run.facts.get(fact, "") for fact in facts]
         steps = "" if "method" in run.facts else run.steps
-        writer.writerow([name, run.folder, status, steps, *seeds, *values, *known, command(run)])
+        writer.writerow([name, run.folder, status, steps, *seeds, *values, run.pixels, *known, command(run)])
     return file.getvalue()
 
 
@@ -297,16 +354,17 @@ def page(comparison: Comparison) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{ALLOWED}"/>'
         f"<title>Comparison of runs</title><style>{style}</style>"
     )
+    results = [(part.pixels, results_sections(part)) for part in comparison.parts if comparison.ranks_pixels]
+    if not results:
+        bounds = [(part_title(part), bounds_section(comparison, part)) for part in comparison.parts]
+        first, *others = results_sections(comparison)
+        results = [("", [first, *bounds, *others])]
     sections = [
         tag("header", tag("h1", "Comparison of runs") + paragraph(headline_of_page(comparison), "lede")),
         *(
             tag("section", tag("h2", escape(title)) + content)
             for title, content in (
-                ("Groups", groups_section(comparison)),
-                ("Learning curves", curves_section(comparison)),
-                ("What it costs", cost_section(comparison)),
-                ("Differences over the same draws", test_section(comparison)),
-                ("What the best run draws", pictures_section(comparison)),
+                *((f"{title}: {of}" if of else title, content) for of, found in results for title, content in found),
                 ("Unfinished and failed runs", unfinished_section(comparison)),
                 ("Notes", items(comparison.notes)),
                 ("Commands", commands_section(comparison)),
@@ -319,12 +377,31 @@ def page(comparison: Comparison) -> str:
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
 
+def results_sections(comparison: Comparison) -> list[tuple[str, str]]:
+    return [
+        ("Groups", groups_section(comparison)),
+        ("Learning curves", curves_section(comparison)),
+        ("What it costs", cost_section(comparison)),
+        ("Differences over the same draws", test_section(comparison)),
+        ("What the best run draws", pictures_section(comparison)),
+    ]
+
+
+def bounds_section(whole: Comparison, part: Comparison) -> str:
+    """The bounds of one kind of pixels, in the order of the whole, which is not theirs."""
+    said = about_pixels(part)
+    table = summary_table(whole, pixel_columns(part), part.groups)
+    return table + paragraph(f"Not ranked; {said}.", "caption")
+
+
 def headline_of_page(comparison: Comparison) -> str:
     if not comparison.groups:
         return "No run is finished."
     best = comparison.groups[0]
     metric, summary = METRICS[comparison.metric], best.summaries.get(comparison.metric)
     said = f"{headline(comparison)}."
+    if comparison.parts and comparison.ranks_pixels:
+        return f"{said} They are ranked apart for each kind of pixels."
     if summary is None or len(comparison.groups) < 2:
         return said
     half = "" if summary.half is None else f" ± {number(summary.half, metric.form)}"
@@ -355,19 +432,20 @@ def name_cell(comparison: Comparison, group: Group) -> str:
 def groups_section(comparison: Comparison) -> str:
     if not comparison.groups:
         return ""
-    said = EXPLAINED[0].upper() + EXPLAINED[1:] + "."
+    words = explained(comparison)
+    said = words[0].upper() + words[1:] + "."
     if len(comparison.groups) > COLOURS:
         said += " Numbers stand for groups in the figures; orange is the baseline, blue are all others."
     return summary_table(comparison, quality_and_cost(comparison)[0]) + paragraph(said, "caption")
 
 
-def summary_table(comparison: Comparison, names: Sequence[str]) -> str:
+def summary_table(comparison: Comparison, names: Sequence[str], groups: Sequence[Group] | None = None) -> str:
     head = ["group", "n"]
     for name in names:
         unit = tag("small", METRICS[name].unit) if METRICS[name].unit else ""
         head.append(METRICS[name].title + unit)
     rows = []
-    for group in comparison.groups:
+    for group in comparison.groups if groups is None else groups:
         cells = [value_cell(group.summaries.get(name), METRICS[name], len(group.runs)) for name in names]
         rows.append([name_cell(comparison, group), str(len(group.runs)), *cells])
     return html_table(head, rows)

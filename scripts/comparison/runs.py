@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Config, ConfigError
+from data.datasets import OWN
 
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
@@ -19,21 +20,25 @@ class Metric:
     form: str
     higher_is_better: bool
     unit: str = ""
+    of_pixels: bool = False  # about the pixels as a run has them: no number to hold against that of other pixels
 
 
 # under the names of result.json, and the generator's calls under that of TensorBoard
 METRICS = {
     "test_accuracy": Metric("test accuracy", ".4f", True),
-    "test_bound": Metric("test bound", ".2f", True, "nats"),
-    "test_log_likelihood": Metric("log p(x)", ".2f", True, "nats"),
+    "test_bound": Metric("test bound", ".2f", True, "nats", of_pixels=True),
+    "test_log_likelihood": Metric("log p(x)", ".2f", True, "nats", of_pixels=True),
+    "test_bits_per_dimension": Metric("bits per dimension", ".3f", False, of_pixels=True),
     "test_calibration_error": Metric("calibration error", ".4f", False),
     "val_accuracy": Metric("val accuracy", ".4f", True),
-    "val_bound": Metric("val bound", ".2f", True, "nats"),
+    "val_bound": Metric("val bound", ".2f", True, "nats", of_pixels=True),
     "evaluations": Metric("calls per image", ".3g", False),
     "seconds": Metric("seconds", ".1f", False),
     "steps_per_second": Metric("steps/s", ".1f", True),
 }
 ALONE = "classifier alone"  # the name of a run whose objective has no bound in it
+DIGEST = "data.digest"  # of a person's own images, which their path does not tell
+PIXELS = ("data.name", DIGEST, "data.binarization", "likelihood")
 CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
 
 
@@ -68,6 +73,11 @@ class Record:
         """What pairs this run with those of other groups: the labelled images, and all other randomness."""
         return self.facts.get("split_hash"), self.config.get("seed")
 
+    @property
+    def pixels(self) -> str:
+        """What its bounds are about. Those of other data, other pixels or another likelihood are other numbers."""
+        return ", ".join(f"{key}={self.config[key]}" for key in PIXELS if self.config.get(key) is not None)
+
 
 def find(folders: Sequence[Path]) -> list[Path]:
     """The run folders in `folders`, each once, in the order of their names. Raises ConfigError where there is none."""
@@ -97,7 +107,21 @@ def read(folder: Path) -> Record:
         _add_hydra(record)
     except Exception as error:  # YAML and OmegaConf fail in many ways, and each means the same to a person
         raise Damaged(f"its .hydra/ cannot be read ({_reason(error)})") from error
+    if digest := _digest(record):
+        record.config[DIGEST] = digest
     return record
+
+
+def _digest(record: Record) -> str:
+    """The first letters of the digest of a person's own images, or else where they lay; empty for published ones."""
+    from training.run_folder import SPLIT, read_json
+
+    if record.config.get("data.name") != OWN:
+        return ""
+    try:
+        return str(read_json(record.folder / SPLIT)["digest"])[:12]
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(record.config.get("data.path"))
 
 
 def _finished(folder: Path) -> Record:

@@ -1,0 +1,258 @@
+"""A trained model out of its run folder, to be used without its training data: `open_run`.
+
+from training.trained import open_run
+
+model = open_run("outputs/DATE/TIME-NAME")
+q = model.classify(images)  # [N, K]
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.schema import ConfigError
+from configs.targets import build
+from data.batches import Binarization, binarize
+from data.datasets import facts
+from data.facts import DataError
+from models.evaluation import evaluating, exact_terms, importance_weighted_by, naming_memory, rows_at_once
+from models.likelihoods import likelihood
+from models.networks import ImageShape
+from models.vae import SemiSupervisedVAE
+from training import checkpoints
+
+BOUNDS = 1001  # of the validation images' bounds, at most, that a checkpoint keeps: steps of 0.1 % in their ranks
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model was told of its data, and what its checkpoint holds of it."""
+
+    shape: tuple[int, int, int]  # channels, height, width
+    class_names: tuple[str, ...]  # in the order of the labels
+    binarization: Binarization
+    resize: str | None  # "HxW" where pictures of every size are brought to one
+    likelihood: str  # of models.likelihoods
+    prior: list[float]  # p(y) [K]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of N images: q(y|x) [N, K], the exact bound [N] in nats, novelty [N], mean z [N, Z].
+
+    `novelty` is the share of the validation images whose bound is higher: 1 is an image that the model finds stranger
+    than all of those. NaN where the checkpoint has no validation bounds.
+    """
+
+    q: Tensor
+    bound: Tensor
+    novelty: Tensor
+    z: Tensor
+
+
+class Trained:
+    """A model as a checkpoint has it, in evaluation mode.
+
+    Images are uint8 [N, C, H, W], or [N, H, W] of one channel, as NumPy arrays or tensors; others raise ValueError.
+    What is drawn by chance (binary pixels, noise of z) is drawn from a key that the image itself is, so that an image
+    has the same numbers whatever images it comes with, but for the rounding of floats. Results are tensors on the CPU.
+    """
+
+    def __init__(self, state: dict[str, Any], device: torch.device) -> None:
+        self.facts = facts_of(state)
+        self.step: int = state["step"]
+        self.device = device
+        with torch.random.fork_rng(devices=[]):  # whoever opens a model keeps his own random numbers
+            self.model = build_model(state["config"]["model"], self.facts)
+        load_parameters(self.model, state)
+        self.model.to(device).to(memory_format=torch.channels_last).eval()
+        self.batch_size = min(state["config"]["evaluation"]["batch_size"], rows_at_once(math.prod(self.facts.shape)))
+        self.validation_bounds = torch.tensor(state.get("validation_bounds", []), dtype=torch.float64)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.facts.class_names
+
+    def classify(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
+        """q(y|x) [N, K], classes in the order of `class_names`."""
+        with self._at_work():
+            parts = [self.model.classifier(x).softmax(dim=-1).cpu() for x, _ in self._batches(images)]
+        return torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
+
+    def encode(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
+        """The mean of q(z|x,y) [N, Z] at each image's most probable y."""
+        with self._at_work():
+            parts = [self._mean_z(x, self.model.classifier(x)).cpu() for x, _ in self._batches(images)]
+        return torch.cat(parts) if parts else torch.empty(0, self.model.latent_size)
+
+    def predict(self, images: npt.NDArray[np.uint8] | Tensor) -> Prediction:
+        """All that scripts.predict writes of images."""
+        q, bound, z = [], [], []
+        with self._at_work():
+            for x, generators in self._batches(images):
+                probabilities, _, terms = exact_terms(self.model, x, self._noise(generators))
+                q.append(probabilities.cpu())
+                bound.append(terms["bound"].cpu())
+                z.append(self._mean_z(x, probabilities).cpu())
+        if not q:
+            empty = torch.empty(0)
+            return Prediction(empty.view(0, len(self.class_names)), empty, empty, empty.view(0, self.model.latent_size))
+        bounds = torch.cat(bound)
+        return Prediction(torch.cat(q), bounds, self._novelty(bounds), torch.cat(z))
+
+    def log_likelihood(self, images: npt.NDArray[np.uint8] | Tensor, samples: int = 100) -> Tensor:
+        """log p(x) [N] in nats, by importance weighting with `samples` draws of z a class: a lower bound on average.
+
+        Of pixels as the model takes them: binary ones are drawn once an image where it was trained so. Raises
+        ValueError for samples < 1.
+        """
+        if samples < 1:
+            raise ValueError(f"samples must be >= 1, got {samples}")
+        parts = []
+        with self._at_work():
+            for x, generators in self._batches(images):
+                draws = (self._noise(generators) for _ in range(samples))
+                parts.append(importance_weighted_by(self.model, x, draws).cpu())
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def generate(self, class_name: str, number: int = 1, seed: int = 0) -> Tensor:
+        """Mean pictures of p(x|y,z) of a class at `number` draws of z, uint8 [number, C, H, W].
+
+        The same seed draws the same styles for every class, on every device. Raises ValueError for an unknown class.
+        """
+        if class_name not in self.class_names:
+            raise ValueError(f"class_name must be one of {', '.join(self.class_names)}, got {class_name}")
+        if number < 1:
+            raise ValueError(f"number must be >= 1, got {number}")
+        z = torch.randn(number, self.model.latent_size, generator=torch.Generator().manual_seed(seed))
+        k = torch.tensor(self.class_names.index(class_name))
+        y = F.one_hot(k, len(self.class_names)).float().expand(1, 1, -1).to(self.device)
+        with self._at_work():
+            drawn = [
+                self.model.generate(y.expand(1, len(part), -1), part.to(self.device).unsqueeze(0))[0].cpu()
+                for part in z.split(self.batch_size)
+            ]
+        return (torch.cat(drawn) * 255).round().to(torch.uint8).view(number, *self.facts.shape)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with evaluating(self.model), naming_memory(self.batch_size, "batch_size"):
+            yield
+
+    def _batches(self, images: npt.NDArray[np.uint8] | Tensor) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+        """Pixels [B, C, H, W] as the networks take them, and each image's own generator."""
+        self._check(images)
+        for first in range(0, len(images), self.batch_size):
+            part = images[first : first + self.batch_size]
+            pixels = part.cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+            pixels = pixels.contiguous().view(len(pixels), *self.facts.shape)
+            generators = [torch.Generator().manual_seed(zlib.crc32(image.numpy())) for image in pixels]
+            if self.facts.binarization == "dynamic":
+                drawn = [binarize(image, "dynamic", own) for image, own in zip(pixels, generators, strict=True)]
+                x = torch.stack(drawn).to(self.device)
+            else:
+                x = binarize(pixels.to(self.device), self.facts.binarization, generators[0])
+            yield x, generators
+
+    def _check(self, images: npt.NDArray[np.uint8] | Tensor) -> None:
+        """Raises ValueError, in one sentence, for what are no images of the model's shape."""
+        channels, height, width = self.facts.shape
+        wanted = f"[N, {channels}, {height}, {width}]"
+        if channels == 1:
+            wanted += f" or [N, {height}, {width}]"
+        shape, dtype = list(getattr(images, "shape", [])), getattr(images, "dtype", type(images).__name__)
+        if dtype not in (np.uint8, torch.uint8):
+            scale = "; pixels in 0..1 are to be multiplied by 255" if "float" in str(dtype) else ""
+            raise ValueError(f"images must be uint8 {wanted}, got {dtype} {shape}{scale}")
+        if shape[1:] != [channels, height, width] and not (channels == 1 and shape[1:] == [height, width]):
+            alone = "; one image alone is images[None]" if shape in ([channels, height, width], [height, width]) else ""
+            raise ValueError(f"images must be uint8 {wanted}, got {shape}{alone}")
+
+    def _noise(self, generators: list[torch.Generator]) -> Tensor:
+        """z's noise [B, Z], each row by its image's own generator."""
+        rows = [torch.randn(self.model.latent_size, generator=generator) for generator in generators]
+        return torch.stack(rows).to(self.device)
+
+    def _mean_z(self, x: Tensor, scores: Tensor) -> Tensor:
+        """The mean of q(z|x,y) [B, Z] at the y of the highest of the scores [B, K]."""
+        y = F.one_hot(scores.argmax(dim=-1), len(self.class_names)).float().unsqueeze(0)
+        loc: Tensor = self.model.inference(self.model.inference.features(x), y)[0][0]
+        return loc
+
+    def _novelty(self, bound: Tensor) -> Tensor:
+        known = self.validation_bounds
+        if not len(known):
+            return torch.full_like(bound, math.nan)
+        return 1 - torch.searchsorted(known, bound.double(), right=True) / len(known)
+
+
+def open_run(folder: str | Path, device: str = "cpu", checkpoint: str | Path | None = None) -> Trained:
+    """The model of a run folder as its newest checkpoint has it, or as the one named; its training data is not needed.
+
+    `device` is cpu, cuda, or auto. Raises CheckpointError, ConfigError, DataError, each with one sentence.
+    """
+    if device not in ("auto", "cpu") and not (torch.cuda.is_available() and device.startswith("cuda")):
+        raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {device}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = stored_state(Path(folder).expanduser(), None if checkpoint is None else Path(checkpoint))
+    return Trained(state, torch.device(device))
+
+
+def stored_state(folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """The newest checkpoint of a run folder, or the one named, on the CPU. Raises CheckpointError."""
+    cpu = torch.device("cpu")
+    return checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
+
+
+def build_model(config: Any, known: Facts) -> SemiSupervisedVAE:
+    """The model as it is before training, its networks by `config.model`, on the default device. Raises ConfigError."""
+    networks = build(config, "model", ImageShape(*known.shape), len(known.class_names))
+    return SemiSupervisedVAE(networks, likelihood(known.likelihood, known.shape[0]), known.prior)
+
+
+def load_parameters(model: SemiSupervisedVAE, state: dict[str, Any]) -> None:
+    """Raises ConfigError for a checkpoint of other layers."""
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise ConfigError(
+            "the checkpoint has other layers than the networks have now; use the version of the program that made it, "
+            "whose git_commit is in its result.json, or start a new run"
+        ) from error
+
+
+def facts_of(state: dict[str, Any]) -> Facts:
+    """What a checkpoint knows of its data. One from before it held that needs the data, unless it is a published one.
+
+    Raises DataError.
+    """
+    if stored := state.get("facts"):
+        return Facts(**stored | {"shape": tuple(stored["shape"]), "class_names": tuple(stored["class_names"])})
+    data = state["config"]["data"]
+    try:
+        known = facts(data["name"], data.get("path"), data.get("random_classes"), resize=data.get("resize"))
+    except DataError as error:
+        raise DataError(f"the checkpoint is from before it held its images' shape and classes: {error}") from error
+    names = known.class_names
+    return Facts(known.shape, names, data["binarization"], None, "bernoulli", [1 / len(names)] * len(names))
+
+
+def spread_out(bounds: Tensor) -> list[float]:
+    """Validation bounds [N] in order, and of more than BOUNDS as many quantiles, from the lowest to the highest."""
+    ordered = bounds.double().cpu().sort().values
+    if len(ordered) > BOUNDS:
+        ordered = ordered[torch.linspace(0, len(ordered) - 1, BOUNDS).round().long()]
+    return [float(bound) for bound in ordered]
