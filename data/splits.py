@@ -107,6 +107,8 @@ class Room:
             numbers = range(self.known + 1)
             first_not = bisect_left(numbers, True, key=lambda number: not self._fits(got, number))
             largest.append(f"data.num_validation={first_not - 1} with data.num_labelled={got}")
+        if not largest and (most := self._most_labelled(0, self.balanced)):
+            largest.append(f"data.num_labelled={most} with data.num_validation=0")
         raise ValueError(f"{problem}; possible are at most {', or '.join(largest) or 'none, as each class needs one'}")
 
     def _most_labelled(self, num_validation: int, balanced: bool) -> int:
