@@ -135,11 +135,11 @@ def test_validation_is_the_same_whatever_is_labelled() -> None:
         ({"num_labelled": 15}, r"data\.num_labelled must be all, or a positive multiple.*got 15;"),
         ({"num_labelled": 9, "balanced": False}, r"data\.num_labelled must be all, or at least the 10 classes, got 9;"),
         ({"num_labelled": "some"}, r"data\.num_labelled must be all, or a positive multiple.*got some;"),
-        ({"num_labelled": True}, r"data\.num_labelled must be all, or a positive multiple.*got True;"),
+        ({"num_labelled": True}, r"data\.num_labelled must be all, or a positive multiple.*got true;"),
         ({"num_validation": -1}, r"data\.num_validation must be a number of images, a fraction below 1, or 0.*got -1"),
         ({"num_validation": 1.0}, r"data\.num_validation must be a number of images, a fraction below 1.*got 1\.0"),
         ({"num_validation": math.nan}, r"data\.num_validation must be a number of images.*got nan"),
-        ({"num_validation": None}, r"data\.num_validation must be a number of images.*got None"),
+        ({"num_validation": None}, r"data\.num_validation must be a number of images.*got null"),
         ({"num_labelled": 700}, r"data\.num_labelled \+ data\.num_validation must fit into the 600.*got 700 \+ 100"),
         ({"num_validation": 551}, r"data\.num_labelled \+ data\.num_validation must fit into.*got 50 \+ 551"),
         ({"labels": np.minimum(LABELS, 8)}, r"0 of 9\), got 50 \+ 100; possible are at most none, as each class"),
@@ -148,6 +148,22 @@ def test_validation_is_the_same_whatever_is_labelled() -> None:
 def test_impossible_sizes_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_labelled": 50, "num_validation": 200, "split_seed": 0}, "82e8667e2178d29a"),
+        ({"num_labelled": 50, "num_validation": 200, "split_seed": 2}, "07727e96e7a7b661"),
+        ({"num_labelled": 20, "num_validation": 200, "split_seed": 0}, "ab0b35262b0bbc3d"),
+        ({"num_labelled": 20, "num_validation": 200, "split_seed": 2}, "61883a5c82f10ce2"),
+        ({"num_labelled": 100, "num_validation": 37, "split_seed": 0}, "91200d6d87ffd4de"),
+        ({"num_labelled": 100, "num_validation": 37, "split_seed": 2}, "e1595c05431b7c8c"),
+    ],
+)
+def test_splits_of_before_are_the_same(settings: dict[str, Any], expected: str) -> None:
+    source = load("digits", "", "train")
+    assert draw_split(source.labels, 10, labelled_in_unlabelled=True, **settings).hash.startswith(expected)
 
 
 SIZES = np.array([1, 4, 30, 200, 365])  # unequal classes
@@ -248,6 +264,18 @@ def test_what_a_refusal_calls_possible_is_and_one_more_is_not(
 def test_classes_are_named_in_a_refusal() -> None:
     with pytest.raises(ValueError, match=r"\(1 of ant, 4 of bee, 30 of cat, 200 of dog, 365 of eel\), got 700 \+ 120"):
         unequal_split(700, class_names=("ant", "bee", "cat", "dog", "eel"))
+
+
+def test_published_files_have_a_digest_each_of_both_parts(tmp_path: Path) -> None:
+    images, labels = write(tmp_path)
+    before = load("mnist", str(tmp_path), "train", checksum=False).contents
+    assert sorted(before) == sorted([images.name, labels.name])
+    (images.parent / "t10k-images-idx3-ubyte").write_bytes(b"any")
+    assert load("mnist", str(tmp_path), "train", checksum=False).contents.items() > before.items()
+    labels.write_bytes(idx(SMALL_LABELS[::-1].copy()))
+    after = load("mnist", str(tmp_path), "train", checksum=False).contents
+    assert after[images.name] == before[images.name]
+    assert after[labels.name] != before[labels.name]
 
 
 # --- what training sees
