@@ -121,9 +121,10 @@ def load(
         return arrays.load(path, part)
     if name == "digits":
         return _load_digits(part)
-    raw = Path(root).expanduser() / DATASETS[name].folder / "raw"
+    folder = _at_home(root)
+    raw = folder / DATASETS[name].folder / "raw"
     if not all(_stored(raw / file, {}) for file in FILES[part]):
-        _download(name, Path(root).expanduser())
+        _download(name, folder)
     md5 = MD5[name] if checksum else {}
     paths = [_stored(raw / file, md5) or raw / file for file in FILES[part]]
     images, labels = (_read_idx(path, md5.get(path.name)) for path in paths)
@@ -136,6 +137,14 @@ def load(
             f"delete {raw} to download it again"
         )
     return Images(images[:, None], labels.astype(np.int64), num_classes)
+
+
+def _at_home(root: str) -> Path:
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:  # nobody's home: no HOME, and no such user
+        reason = f"data.root must be a folder, got {root}, and there is no home folder here"
+        raise DataError(f"{reason}; set data.root or CATVAE_DATA, or try data=digits") from error
 
 
 def _load_digits(part: str) -> Images:
