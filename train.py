@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.check import COMPOSING_ERRORS, refuse, typed
 from configs.resume import resume_arguments
 from configs.schema import Config, ConfigError
-from configs.wording import explain, explain_group
+from configs.wording import explain, explain_group, print_anywhere
 from data.facts import DataError
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
@@ -249,7 +249,11 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on, and they are explained here
     logging.raiseExceptions = False  # a log that cannot be written is said once, by what else cannot be
     threading.excepthook = quiet_on_full_disks(threading.excepthook)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    print_anywhere()
+    for name in ("SIGTERM", "SIGHUP"):
+        # Windows has no SIGHUP, and nohup has it ignored
+        if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         sys.argv[1:] = resume_arguments(sys.argv[1:])
         hydra_main()

@@ -320,7 +320,7 @@ def _refusing(job: Sequence[str] = ()) -> Iterator[None]:
     """Ends the program on any error: Hydra would make a warning of it and go on."""
     try:
         yield
-    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, DataError, HydraException, OmegaConfBaseException, OSError) as error:
         refuse(explain(error) + (f" (in the job {' '.join(job)})" if job else ""))
     except Exception:
         traceback.print_exc()

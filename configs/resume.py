@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     resumed = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
     if not resumed or resumed[-1].partition("=")[2] in ("", "null"):
         return arguments
-    folder = Path(resumed[-1].partition("=")[2].strip("'\"")).expanduser().resolve()
+    folder = Path(os.path.expanduser(resumed[-1].partition("=")[2].strip("'\""))).resolve()
     recorded = folder / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
         raise ConfigError(f"resume must be a run folder, got {folder}: it has no .hydra/overrides.yaml")

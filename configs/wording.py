@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import io
 import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -68,6 +70,13 @@ HYDRA_SAYS = (
 )
 
 
+def print_anywhere() -> None:
+    """A terminal, or a log, of an encoding without some letter gets a question mark for it, and not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     """One sentence for what Hydra, OmegaConf or YAML refuses in the command line `arguments`; ours are one already."""
     if isinstance(error, (ConfigError, DataError)):
@@ -88,6 +97,10 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     for pattern, sentence in HYDRA_SAYS:
         if said := re.search(pattern, text):
             return sentence.format(**said.groupdict())
+    if isinstance(error, FileNotFoundError) and "temporary directory" in text:  # Python's own search for one
+        return (
+            f"no folder for temporary files can be written to ({text.partition(' in ')[2]}); set TMPDIR to one that can"
+        )
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}"
     if isinstance(error, YAMLError):

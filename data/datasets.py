@@ -114,9 +114,10 @@ def load(
         return arrays.load(path, part, num_test, resize, mapped)
     if name == "digits":
         return _load_digits(part)
-    raw = Path(root).expanduser() / DATASETS[name].folder / "raw"
+    folder = _at_home(root)
+    raw = folder / DATASETS[name].folder / "raw"
     if not all(_stored(raw / file, {}) for file in FILES[part]):
-        _download(name, Path(root).expanduser())
+        _download(name, folder)
     md5 = MD5[name] if checksum else {}
     contents = _contents(raw)
     paths = [_stored(raw / file, md5) or raw / file for file in FILES[part]]
@@ -141,6 +142,14 @@ def _contents(raw: Path) -> dict[str, str]:
         with file.open("rb") as stream:
             contents[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return contents
+
+
+def _at_home(root: str) -> Path:
+    try:
+        return Path(root).expanduser()
+    except RuntimeError as error:  # nobody's home: no HOME, and no such user
+        reason = f"data.root must be a folder, got {root}, and there is no home folder here"
+        raise DataError(f"{reason}; set data.root or CATVAE_DATA, or try data=digits") from error
 
 
 def _load_digits(part: str) -> Images:

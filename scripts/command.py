@@ -11,7 +11,7 @@ from typing import Any
 
 from configs.check import refuse
 from configs.schema import ConfigError
-from configs.wording import CONFIGS, explain
+from configs.wording import CONFIGS, explain, print_anywhere
 from data.facts import DataError
 
 COME_BY = {
@@ -34,6 +34,7 @@ def refusing_bad_input() -> Iterator[None]:
     """Says in one sentence what is wrong with a run folder, its data or its settings, and exits with status 2."""
     from training.checkpoints import CheckpointError
 
+    print_anywhere()
     try:
         yield
     except (ConfigError, DataError, CheckpointError) as error:

@@ -62,6 +62,12 @@ BAD = [
     ("data=digits hydra.run.dir=RUN/.hydra/overrides.yaml/x", "overrides.yaml/x", "Not a directory"),
     (f"data=digits hydra.run.dir=new/{TOO_LONG}/run", TOO_LONG, "File name too long"),
     (f"-m data=digits seed=1,2 hydra.sweep.dir=new/{TOO_LONG}", "hydra.sweep.dir cannot be used", TOO_LONG),
+    (
+        """data=mnist "data.root='~nobody-at-all/x'" """,
+        "data.root must be a folder, got ~nobody-at-all/x",
+        "set data.root or",
+    ),
+    ("""resume="'~nobody-at-all/x'" """, "resume must be a run folder, got"),
     ("data=mnist data.root=new/root", "data=mnist is not in new/root and could not be downloaded"),
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
     ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "RUN"),

@@ -223,3 +223,47 @@ def test_deterministic_runs_train(tmp_path: Path, roomy: Path) -> None:
     run(f"{FEW} train.steps=1", tmp_path / "without")
     assert not torch.are_deterministic_algorithms_enabled()
     assert equal(checkpoint(tmp_path / "run"), checkpoint(roomy))
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as Lustre mounted without -o flock: trains, one after the other and in parallel, and says so once."""
+    library = tmp_path / "library"
+    library.mkdir()
+    lock = "import fcntl, errno\ndef flock(file, operation): raise OSError(errno.ENOSYS, 'Function not implemented')\n"
+    (library / "sitecustomize.py").write_text(f"{lock}fcntl.flock = flock\n")
+    monkeypatch.setenv("PYTHONPATH", str(library))
+    trainer, line = [sys.executable, str(ROOT / "train.py")], f"{FEW} train.steps=4".split()
+    alone = subprocess.run([*trainer, *line, f"hydra.run.dir={tmp_path}/run"], capture_output=True, text=True, cwd=ROOT)
+    parallel = ["seed=0,1", f"hydra.sweep.dir={tmp_path}/sweep", "hydra/launcher=joblib"]
+    swept = subprocess.run([*trainer, "-m", *line, *parallel], capture_output=True, text=True, cwd=ROOT)
+    assert alone.returncode == swept.returncode == 0, alone.stderr + swept.stderr
+    assert "no locks (Function not implemented)" in one_line(alone.stderr)
+    assert all((tmp_path / folder / "result.json").exists() for folder in ("run", "sweep/0", "sweep/1"))
+
+
+def test_a_terminal_of_another_encoding(roomy: Path, tmp_path: Path) -> None:
+    for encoding in ("latin-1", "ascii"):
+        command = [sys.executable, "-m", "scripts.compare", str(roomy), "--output", str(tmp_path / encoding)]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        ended = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
+        assert ended.returncode == 0, ended.stderr
+        assert b"test accuracy" in ended.stdout
+
+
+def test_no_folder_for_temporary_files() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_TEMPORARY_FOLDER], capture_output=True, text=True, cwd=ROOT, env=dict(os.environ)
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert one_line(ended.stderr).endswith("set TMPDIR to one that can")
+
+
+NO_TEMPORARY_FOLDER = """
+import sys, tempfile
+def none():
+    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+tempfile._get_default_tempdir = none
+sys.argv = ["train.py", "data=digits", "train.steps=1"]
+import train
+train.main()
+"""

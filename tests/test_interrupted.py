@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from data.batches import Batches
 from models import evaluation, gradient_quality
-from tests.runs import MLP, assert_same_events, checkpoint, equal, resume, run
+from tests.runs import MLP, ROOT, assert_same_events, checkpoint, equal, resume, run
 from training import checkpoints
 
 LINE = f"{MLP} train.steps=12 diagnostics.every=6 diagnostics.draws=3 diagnostics.batch_size=4 "
@@ -33,15 +35,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return find
 
 
-def signalling(function: Callable[..., Any], call: int) -> Callable[..., Any]:
-    """`function`, sending SIGTERM to this process at its call number `call`."""
+def signalling(
+    function: Callable[..., Any], call: int, *, number: int = signal.SIGTERM, times: int = 1
+) -> Callable[..., Any]:
+    """`function`, sending a signal to this process at its call number `call`."""
     calls = 0
 
     def signalled(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return function(*arguments, **keywords)
 
     return signalled
@@ -103,3 +108,46 @@ def test_a_run_killed_right_after_saving_keeps_two_checkpoints(tmp_path: Path) -
     assert len(checkpoints.stored(folder)) > 2
     resume(folder)
     assert [path.name for path in checkpoints.stored(folder)] == ["step_00000008.pt", "step_00000012.pt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_closed_terminal_and_a_cluster_s_warning_save_as_well(
+    number: int, whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with mock.patch.object(Batches, "rows", signalling(Batches.rows, 7, number=number)):
+        ended = run(LINE, tmp_path / "run", code=128 + number)
+    assert "stopped at step 7; go on with" in ended.out
+    resume(tmp_path / "run")
+    assert equal(checkpoint(whole(LINE)), checkpoint(tmp_path / "run"))
+
+
+def test_several_signals_at_once_are_one_stop(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """A scheduler tells a process, and its group as well, within milliseconds."""
+    with mock.patch.object(Batches, "rows", signalling(Batches.rows, 7, times=3)):
+        run(LINE, tmp_path / "run", code=143)
+    assert checkpoint(tmp_path / "run")["step"] == 7
+
+
+def test_a_signal_some_seconds_later_ends_the_process_at_once() -> None:
+    program = """
+import os, signal, time
+from training import interruption
+interruption.ONE_STOP = 0.2
+with interruption.Interruption():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.4)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=15)
+    assert ended.returncode == -signal.SIGTERM
+
+
+def test_what_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with mock.patch.object(Batches, "rows", signalling(Batches.rows, 7, number=signal.SIGHUP)):
+            run(LINE, tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint(tmp_path / "run")["step"] == 12

@@ -1,12 +1,17 @@
-"""Ctrl-C, SIGTERM and SIGUSR2 (a cluster's warning) finish the step in hand; a second one ends the process at once."""
+"""Ctrl-C and what ends a run from outside finish the step in hand; one more, later, ends the process at once."""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 
-# Windows has no SIGUSR2
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR2") if hasattr(signal, name))
+# of a terminal that closes, and of clusters: SIGTERM ends a job, SIGUSR1 and SIGUSR2 warn of its time limit
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
+HANGUP = getattr(signal, "SIGHUP", None)
+ONE_STOP = 2.0  # seconds in which several are one: a scheduler sends a signal to a process and to its group
 
 
 class Interrupted(Exception):
@@ -14,13 +19,15 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, remembers the first of SIGNALS instead of dying of it."""
+    """While entered, remembers the first of SIGNALS instead of dying of it; what nohup has ignored stays ignored."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._first = 0.0
 
     def __enter__(self) -> Interruption:
-        self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if number != HANGUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._remember) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -28,9 +35,11 @@ class Interruption:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        for other in SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        if self.signal is None:
+            self.signal, self._first = number, time.monotonic()
+        elif time.monotonic() - self._first > ONE_STOP:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def check(self) -> None:
         """Raises Interrupted if there was a signal: for work that takes longer than a person waits."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
 import platform
@@ -20,7 +22,8 @@ from training.checkpoints import write_atomically
 RESULT = "result.json"
 SPLIT = "split.json"
 LOCK = ".lock"
-
+# of file systems without locks, such as Lustre mounted without -o flock
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 _held: dict[Path, int] = {}  # locks of this process: the files, and their descriptors
 
@@ -28,25 +31,21 @@ _held: dict[Path, int] = {}  # locks of this process: the files, and their descr
 def hold(lock: Path) -> None:
     """Takes a lock for this process, which the system drops when the process ends, however it ends.
 
-    Raises ConfigError if another process has it. Windows has no such lock, and there this does nothing.
+    Raises ConfigError if another process has it. Windows and some file systems have no such lock, and there this does
+    nothing.
     """
     if lock.resolve() in _held:
         return
     file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
-    if sys.platform != "win32":
-        import fcntl
-
-        for tries in reversed(range(5)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if tries:
-                    time.sleep(0.02)  # is_held of another process has it for a moment
-                    continue
-                os.close(file)
-                message = f"{lock.parent} is in use: another process trains there; wait for it, or stop it"
-                raise ConfigError(message) from None
+    for tries in reversed(range(5)):
+        if _lock(file, exclusive=True) is not False:
+            break
+        if tries:
+            time.sleep(0.02)  # is_held of another process has it for a moment
+            continue
+        os.close(file)
+        message = f"{lock.parent} is in use: another process trains there; wait for it, or stop it"
+        raise ConfigError(message)
     _held[lock.resolve()] = file
 
 
@@ -70,18 +69,37 @@ def held(lock: Path) -> Iterator[None]:
         raise
 
 
-def is_held(lock: Path) -> bool:
-    """Whether another process has the lock; on Windows, whether it may have had it."""
+def is_held(lock: Path) -> bool | None:
+    """Whether another process has the lock; on Windows, whether it may have had it; None where there are no locks."""
     if sys.platform == "win32" or not lock.exists():
         return lock.exists()
+    with lock.open() as file:
+        taken = _lock(file.fileno(), exclusive=False)
+    return None if taken is None else not taken
+
+
+def _lock(file: int, *, exclusive: bool) -> bool | None:
+    """Whether the file is this process's now, or another has it; None where there are no locks. Raises OSError."""
+    if sys.platform == "win32":
+        return None
     import fcntl
 
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _say_unguarded(error.strerror)
+        return None
+    return True
+
+
+@functools.cache  # once a process
+def _say_unguarded(reason: str) -> None:
+    sentence = f"this file system has no locks ({reason}): nothing keeps a second process out of the folder of a run"
+    print(f"catvae: {sentence}", file=sys.stderr)
 
 
 @contextmanager

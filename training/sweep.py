@@ -90,6 +90,7 @@ def _stop_by_signal(lock: Path) -> None:
         for again, handler in before.items():
             signal.signal(again, handler)
         _stopped.append(number)
+        lock.write_text("")  # where there are no locks, this alone tells the jobs
         release(lock)
         _say("stopping; the running jobs save first")
 
@@ -185,7 +186,7 @@ def is_stopped(hydra: Any) -> bool:
 
 def _is_let_go() -> bool:
     lock = Path(os.environ[THIS_LOCK])
-    return not is_held(lock) or lock.read_text() != os.environ[THIS_SWEEP]
+    return is_held(lock) is False or lock.read_text() != os.environ[THIS_SWEEP]
 
 
 @contextmanager
