@@ -187,8 +187,8 @@ def test_bool_16_bits_and_channels_last_are_taken_with_a_sentence(tmp_path: Path
         assert arrays.facts(path).shape == expected.shape[1:]
         for part in ("train", "test"):
             source = arrays.load(path, part)
-            assert source.images.dtype == np.uint8
-            assert np.array_equal(source.images, expected)
+            assert source.images[:].dtype == np.uint8
+            assert np.array_equal(source.images[:], expected)
             notes = [note for note in source.notes if words and words in note]
             assert [note.split()[0] for note in notes] == (["images", "test_images"] if words else [])
             assert len(notes) == len(source.notes)
@@ -241,7 +241,7 @@ def test_resize_brings_a_file_and_a_folder_to_the_same_pixels(channels: int, tmp
     small = arrays.load(str(source), "train", **settings)
     assert small.images.shape == (41, channels, 5, 9)
     assert arrays.facts(str(source), **settings).shape == arrays.facts(str(path), **settings).shape == (channels, 5, 9)
-    assert np.array_equal(small.images, arrays.load(str(path), "train", **settings).images)
+    assert np.array_equal(small.images[:], arrays.load(str(path), "train", **settings).images[:])
 
 
 def messy(folder: Path) -> Path:
