@@ -206,7 +206,7 @@ def test_a_run_keeps_its_prior_and_no_resume_changes_it(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(f"{MLP} train.steps=4 'prior={prior}'", folder)
     assert checkpoint(folder)["facts"]["prior"] == pytest.approx(prior)
-    assert checkpoint(folder)["likelihood"] == "bernoulli"
+    assert checkpoint(folder)["facts"]["likelihood"] == "bernoulli"
     result = json.loads((folder / "result.json").read_text())
     assert result["prior"] == pytest.approx(prior)
     refused = resume(folder, "train.steps=6 prior=uniform", code=2)
