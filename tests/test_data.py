@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import datasets
 from data.batches import (
     Batches,
@@ -32,6 +33,7 @@ from data.datasets import load
 from data.facts import Array, DataError, Images
 from data.randomness import random_int16
 from data.splits import ALL, Split, draw_split
+from tests.runs import SMALL, checkpoint, command, resume
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -276,6 +278,34 @@ def test_published_files_have_a_digest_each_of_both_parts(tmp_path: Path) -> Non
     after = load("mnist", str(tmp_path), "train", checksum=False).contents
     assert after[images.name] == before[images.name]
     assert after[labels.name] != before[labels.name]
+
+
+@pytest.mark.parametrize("changed", ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
+def test_a_published_file_that_changes_while_a_run_trains_ends_it(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise, raw = np.random.default_rng(0), tmp_path / "MNIST" / "raw"
+    labels = (np.arange(40) % CLASSES).astype(np.uint8)
+    write(tmp_path, idx(noise.integers(256, size=(40, 28, 28)).astype(np.uint8)), idx(labels))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(noise.integers(256, size=(10, 28, 28)).astype(np.uint8)))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[:10]))
+    original = train.train
+
+    def meanwhile(*arguments: Any) -> int:
+        content = (raw / changed).read_bytes()
+        (raw / changed).write_bytes(content[:20] + content[20:][::-1])
+        return original(*arguments)
+
+    line = f"{SMALL} model=mlp model.hidden=8 data=mnist data.root={tmp_path} data.checksum=false data.num_labelled=10 "
+    line += f"data.num_validation=10 train.steps=2 hydra.run.dir={tmp_path}/run"
+    monkeypatch.setattr(train, "train", meanwhile)
+    ended = command(train.main, line)
+    assert ended.code == 2, ended.said
+    assert f"{changed} in {tmp_path} has changed since this run read it" in ended.said
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run" / "result.json").exists()
+    said = resume(tmp_path / "run", "train.steps=4", code=2).said
+    assert f"{changed} in {tmp_path} has changed" in said or "another dataset than the run's" in said
 
 
 # --- what training sees
