@@ -72,6 +72,8 @@ SINCE |= {
     "data.stratified": False,
 }
 
+CONSTANT = {"_target_": "estimators.schedules.constant", "_partial_": True, "value": 1.0}  # before there was lr_factor
+
 
 class Run:
     """A run's data, model, estimator and optimizer, and the number of steps done. Raises ConfigError, DataError."""
@@ -460,6 +462,7 @@ def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
     state = stored_state(folder, checkpoint)
     if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
         state["config"] |= {"device": "cpu", "cuda_graph": False}
+    state["config"].setdefault("lr_factor", CONSTANT)
     run = Run(typed(OmegaConf.create(state["config"])))
     run.restore(state)
     return run
