@@ -50,8 +50,13 @@ def count_of(key: str, value: Any, total: int) -> int:
     """The number of images that a count, or a fraction below 1 of `total`, stands for. Raises ValueError."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     if not ((is_count and value >= 0) or (isinstance(value, float) and 0 <= value < 1)):
-        raise ValueError(f"{key} must be a number of images, a fraction below 1, or 0 for none, got {value}")
+        raise ValueError(f"{key} must be a number of images, a fraction below 1, or 0 for none, got {written(value)}")
     return int(value) if is_count or not value else max(1, round(value * total))
+
+
+def written(value: Any) -> str:
+    """As a command line writes it."""
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def apportion(sizes: Indices, number: int, least: int, most: Indices) -> Indices:
@@ -87,7 +92,7 @@ class Room:
         got, is_count = num_labelled, isinstance(num_labelled, int) and not isinstance(num_labelled, bool)
         multiple = "a positive multiple of the" if self.balanced else "at least the"
         problem = f"data.num_labelled must be {ALL}, or {multiple} {self.num_classes} classes"
-        problem += f" while data.balanced is true, got {got}" if self.balanced else f", got {got}"
+        problem += f" while data.balanced is true, got {written(got)}" if self.balanced else f", got {written(got)}"
         possible = got == ALL or (
             is_count and got >= self.num_classes and not (self.balanced and got % self.num_classes)
         )
@@ -107,6 +112,8 @@ class Room:
             numbers = range(self.known + 1)
             first_not = bisect_left(numbers, True, key=lambda number: not self._fits(got, number))
             largest.append(f"data.num_validation={first_not - 1} with data.num_labelled={got}")
+        if not largest and (most := self._most_labelled(0, self.balanced)):
+            largest.append(f"data.num_labelled={most} with data.num_validation=0")
         raise ValueError(f"{problem}; possible are at most {', or '.join(largest) or 'none, as each class needs one'}")
 
     def _most_labelled(self, num_validation: int, balanced: bool) -> int:

@@ -142,6 +142,9 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         check(job.alone or job.config)
         check_machine(job.config)
+        for key in ("num_validation", "num_test"):  # settings are chosen on the ones, and compared on the others
+            if getattr(job.config.data, key) == 0:
+                raise ConfigError(f"data.{key} must be > 0 for baselines, got 0")
 
 
 def combinations(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:

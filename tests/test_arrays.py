@@ -25,6 +25,9 @@ from tests.runs import SMALL, Ended, checkpoint, command, curve, equal, resume, 
 
 NETWORKS = {"mlp": "model=mlp model.hidden=8", "conv": "model=conv model.channels=2 model.hidden=8"}
 SIZES = "data.num_labelled=6 data.num_validation=6 train.steps=2 evaluation.batch_size=20"
+OF_DATA = ("data=", "data.")
+DEFAULTS = " ".join(word for word in SMALL.split() if not word.startswith(OF_DATA))  # and those of data=arrays
+DEFAULTS += f" {NETWORKS['mlp']} data=arrays train.steps=2 evaluation.batch_size=200"
 Contents = dict[str, Any]
 
 
@@ -34,6 +37,10 @@ def contents(shape: tuple[int, ...] = (8, 8), per_class: int = 12, unknown: int 
     noise = np.random.default_rng(0).integers(60, size=(len(labels), *shape))
     bright = (labels * 60 + 60).reshape(-1, *[1] * len(shape))
     return {"images": (noise + bright).astype(np.uint8), "labels": labels}
+
+
+IMAGES = contents()["images"]
+LABELS = contents()["labels"]
 
 
 def stored(folder: Path, **changes: Any) -> Path:
@@ -163,6 +170,138 @@ def test_class_names_that_name_no_classes_are_refused(names: Any, got: str, tmp_
     assert got in str(caught.value)
 
 
+# ---- pixels ----
+
+
+def test_bool_16_bits_and_channels_last_are_taken_with_a_sentence(tmp_path: Path) -> None:
+    colour = contents((3, 8, 6))["images"]
+    dark = IMAGES > 90
+    for images, expected, words in (
+        (dark, np.where(dark, 255, 0)[:, None], "are bool, read as the grey levels 0 and 255"),
+        (IMAGES.astype(np.uint16) * 256 + 7, IMAGES[:, None], "have 16 bits, of which the higher 8"),
+        (colour.transpose(0, 2, 3, 1), colour, "have their channels last"),
+        (IMAGES[..., None], IMAGES[:, None], "have their channels last"),
+        (IMAGES, IMAGES[:, None], ""),
+    ):
+        path = str(stored(tmp_path, images=images, test_images=images, test_labels=LABELS.clip(0)))
+        assert arrays.facts(path).shape == expected.shape[1:]
+        for part in ("train", "test"):
+            source = arrays.load(path, part)
+            assert source.images.dtype == np.uint8
+            assert np.array_equal(source.images, expected)
+            notes = [note for note in source.notes if words and words in note]
+            assert [note.split()[0] for note in notes] == (["images", "test_images"] if words else [])
+            assert len(notes) == len(source.notes)
+
+
+def reduced(levels: int) -> Contents:
+    return {"images": (contents()["images"].astype(int) * (levels - 1) // 255).astype(np.uint8)}
+
+
+RANGES: dict[str, tuple[Contents, tuple[str, ...]]] = {
+    "0 and 1": ({"images": (IMAGES > 90).astype(np.uint8)}, ("got none above 1,", "write images * 255 or bool")),
+    "0 to 16": (reduced(17), ("must be grey levels of 0 to 255, got none above", "write images * ")),
+    "12 of 16 bits": ({"images": IMAGES.astype(np.uint16) * 16}, ("got none above", "write images * ")),
+    "black": ({"images": IMAGES * 0}, ("images are all the same",)),
+    "white": ({"images": IMAGES * 0 + 255}, ("images are all the same",)),
+    "one picture again and again": ({"images": np.stack([IMAGES[0]] * 46)}, ("images are all the same",)),
+    "test images": (
+        {"test_images": (IMAGES > 90).astype(np.uint8), "test_labels": LABELS.clip(0)},
+        ("test_images must be grey levels of 0 to 255", "write test_images * 255 or bool"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RANGES)
+def test_pixels_that_cannot_be_grey_levels_are_refused_with_what_to_write(kind: str, tmp_path: Path) -> None:
+    changes, words = RANGES[kind]
+    ended = refusal(stored(tmp_path, **changes))
+    for word in (str(tmp_path / "mine.npz"), *words):
+        assert word in ended.err, ended.err
+
+
+def test_pictures_that_cannot_be_grey_levels_are_refused(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    for file in source.rglob("*.*"):
+        Image.fromarray(np.eye(8, 6, dtype=np.uint8) * (int(file.stem) % 2)).save(file.with_suffix(".png"))
+    for file in source.rglob("*.jpg"):
+        file.unlink()
+    assert "got none above 1, which is black; write them brighter, or give an .npz" in refusal(source).err
+    for file in source.rglob("*.png"):
+        Image.new("L", (6, 8), 99).save(file)
+    assert f"the pictures in {source} are all the same, pixel by pixel" in refusal(source).err
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_brings_a_file_and_a_folder_to_the_same_pixels(channels: int, tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine", channels)
+    given = arrays.load(str(source), "train", num_test=0)
+    path = stored(tmp_path, images=given.images, labels=given.labels)
+    settings: dict[str, Any] = {"num_test": 0, "resize": "5x9"}
+    small = arrays.load(str(source), "train", **settings)
+    assert small.images.shape == (41, channels, 5, 9)
+    assert arrays.facts(str(source), **settings).shape == arrays.facts(str(path), **settings).shape == (channels, 5, 9)
+    assert np.array_equal(small.images, arrays.load(str(path), "train", **settings).images)
+
+
+def messy(folder: Path) -> Path:
+    """What a person has: several sizes, formats, depths and colours, sub-folders, and files that are no pictures."""
+    source = folder_of_files(folder)
+    another_size(source)
+    Image.new("RGBA", (40, 30), (255, 0, 0, 99)).save(source / "dogs" / "large.webp")
+    (source / "cats" / "more" / "still").mkdir(parents=True)
+    Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(source / "cats" / "more" / "still" / "deep.tif")
+    Image.new("L", (9, 12), 77).save(source / "beside.png")
+    for name in ("notes.txt", "dogs/.DS_Store", "cats/more/Thumbs.db", "cats/table.csv", "owls/table.csv"):
+        (source / name).write_text("no picture")
+    (source / "owls" / "gone.png").symlink_to("/nowhere/gone.png")
+    (source / "unlabelled").rename(source / "Unlabeled Images")
+    return source
+
+
+def test_a_messy_folder_trains_with_one_key_and_says_what_it_left_out(tmp_path: Path) -> None:
+    source = messy(tmp_path / "mine")
+    ended = command(
+        train.main,
+        f"{DEFAULTS} data.path={source} data.resize=8x8 hydra.run.dir={tmp_path}/run",
+    )
+    assert ended.code == 0, ended.said
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"7 files of {source} are left out: 2 .csv (such as cats/table.csv), " in log
+    for words in (".txt (notes.txt)", "hidden (dogs/.DS_Store)", ".db (cats/more/Thumbs.db)", "gone.png", "beside.png"):
+        assert words in log
+    assert f"1 pictures in {source} have 16 bits a channel" in log
+    assert f"the pictures in Unlabeled Images of {source} are taken as those without a label" in log
+    facts = arrays.facts(str(source), resize="8x8")
+    assert (facts.shape, facts.class_names, facts.unknown_labels) == ((3, 8, 8), ("cats", "dogs", "owls"), 5)
+    assert facts.class_sizes == (11, 12, 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unlabelled", "unlabeled", "Unlabelled", "UNLABELED", "no_label", "no labels", "not-labelled", "un_labelled"],
+)
+def test_every_spelling_of_unlabelled_is_without_a_label(name: str, tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    (source / "unlabelled").rename(source / name)
+    assert (arrays.facts(str(source)).num_classes, arrays.facts(str(source)).unknown_labels) == (3, 5)
+    told = [note for note in arrays.load(str(source), "train").notes if f"in {name} of" in note]
+    assert len(told) == (name != "unlabelled")
+
+
+@pytest.mark.parametrize("name", ["unlabled", "unlabelledd", "unlabellled", "unlabbeled"])
+def test_a_slip_of_the_pen_in_unlabelled_is_no_class(name: str, tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    (source / "unlabelled").rename(source / name)
+    assert f"{source / name} may be a class, or the images without a label" in refusal(source).err
+
+
+def test_other_words_are_classes(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    (source / "unlabelled").rename(source / "unripe")
+    assert arrays.facts(str(source)).class_names == ("cats", "dogs", "owls", "unripe")
+
+
 # ---- who sees what ----
 
 
@@ -203,6 +342,87 @@ def test_test_images_of_the_file_are_the_test_part(tmp_path: Path) -> None:
     assert len(arrays.load(path, "train").labels) == arrays.facts(path).train_images == 46
 
 
+@pytest.mark.parametrize(("number", "expected"), [(None, 6), (0, 0), (1, 1), (0.5, 18), (30, 30)])
+def test_the_test_part_is_as_large_as_asked_by_class(number: Any, expected: int, tmp_path: Path) -> None:
+    for path in (stored(tmp_path), folder_of_files(tmp_path / "mine")):
+        test, rest = (arrays.load(str(path), part, num_test=number) for part in ("test", "train"))
+        assert len(test.labels) == expected
+        assert np.ptp(np.bincount(test.labels, minlength=3)) <= 1
+        assert np.bincount(rest.labels + 1)[1:].tolist() == (12 - np.bincount(test.labels, minlength=3)).tolist()
+        assert arrays.facts(str(path), num_test=number).held_out == expected
+
+
+def test_a_class_with_one_image_keeps_it(tmp_path: Path) -> None:
+    labels = np.where(np.arange(46) == 0, 3, LABELS)
+    path = str(stored(tmp_path, labels=labels))
+    assert arrays.facts(path).class_sizes == (10, 10, 10, 1)
+    assert 3 not in arrays.load(path, "test").labels
+
+
+def test_num_test_beside_test_images_is_refused(tmp_path: Path) -> None:
+    path = stored(tmp_path, test_images=IMAGES, test_labels=LABELS.clip(0))
+    assert "data.num_test must be null where the file has test_images" in refusal(path, "data.num_test=0.1").err
+
+
+# ---- labels as they come ----
+
+
+def five_classes(folder: Path, unlabelled: int = 60) -> Path:
+    """20 labels in each of 5 classes, and many without."""
+    noise = np.random.default_rng(0)
+    for name in ("ant", "bee", "cow", "dog", "eel", "unlabelled"):
+        (folder / name).mkdir(parents=True)
+        for index in range(unlabelled if name == "unlabelled" else 20):
+            Image.fromarray(noise.integers(256, size=(8, 8), dtype=np.uint8)).save(folder / name / f"{index}.bmp")
+    return folder
+
+
+def split(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "split.json").read_text()))
+
+
+def test_twenty_labels_in_each_of_five_classes_are_used_without_a_key(tmp_path: Path) -> None:
+    source = five_classes(tmp_path / "mine")
+    run(f"{DEFAULTS} data.path={source}", tmp_path / "run")
+    made = split(tmp_path / "run")
+    assert [len(made[part]) for part in ("labelled", "validation", "unlabelled")] == [68, 17, 128]
+    assert len(arrays.load(str(source), "test").labels) == 15
+    assert made["class_names"] == ["ant", "bee", "cow", "dog", "eel"]
+
+
+def test_every_label_trains_without_validation_and_test_and_the_run_says_so(tmp_path: Path) -> None:
+    source = five_classes(tmp_path / "mine")
+    none = f"{DEFAULTS} data.path={source} data.num_validation=0 data.num_test=0 train.validate_every=1"
+    run(none, tmp_path / "run")
+    assert len(split(tmp_path / "run")["labelled"]) == 100
+    found = result(tmp_path / "run")
+    measured = [name for name in found if name.startswith(("val_", "test_"))]
+    assert {"val_accuracy", "val_bound", "test_accuracy", "test_bound", "test_log_likelihood"} <= set(measured)
+    assert {found[name] for name in measured} == {None}
+    assert curve(tmp_path / "run", "train/J")
+    with pytest.raises(KeyError, match="val/bound"):
+        curve(tmp_path / "run", "val/bound")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "data.num_validation=0: no accuracy" in log
+    assert "data.num_test=0: nothing is measured on test images" in log
+    resume(tmp_path / "run", "train.steps=3")
+    assert result(tmp_path / "run")["steps"] == 3
+    for ended in (
+        command(evaluate.main, str(tmp_path / "run")),
+        command(generate.main, f"{tmp_path}/run --kind reconstructions --output {tmp_path}/picture.png"),
+    ):
+        assert ended.code == 2
+        assert "the run has no" in ended.err
+    assert command(generate.main, f"{tmp_path}/run --output {tmp_path}/picture.png").code == 0
+
+
+def test_unequal_classes_train_with_what_there_is(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, 2, -1], [2, 6, 28, 10])
+    path = stored(tmp_path, labels=labels)
+    run(f"{DEFAULTS} data.path={path} data.num_test=0 data.num_labelled=13", tmp_path / "run")
+    assert np.bincount(labels[split(tmp_path / "run")["labelled"]]).tolist() == [1, 2, 10]
+
+
 # ---- resume ----
 
 
@@ -239,8 +459,6 @@ def test_the_same_arrays_packed_differently_are_the_same(tmp_path: Path) -> None
 
 # ---- refusals ----
 
-IMAGES = contents()["images"]
-LABELS = contents()["labels"]
 BAD: dict[str, tuple[Contents, tuple[str, ...]]] = {
     "no images": ({"images": None}, ("images is missing", "the keys labels")),
     "no labels": ({"labels": None}, ("labels is missing", "the keys images")),
@@ -480,6 +698,54 @@ def test_a_picture_that_another_takes_the_place_of_is_looked_at_again(tmp_path: 
     Image.new("L", (7, 8)).save(source / "owls" / "01.png")
     with pytest.raises(DataError, match=r"owls.01\.png is 8x7"):
         arrays.facts(str(source))
+
+
+def rewritten(path: Path) -> None:
+    given = contents()
+    order = np.random.default_rng(7).permutation(len(given["labels"]))
+    np.savez(path, images=given["images"][order], labels=given["labels"][order])
+
+
+def another_picture(path: Path) -> None:
+    Image.new("L", (6, 8), 3).save(path / "owls" / "01.png")
+
+
+def picture_moved(path: Path) -> None:
+    (path / "owls" / "01.png").rename(path / "unlabelled" / "01.png")
+
+
+def in_a_folder(path: Path) -> Path:
+    return folder_of_files(path / "mine")
+
+
+CHANGED: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None], str]] = {
+    "the file is written anew": (stored, rewritten, "mine.npz has changed since this run read it"),
+    "a picture is another": (in_a_folder, another_picture, "has changed since this run read it"),
+    "a label is taken back": (in_a_folder, picture_moved, "has changed since this run read it"),
+    "the folder is gone": (in_a_folder, shutil.rmtree, "which does not exist"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_data_that_change_while_a_run_trains_end_it_with_the_checkpoint_kept(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, change, words = CHANGED[kind]
+    path, original = make(tmp_path), train.train
+
+    def meanwhile(*arguments: Any) -> int:
+        change(path)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "train", meanwhile)
+    ended = command(train.main, f"{line(path)} hydra.run.dir={tmp_path}/run")
+    assert ended.code == 2, ended.said
+    assert str(path) in ended.said
+    assert words in ended.said
+    assert "Traceback" not in ended.said
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert command(evaluate.main, f"{tmp_path}/run").code == 2
 
 
 def test_a_changed_picture_changes_the_digest(tmp_path: Path) -> None:

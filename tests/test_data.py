@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from data import datasets
 from data.batches import (
     Batches,
@@ -32,6 +33,7 @@ from data.datasets import load
 from data.facts import Array, DataError, Images
 from data.randomness import random_int16
 from data.splits import ALL, Split, draw_split
+from tests.runs import SMALL, checkpoint, command, resume
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -135,11 +137,11 @@ def test_validation_is_the_same_whatever_is_labelled() -> None:
         ({"num_labelled": 15}, r"data\.num_labelled must be all, or a positive multiple.*got 15;"),
         ({"num_labelled": 9, "balanced": False}, r"data\.num_labelled must be all, or at least the 10 classes, got 9;"),
         ({"num_labelled": "some"}, r"data\.num_labelled must be all, or a positive multiple.*got some;"),
-        ({"num_labelled": True}, r"data\.num_labelled must be all, or a positive multiple.*got True;"),
+        ({"num_labelled": True}, r"data\.num_labelled must be all, or a positive multiple.*got true;"),
         ({"num_validation": -1}, r"data\.num_validation must be a number of images, a fraction below 1, or 0.*got -1"),
         ({"num_validation": 1.0}, r"data\.num_validation must be a number of images, a fraction below 1.*got 1\.0"),
         ({"num_validation": math.nan}, r"data\.num_validation must be a number of images.*got nan"),
-        ({"num_validation": None}, r"data\.num_validation must be a number of images.*got None"),
+        ({"num_validation": None}, r"data\.num_validation must be a number of images.*got null"),
         ({"num_labelled": 700}, r"data\.num_labelled \+ data\.num_validation must fit into the 600.*got 700 \+ 100"),
         ({"num_validation": 551}, r"data\.num_labelled \+ data\.num_validation must fit into.*got 50 \+ 551"),
         ({"labels": np.minimum(LABELS, 8)}, r"0 of 9\), got 50 \+ 100; possible are at most none, as each class"),
@@ -148,6 +150,22 @@ def test_validation_is_the_same_whatever_is_labelled() -> None:
 def test_impossible_sizes_are_refused_by_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_of(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_labelled": 50, "num_validation": 200, "split_seed": 0}, "82e8667e2178d29a"),
+        ({"num_labelled": 50, "num_validation": 200, "split_seed": 2}, "07727e96e7a7b661"),
+        ({"num_labelled": 20, "num_validation": 200, "split_seed": 0}, "ab0b35262b0bbc3d"),
+        ({"num_labelled": 20, "num_validation": 200, "split_seed": 2}, "61883a5c82f10ce2"),
+        ({"num_labelled": 100, "num_validation": 37, "split_seed": 0}, "91200d6d87ffd4de"),
+        ({"num_labelled": 100, "num_validation": 37, "split_seed": 2}, "e1595c05431b7c8c"),
+    ],
+)
+def test_splits_of_before_are_the_same(settings: dict[str, Any], expected: str) -> None:
+    source = load("digits", "", "train")
+    assert draw_split(source.labels, 10, labelled_in_unlabelled=True, **settings).hash.startswith(expected)
 
 
 SIZES = np.array([1, 4, 30, 200, 365])  # unequal classes
@@ -248,6 +266,46 @@ def test_what_a_refusal_calls_possible_is_and_one_more_is_not(
 def test_classes_are_named_in_a_refusal() -> None:
     with pytest.raises(ValueError, match=r"\(1 of ant, 4 of bee, 30 of cat, 200 of dog, 365 of eel\), got 700 \+ 120"):
         unequal_split(700, class_names=("ant", "bee", "cat", "dog", "eel"))
+
+
+def test_published_files_have_a_digest_each_of_both_parts(tmp_path: Path) -> None:
+    images, labels = write(tmp_path)
+    before = load("mnist", str(tmp_path), "train", checksum=False).contents
+    assert sorted(before) == sorted([images.name, labels.name])
+    (images.parent / "t10k-images-idx3-ubyte").write_bytes(b"any")
+    assert load("mnist", str(tmp_path), "train", checksum=False).contents.items() > before.items()
+    labels.write_bytes(idx(SMALL_LABELS[::-1].copy()))
+    after = load("mnist", str(tmp_path), "train", checksum=False).contents
+    assert after[images.name] == before[images.name]
+    assert after[labels.name] != before[labels.name]
+
+
+@pytest.mark.parametrize("changed", ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
+def test_a_published_file_that_changes_while_a_run_trains_ends_it(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise, raw = np.random.default_rng(0), tmp_path / "MNIST" / "raw"
+    labels = (np.arange(40) % CLASSES).astype(np.uint8)
+    write(tmp_path, idx(noise.integers(256, size=(40, 28, 28)).astype(np.uint8)), idx(labels))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(noise.integers(256, size=(10, 28, 28)).astype(np.uint8)))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[:10]))
+    original = train.train
+
+    def meanwhile(*arguments: Any) -> int:
+        content = (raw / changed).read_bytes()
+        (raw / changed).write_bytes(content[:20] + content[20:][::-1])
+        return original(*arguments)
+
+    line = f"{SMALL} model=mlp model.hidden=8 data=mnist data.root={tmp_path} data.checksum=false data.num_labelled=10 "
+    line += f"data.num_validation=10 train.steps=2 hydra.run.dir={tmp_path}/run"
+    monkeypatch.setattr(train, "train", meanwhile)
+    ended = command(train.main, line)
+    assert ended.code == 2, ended.said
+    assert f"{changed} in {tmp_path} has changed since this run read it" in ended.said
+    assert checkpoint(tmp_path / "run")["step"] == 2
+    assert not (tmp_path / "run" / "result.json").exists()
+    said = resume(tmp_path / "run", "train.steps=4", code=2).said
+    assert f"{changed} in {tmp_path} has changed" in said or "another dataset than the run's" in said
 
 
 # --- what training sees

@@ -88,7 +88,10 @@ def test_images_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     digits = load_digits()
     images = (digits.images * 15).astype(np.uint8)
     monkeypatch.chdir(tmp_path)
-    exec(block_with("python", "np.savez"), {"np": np, "images": images, "labels": digits.target})
+    exec(
+        block_with("python", "np.savez"),
+        {"np": np, "images": images, "labels": digits.target, "names": list("abcdefghij")},
+    )
     (line,) = [line for line in commands() if "mine.npz" in line]
     model = re.sub(r"data\S+", "", MLP)
     run(f"{line} {model} train.steps=2", tmp_path / "run")

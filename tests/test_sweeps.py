@@ -450,6 +450,16 @@ def test_search_is_checked_before_work(tmp_path: Path) -> None:
         assert not (tmp_path / "sweep").exists()
 
 
+@needs_optuna
+@old_sqlalchemy
+def test_a_search_needs_validation_images(tmp_path: Path) -> None:
+    line = "-m data=digits hydra/sweeper=optuna optimizer.lr=interval(0.1,1) data.num_validation=0"
+    refused = here(line, tmp_path / "sweep")
+    assert refused.code == 2
+    assert "data.num_validation must be > 0" in one_sentence(refused.err)
+    assert not (tmp_path / "sweep").exists()
+
+
 # ---- single runs ----
 
 

@@ -66,7 +66,7 @@ class Report:
         for note in self.run.notes:
             log.info(note)
         if not len(self.run.validation.labels):
-            log.info("data.num_validation=0: no accuracy, bound, picture or alarm until the run is done")
+            log.info("data.num_validation=0: no accuracy, bound, pictures or alarms while it trains")
         self.board.text("objective", self.run.describe_objective())
         self.board.text("config", f"```yaml\n{OmegaConf.to_yaml(plain(self.run.config))}\n```", self.start)
         self.ticking_since = time.perf_counter()
