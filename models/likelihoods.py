@@ -90,8 +90,11 @@ class ContinuousBernoulli(Likelihood):
         return torch.where(logits > 0, 1 - drawn, drawn)
 
 
-class PerChannelScale(Likelihood):
-    """With a learned scale for each channel, that stays above `floor`."""
+class LocationScale(Likelihood):
+    """With a location 1/2 + output / 4 and a learned scale for each channel, which stays above `floor`.
+
+    That line touches the sigmoid at 0: outputs are about as large as a Bernoulli's logits, and start at grey.
+    """
 
     floor = 0.0
 
@@ -104,13 +107,17 @@ class PerChannelScale(Likelihood):
         """[C, 1], never below the floor, and with a gradient even next to it."""
         return self.floor + self.log_scale.exp()
 
+    def location(self, outputs: Tensor) -> Tensor:
+        """[S, B, C, D / C] from outputs [S, B, D]."""
+        return 0.5 + self.by_channel(outputs) / 4
+
     def by_channel(self, pixels: Tensor) -> Tensor:
         """[..., C, D / C] from [..., D], in float32 at least."""
         return precise(pixels).unflatten(-1, (len(self.log_scale), -1))
 
 
-class Gaussian(PerChannelScale):
-    """N(output, scale^2), a density on the real line in units of the range from black (0) to white (1).
+class Gaussian(LocationScale):
+    """N(location, scale^2), a density on the real line in units of the range from black (0) to white (1).
 
     No noise is added to whole grey levels: it stays a density at them, and no probability. The floor, half of a grey
     level, keeps it finite where all images agree.
@@ -120,26 +127,26 @@ class Gaussian(PerChannelScale):
     floor = HALF_LEVEL
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        squares = (self.by_channel(x) - self.by_channel(outputs)).square()
+        squares = (self.by_channel(x) - self.location(outputs)).square()
         pixels = squares.shape[-1]
         scale = self.scale.squeeze(-1)
         per_channel = -0.5 * squares.sum(dim=-1) / scale.square() - pixels * (scale.log() + 0.5 * math.log(2 * math.pi))
         return per_channel.sum(dim=-1)
 
     def mean(self, outputs: Tensor) -> Tensor:
-        return precise(outputs)
+        return self.location(outputs).flatten(-2)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        loc = self.by_channel(outputs)
+        loc = self.location(outputs)
         noise = torch.randn(loc.shape, dtype=loc.dtype, device=loc.device, generator=generator)
         return (loc + self.scale * noise).flatten(-2)
 
 
-class DiscretizedLogistic(PerChannelScale):
+class DiscretizedLogistic(LocationScale):
     """A probability of each whole grey level: the logistic's mass within half a level of it.
 
-    Levels 0 and 255 have all that lies beyond them as well (Kingma et al. 2016; Salimans et al. 2017, eq. 2). Outputs
-    are the logistic's means, which may leave [0, 1].
+    Levels 0 and 255 have all that lies beyond them as well (Kingma et al. 2016; Salimans et al. 2017, eq. 2). The
+    logistic's location may leave [0, 1].
     """
 
     name = "discretized_logistic"
@@ -147,7 +154,7 @@ class DiscretizedLogistic(PerChannelScale):
     floor = 0.5 * math.exp(-7)  # that of PixelCNN++, whose pixels range over 2
 
     def log_prob(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """With a and b the upper and the lower edge of x's bin, in scales from the mean,
+        """With a and b the upper and the lower edge of x's bin, in scales from the location,
 
         log(sigmoid(a) - sigmoid(b)) = log sigmoid(a) + log sigmoid(-b) + log(1 - e^(b - a)),
 
@@ -156,7 +163,7 @@ class DiscretizedLogistic(PerChannelScale):
         pixels = self.by_channel(x)
         black, white = pixels < HALF_LEVEL, pixels > 1 - HALF_LEVEL
         half = HALF_LEVEL / self.scale
-        centred = (pixels - self.by_channel(outputs)) / self.scale
+        centred = (pixels - self.location(outputs)) / self.scale
         below_upper = F.logsigmoid(half + centred).masked_fill(white, 0)
         above_lower = F.logsigmoid(half - centred).masked_fill(black, 0)
         between = (~(black | white)).sum(dim=-1) * (-torch.expm1(-2 * half)).log().squeeze(-1)
@@ -164,14 +171,14 @@ class DiscretizedLogistic(PerChannelScale):
 
     def mean(self, outputs: Tensor) -> Tensor:
         """sum_v P(level >= v) / 255 over v = 1..255."""
-        loc, scale = self.by_channel(outputs), self.scale
+        loc, scale = self.location(outputs), self.scale
         total = torch.zeros_like(loc)
         for level in range(1, LEVELS):
             total += ((loc + HALF_LEVEL - level / (LEVELS - 1)) / scale).sigmoid()
         return (total / (LEVELS - 1)).flatten(-2)
 
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        loc = self.by_channel(outputs)
+        loc = self.location(outputs)
         uniform = torch.rand(loc.shape, dtype=loc.dtype, device=loc.device, generator=generator)
         drawn = loc + self.scale * torch.logit(uniform, eps=torch.finfo(loc.dtype).eps)
         return ((drawn.clamp(0, 1) * (LEVELS - 1)).round() / (LEVELS - 1)).flatten(-2)

@@ -335,7 +335,9 @@ def test_beside_accuracies_bounds_are_in_tables_of_their_own(other_pixels: Path)
 
 def test_what_bounds_are_of_is_said_of_one_kind_too(tmp_path: Path) -> None:
     make_run(tmp_path / "a", 0.9, **KINDS["none"])
-    assert "below E[log p(b)], b drawn from the grey levels" in " ".join(run_compare(tmp_path).out.split())
+    assert "bounds are from below, of E[log p(b)], b drawn from the grey levels, for data" in " ".join(
+        run_compare(tmp_path).out.split()
+    )
     make_run(tmp_path / "b", 0.9, seed=1, **KINDS["none"] | {"prior": "labelled"})
     assert not comparison(tmp_path).parts  # the same pixels under another p(y) are the same numbers
 

@@ -14,7 +14,7 @@ from torch import Tensor, distributions
 
 from configs.schema import Binarization, Likelihood, resolved_likelihood
 from models import likelihoods
-from models.likelihoods import DiscretizedLogistic, Gaussian, PerChannelScale, log_likelihood_name
+from models.likelihoods import DiscretizedLogistic, Gaussian, LocationScale, log_likelihood_name
 from models.networks import ImageShape, conv
 from models.vae import SemiSupervisedVAE
 from scripts import evaluate, generate
@@ -34,7 +34,7 @@ OUTPUTS = torch.tensor(
 def made(name: str, channels: int = 1, scale: float | None = None) -> likelihoods.Likelihood:
     """In float64, with that scale in the first channel, and more in the others."""
     likelihood = likelihoods.likelihood(name, channels).double()
-    if scale is not None and isinstance(likelihood, PerChannelScale):
+    if scale is not None and isinstance(likelihood, LocationScale):
         scales = scale * torch.arange(1, channels + 1, dtype=torch.float64).unsqueeze(1)
         likelihood.log_scale.data.copy_((scales - likelihood.floor).log())
     return likelihood
@@ -59,11 +59,11 @@ def test_log_prob_is_that_of_scipy_and_torch(name: str, scale: float) -> None:
         outputs = outputs.clamp(-8, 8)  # torch's own loses digits beyond
         expected = distributions.ContinuousBernoulli(logits=outputs).log_prob(x)
     elif name == "gaussian":
-        expected = distributions.Normal(outputs, scale).log_prob(x)
+        expected = distributions.Normal(0.5 + outputs / 4, scale).log_prob(x)
     else:
         half = np.where((x > 0) & (x < 1), 0.5, np.inf)[:, None] * np.array([[-1.0, 1.0]])
         half[x == 0, 1], half[x == 1, 0] = 0.5, -0.5
-        low, high = (((x + torch.from_numpy(side) / 255) - outputs) / scale for side in half.T)
+        low, high = (((x + torch.from_numpy(side) / 255) - (0.5 + outputs / 4)) / scale for side in half.T)
         # of a bin above the mean from the upper tail, where the distribution function is 1 for all of it
         upper = (low > 0).numpy()
         mass = np.where(
@@ -97,7 +97,7 @@ def test_densities_integrate_to_one_and_mean_is_their_mean(name: str, output: fl
     def density(x: float) -> float:
         return log_prob_of_pixels(likelihood, at, torch.tensor([x], dtype=torch.float64)).exp().item()
 
-    low, high = (0.0, 1.0) if name == "continuous_bernoulli" else (output - 4, output + 4)
+    low, high = (0.0, 1.0) if name == "continuous_bernoulli" else (output / 4 - 4, output / 4 + 5)
     kwargs = {"epsabs": 1e-10, "epsrel": 1e-10, "limit": 200}
     assert integrate.quad(density, low, high, **kwargs)[0] == pytest.approx(1, abs=1e-8)
     mean = integrate.quad(lambda x: x * density(x), low, high, **kwargs)[0]
@@ -152,8 +152,8 @@ def test_draws_follow_log_prob(name: str, output: float) -> None:
     again = likelihood.sample(outputs, torch.Generator().manual_seed(0)).flatten()
     assert torch.equal(drawn, again)
     if name == "gaussian":
-        points = torch.linspace(output - 0.5, output + 0.5, 201, dtype=torch.float64)
-        expected = torch.from_numpy(stats.norm.cdf(points, output, 0.1))
+        points = 0.5 + output / 4 + torch.linspace(-0.5, 0.5, 201, dtype=torch.float64)
+        expected = torch.from_numpy(stats.norm.cdf(points, 0.5 + output / 4, 0.1))
     else:
         assert ((drawn >= 0) & (drawn <= 1)).all()
         points = torch.tensor([0.0, 1.0], dtype=torch.float64) if name == "bernoulli" else LEVELS
@@ -187,7 +187,7 @@ def test_bf16_is_rounded_once_and_extremes_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [Gaussian, DiscretizedLogistic])
-def test_a_scale_stays_above_its_floor_and_can_come_back(kind: type[PerChannelScale]) -> None:
+def test_a_scale_stays_above_its_floor_and_can_come_back(kind: type[LocationScale]) -> None:
     likelihood = kind(1)
     likelihood.log_scale.data.fill_(-100)
     assert likelihood.scale.item() == pytest.approx(kind.floor)

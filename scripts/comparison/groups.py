@@ -207,10 +207,12 @@ def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseli
     if baseline is not None:
         base = _named(baseline, groups)
     compared = Comparison(metric, groups, base, baseline is not None, unfinished, repeats, said)
-    kinds = list(dict.fromkeys(group.pixels for group in groups))
+    kinds = sorted({group.pixels for group in groups}, key=lambda pixels: (not pixels, pixels))  # in no order of merit
     if len([pixels for pixels in kinds if pixels]) > 1:
         compared.parts = [_part(compared, pixels) for pixels in kinds if pixels or compared.ranks_pixels]
         compared.notes = [SEVERAL_PIXELS, *said]
+        if compared.ranks_pixels:
+            compared.groups = [group for part in compared.parts for group in part.groups]
     else:
         compared.pixels = max(kinds, default="")
     if base is not None and not (compared.parts and compared.ranks_pixels):

@@ -84,7 +84,7 @@ def about_pixels(comparison: Comparison) -> str:
 
     config = next(g.runs[0].config for g in comparison.groups if g.pixels == comparison.pixels)
     name = log_likelihood_name(str(config.get("likelihood")), str(config.get("data.binarization")))
-    return f"they are of {comparison.pixels}: below {name.rstrip(',')}"
+    return f"bounds are from below, of {name.rstrip(',')}, for {comparison.pixels}"
 
 
 def part_title(part: Comparison) -> str:
@@ -354,8 +354,10 @@ def page(comparison: Comparison) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{ALLOWED}"/>'
         f"<title>Comparison of runs</title><style>{style}</style>"
     )
-    results = [(part.pixels, results_sections(part)) for part in comparison.parts if comparison.ranks_pixels]
-    if not results:
+    ranked = comparison.parts if comparison.parts and comparison.ranks_pixels else [comparison]
+    if ranked is comparison.parts:
+        results = [(part.pixels or part_title(part), results_sections(part)) for part in ranked]
+    else:
         bounds = [(part_title(part), bounds_section(comparison, part)) for part in comparison.parts]
         first, *others = results_sections(comparison)
         results = [("", [first, *bounds, *others])]
@@ -367,7 +369,7 @@ def page(comparison: Comparison) -> str:
                 *((f"{title}: {of}" if of else title, content) for of, found in results for title, content in found),
                 ("Unfinished and failed runs", unfinished_section(comparison)),
                 ("Notes", items(comparison.notes)),
-                ("Commands", commands_section(comparison)),
+                ("Commands", "".join(map(commands_section, ranked))),
                 ("Made with", items(conditions(comparison))),
             )
             if content
