@@ -26,6 +26,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -44,13 +45,13 @@ Chunks = Iterator[tuple[list[str], "Array"]]
 
 
 class Table:
-    """The .csv file's rows as they come, in a file without a name, from where `write` puts them in order.
+    """The .csv file's rows as they come, in a temporary file, from where `write` puts them in order.
 
     Of a row, memory keeps where it ends and how doubtful it is.
     """
 
-    def __init__(self, folder: Path, column: str, class_names: Sequence[str]) -> None:
-        self.rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, as it goes with the process
+    def __init__(self, rows: IO[bytes], column: str, class_names: Sequence[str]) -> None:
+        self.rows = rows
         self.ends: list[Any] = []
         self.doubts: list[Any] = []
         columns = ("class", "probability", "second_class", "second_probability", "entropy", "bound", "novelty")
@@ -96,10 +97,10 @@ class Table:
 
 
 class Embeddings:
-    """z [N, Z] and q [N, K] of all images on the disk, from where `write` makes an .npz file of them."""
+    """z [N, Z] and q [N, K] of all images in temporary files, from where `write` makes an .npz file of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.parts = {name: tempfile.TemporaryFile(dir=folder) for name in ("z", "q")}  # noqa: SIM115
+    def __init__(self, z: IO[bytes], q: IO[bytes]) -> None:
+        self.parts = {"z": z, "q": q}
         self.number = 0
 
     def add(self, prediction: Prediction) -> None:
@@ -233,19 +234,24 @@ def run(arguments: argparse.Namespace) -> list[str]:
     else:
         found = inputs(Path(arguments.input).expanduser(), model.facts.shape, model.facts.resize)
         column, number, chunks = found.column, found.number, found.chunks(size)
-    table = Table(arguments.output.parent, column, model.class_names)
-    embeddings = Embeddings(arguments.embeddings.parent) if arguments.embeddings else None
-    sheet = Doubtful() if arguments.sheet else None
-    predict(model, iter(progress(chunks, -(-number // size), "prediction")), table, embeddings, sheet)
-    order = table.order(arguments.sort == "doubt")
-    with written(arguments.output) as file:
-        table.write(file, order)
-    if embeddings:
-        with written(arguments.embeddings) as file:
-            embeddings.write(file, order)
-    if sheet:
-        with written(arguments.sheet) as file:
-            sheet.write(file)
+    with ExitStack() as stack:
+
+        def temporary(beside: Path) -> IO[bytes]:
+            return stack.enter_context(tempfile.TemporaryFile(dir=beside.parent))
+
+        table = Table(temporary(arguments.output), column, model.class_names)
+        place, sheet = arguments.embeddings, Doubtful() if arguments.sheet else None
+        embeddings = Embeddings(temporary(place), temporary(place)) if place else None
+        predict(model, iter(progress(chunks, -(-number // size), "prediction")), table, embeddings, sheet)
+        order = table.order(arguments.sort == "doubt")
+        with written(arguments.output) as file:
+            table.write(file, order)
+        if embeddings:
+            with written(place) as file:
+                embeddings.write(file, order)
+        if sheet:
+            with written(arguments.sheet) as file:
+                sheet.write(file)
     said = found.said() if found else []
     if not len(model.validation_bounds):
         said.append("novelty is empty: this checkpoint was not validated, or is from before that was kept in it")
