@@ -37,7 +37,7 @@ OWN = MLP.replace("data=digits", "data=arrays").replace("data.binarization=dynam
 
 @pytest.fixture(scope="module")
 def images() -> Array:
-    return load("digits", "", "test").images
+    return load("digits", "", "test").images[:]
 
 
 @pytest.fixture(scope="module", params=["none", "dynamic"])
@@ -45,7 +45,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A run on a person's own data, which is gone by now."""
     path = tmp_path_factory.mktemp("predict")
     source = load("digits", "", "train")
-    np.savez(path / "mine.npz", images=source.images, labels=source.labels, class_names=np.array(NAMES))
+    np.savez(path / "mine.npz", images=source.images[:], labels=source.labels, class_names=np.array(NAMES))
     run(f"{OWN} data.path={path}/mine.npz data.binarization={request.param} train.steps=8", path / "run")
     (path / "mine.npz").unlink()
     return path / "run"
@@ -204,7 +204,7 @@ def test_pictures_at_any_depth_and_what_is_left_out_is_told(folder: Path, images
     files = ["a.png", "deep/er/b.bmp", "deep/er/c.gif", "deep/d.webp"]
     for file, image in zip(files, images, strict=False):
         (tmp_path / "in" / file).parent.mkdir(parents=True, exist_ok=True)
-        lossless = {"lossless": True} if file.endswith("webp") else {}
+        lossless: dict[str, Any] = {"lossless": True} if file.endswith("webp") else {}
         Image.fromarray(image[0]).save(tmp_path / "in" / file, **lossless)
     (tmp_path / "in" / "notes.txt").write_text("notes")
     (tmp_path / "in" / "deep" / "broken.png").write_text("no picture")
@@ -314,7 +314,7 @@ def test_a_checkpoint_from_before_of_own_data(tmp_path: Path, monkeypatch: pytes
     """Its path is mine.npz: what the model was told of the data is read from there."""
     monkeypatch.chdir(tmp_path)
     folder, source = ROOT / "tests" / "checkpoints" / "c0c9512", load("digits", "", "train")
-    np.savez("new.npz", images=source.images)
+    np.savez("new.npz", images=source.images[:])
     said = command(predict.main, f"{folder} new.npz")
     assert_refused(said, "is from before it held its images' shape and classes", "mine.npz, which does not exist")
     np.savez("mine.npz", images=source.images[:200], labels=source.labels[:200])
