@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +32,7 @@ from yaml import YAMLError
 
 from configs.schema import Config, ConfigError
 from configs.targets import build
-from configs.wording import explain, keys, shown, unknown_key
+from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import DataError, facts, load
 from data.folders import made
 from data.splits import Indices, draw_split
@@ -78,17 +80,17 @@ def check(config: Config) -> None:
 
     known = facts(config.data.name, config.data.path, config.data.random_classes)
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
+    _check_kind(config.model, "model", model, Networks)
     estimator = build(config.estimator, "estimator")
+    _check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
     optimizer = build_optimizer(config, [parameter])
+    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     factor = build(config.lr_factor, "lr_factor")(0)
     if not isinstance(factor, (int, float)):
         got = f"{config.lr_factor['_target_']}: it gives a {type(factor).__name__}"
         raise ConfigError(f"lr_factor._target_ must make a schedule, which gives a number at each step, got {got}")
-    _check_kind(config.model, "model", model, Networks)
-    _check_kind(config.estimator, "estimator", estimator, Estimator)
-    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     _try_step(config, optimizer, parameter)
     try:
         inspect.signature(estimator.forward).bind("f", "logits", step=0, context=None, generator=None)
@@ -166,7 +168,7 @@ class CheckBeforeWork(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
-            checked = _check_job(config)
+            checked = _check_job(config, _same_experiment)
             folder = Path(config.hydra.run.dir)
             _check_folder(config, folder)
             check_machine(checked)
@@ -182,7 +184,11 @@ class CheckBeforeWork(Callback):
             with _refusing(job):
                 job_config = _compose_job(config, number, job)
                 job_checked = _check_job(job_config)
-                checked.append((job, Path(job_config.hydra.sweep.dir, job_config.hydra.sweep.subdir), job_checked))
+                checked.append((job, _job_folder(job_config), job_checked))
+        with _refusing():
+            _check_apart([(job, folder) for job, folder, _ in checked])
+            if config.hydra.runtime.choices["hydra/sweeper"] != "basic" and jobs:  # it may try the same values twice
+                _check_apart([(jobs[0], _job_folder(_compose_job(config, number, jobs[0]))) for number in (0, 1)])
         from training import sweep
 
         for job, _, job_checked in checked:
@@ -202,6 +208,23 @@ class CheckBeforeWork(Callback):
 
         if code := sweep.end():
             sys.exit(code)
+
+
+def _check_apart(jobs: Sequence[tuple[list[str], Path]]) -> None:
+    """Of jobs in one folder, or one within another, some are never run or taken for others. Raises ConfigError."""
+    places = sorted((Path(os.path.abspath(folder)).parts, number) for number, (_, folder) in enumerate(jobs))
+    for (outer, one), (inner, other) in itertools.pairwise(places):
+        if inner[: len(outer)] == outer:
+            pair = " and ".join(f"job {number} ({' '.join(jobs[number][0])})" for number in sorted((one, other)))
+            raise ConfigError(
+                "hydra.sweep.subdir must give every job a folder of its own, and none within another's, got "
+                f"{Path(*outer)} for {pair}; leave it out, or have ${{hydra:job.num}} in it"
+            )
+
+
+def _job_folder(job: DictConfig) -> Path:
+    HydraConfig.instance().set_config(job)  # of which ${hydra:job.num} is read
+    return Path(job.hydra.sweep.dir, job.hydra.sweep.subdir)
 
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
@@ -243,11 +266,25 @@ def _compose_job(config: DictConfig, number: int, overrides: list[str]) -> DictC
     return job
 
 
-def _check_job(config: DictConfig) -> Config:
+def _check_job(config: DictConfig, check_first: Callable[[Config], None] = lambda config: None) -> Config:
     HydraConfig.instance().set_config(config)  # for a configuration that reads ${hydra:...}
     checked = typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    check_first(checked)
     check(checked)
     return checked
+
+
+def _same_experiment(config: Config) -> None:
+    """Of what a resume may not change nothing is built. Raises ConfigError, CheckpointError."""
+    if config.resume is None:
+        return
+    import torch
+
+    from training.checkpoints import load
+    from training.run import changes, flat
+
+    if changed := changes(flat(load(Path(config.resume), torch.device("cpu"))["config"]), config):
+        raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
 
 
 def _check_folder(config: DictConfig, folder: Path) -> None:
@@ -286,5 +323,5 @@ def _refusing(job: Sequence[str] = ()) -> Iterator[None]:
 
 def refuse(message: str) -> NoReturn:
     """Says why, on standard error and in one line, and exits with status 2."""
-    print(f"catvae: {' '.join(message.split())}", file=sys.stderr)
+    print(f"catvae: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2)

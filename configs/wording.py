@@ -180,6 +180,23 @@ def shown(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
+def quoted(text: object) -> str:
+    """Text in the quotes in which Hydra takes it as it is, commas, equals signs and dollars too."""
+    escaped = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", str(text))  # OmegaConf's, then those of Hydra's grammar
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def as_argument(text: object) -> str:
+    """A value as Hydra reads it in key=VALUE: in quotes where it has more than letters, digits and ./-_."""
+    return str(text) if re.fullmatch(r"[\w./-]+", str(text), flags=re.ASCII) else quoted(text)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, without what would steer it: names and settings may be somebody else's."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def _annotation(key: str) -> Any:
     """The schema's type of a key, None for a key that it does not have."""
     node: Any = Config

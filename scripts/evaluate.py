@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.trust import add_trust
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main() -> None:
         "--binarization", choices=("dynamic", "threshold", "none"), help="other pixels than the run was trained with"
     )
     parser.add_argument("--output", type=Path, help="a .json file to write the same to")
+    add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
         if arguments.output:
@@ -52,7 +54,7 @@ def main() -> None:
 
         from training.run import stored_run
 
-        run = stored_run(arguments.folder, arguments.checkpoint)
+        run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
         run.binarization = arguments.binarization or run.binarization
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:

@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.trust import add_trust
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--columns", type=positive, default=10, help="how many styles, steps or validation images")
     parser.add_argument("--seed", type=int, default=0, help="draws the styles")
     parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes; not of a sheet")
+    add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
         writable(arguments.output, (".png", ".pdf"))
@@ -65,7 +67,7 @@ def main() -> None:
         from training.pictures import save_figure, save_png
         from training.run import stored_run
 
-        run = stored_run(arguments.folder, arguments.checkpoint)
+        run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
         if arguments.kind == "sheet":
             counts = {"analogies": run.model.num_classes}  # one of each class: as high as the others
             panels = [

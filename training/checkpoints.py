@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from configs.schema import ConfigError
+
 FORMAT_VERSION = 1
+NEEDED = ("config", "split_hash", "model", "estimator", "optimizer", "random_state")
 KEPT = 2
 
 
-class CheckpointError(Exception):
+class CheckpointError(ConfigError):
     """A checkpoint is missing or unusable; the message says which and why."""
 
 
@@ -22,7 +25,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes another file and moves it into place: `path` is never seen half-written. Raises OSError."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # perhaps a link to elsewhere, in a folder that somebody else made
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -92,4 +96,6 @@ def _load(path: Path, device: torch.device, way_out: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}, and this program reads {FORMAT_VERSION}; {way_out}"
         )
+    if lacking := [name for name in NEEDED if name not in state]:
+        raise CheckpointError(f"{path} is not a run's: it has no {lacking[0]}; {way_out}")
     return dict(state)

@@ -36,6 +36,7 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "git_commit": git_commit(),
         "versions": versions(),
         "config": flat(plain(run.config)),
+        "asked": run.asked,
     }
     # the last step's validation is logged already
     report.final({n.replace("_", "/", 1): value for n, value in measured.items() if n.startswith("test_")})

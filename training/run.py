@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from enum import Enum
@@ -18,9 +18,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, typed
+from configs.check import build_optimizer, check, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
+from configs.trust import stored_config
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, training_data
 from data.datasets import Images, load
 from data.randomness import keyed_generator
@@ -60,6 +61,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.asked: dict[str, Any] = {}  # the command line's overrides, choices and references
         self.step = 0
         self.rollbacks = 0
         self.unlooked = False  # a signal cut short the looks that were due at `step`
@@ -182,6 +184,7 @@ class Run:
             "norms": self.norms,
             "early_norms": self.early_norms,
             "config": plain(self.config),
+            "asked": self.asked,
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
             "estimator": self.estimator.state_dict(),
@@ -243,6 +246,7 @@ class Run:
         self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
         self.norms = state.get("norms", [])
         self.early_norms = state.get("early_norms", [])
+        self.asked = state.get("asked", {})
         self.step = state["step"]
 
     def describe(self) -> str:
@@ -365,13 +369,16 @@ def changes(before: dict[str, Any], config: Config) -> str:
     return ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed))
 
 
-def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
+def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
-    Raises CheckpointError, ConfigError, DataError.
+    Its configuration calls nothing but what is this program's own, or of the modules `trusted`. Raises CheckpointError,
+    ConfigError, DataError.
     """
     cpu = torch.device("cpu")
     state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
-    run = Run(typed(OmegaConf.create(state["config"])))
+    config = typed(OmegaConf.create(stored_config(state, trusted)))
+    check(config)
+    run = Run(config)
     run.restore(state)
     return run

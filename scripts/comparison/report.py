@@ -260,8 +260,8 @@ def command(run: Record) -> str:
     if not run.overrides and not run.choices:
         return ""
     method = run.facts.get("method")
-    script = f"python -m scripts.baselines --methods {method}" if method else "train.py"
-    return f"uv run {script} {shlex.join(run.overrides)}".rstrip()
+    script = ["python", "-m", "scripts.baselines", "--methods", str(method)] if method else ["train.py"]
+    return shlex.join(["uv", "run", *script, *run.overrides])
 
 
 # ---- the page ----
