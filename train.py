@@ -120,9 +120,11 @@ def run_job(config: DictConfig, folder: Path) -> int:
 def asked_for(config: DictConfig) -> dict[str, Any]:
     """What a configuration was composed of, for scripts.compare and resume."""
     hydra_config = HydraConfig.get()
+    sources = hydra_config.runtime.config_sources
     return {
         "overrides": list(hydra_config.overrides.task),
         "choices": {group: made for group, made in hydra_config.runtime.choices.items() if "hydra/" not in group},
+        "config_dir": [source.path for source in sources if source.provider == "command-line"],
         "references": references(config),
     }
 

@@ -30,9 +30,10 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from configs.resume import resume_command
 from configs.schema import Config, ConfigError
 from configs.targets import build
-from configs.wording import explain, keys, printable, shown, unknown_key
+from configs.wording import explain, has_a_comma, keys, printable, shown, unknown_key
 from data.datasets import DataError, facts, load
 from data.folders import made
 from data.splits import Indices, draw_split
@@ -179,6 +180,7 @@ class CheckBeforeWork(Callback):
             if config.get("resume") is not None:
                 raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
             jobs = sweep_jobs(config)
+            _ = config.hydra.sweep.dir  # the jobs' configurations take over what its time and number came to
         checked = []
         for number, job in enumerate(jobs):
             with _refusing(job):
@@ -239,6 +241,9 @@ def sweep_jobs(config: DictConfig) -> list[list[str]]:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             key = override.key_or_group
             raise ConfigError(f"{key} must be values to sweep over, such as 1,2 or range(3), got {override.input_line}")
+        text = str(override.input_line).partition("=")[2]
+        if override.is_sweep_override() and "," in text and Path(text).exists():
+            raise ConfigError(has_a_comma(str(override.input_line)))
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
@@ -290,7 +295,8 @@ def _same_experiment(config: Config) -> None:
 def _check_folder(config: DictConfig, folder: Path) -> None:
     """Among another run's checkpoints, a run would lose its own and be taken for the other. Raises ConfigError."""
     if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
-        raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by resume={folder}")
+        way_on = resume_command(folder, OmegaConf.to_container(config, resolve=False))
+        raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by: {way_on}")
 
 
 def _hold_folder(config: DictConfig, folder: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from yaml import YAMLError
 
 from configs.schema import ConfigError
 from configs.trust import foreign_modules, stored_config
-from configs.wording import CONFIGS, quoted
+from configs.wording import CONFIGS, as_argument, quoted
 
 RESUMED = "resumed"  # the name under which the run's configuration takes the place of config.yaml
 ROOT = CONFIGS.parent
+CONFIG_DIR = ("--config-dir", "-cd")
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")  # to another key, and to nothing else
 
 
@@ -141,6 +142,29 @@ def resume_command(folder: Path, config: Any) -> str:
     modules = foreign_modules(config)
     trust = [word for module in modules for word in ("--trust", module)]
     return command([f"resume={folder.resolve()}", *trust], bool(modules))  # resume_arguments needs no quotes
+
+
+def sweep_command(arguments: Sequence[str], folder: Path) -> str:
+    """The command that goes on with a sweep in `folder` that was started with `arguments`."""
+    before = [argument for argument in arguments if not argument.lstrip("+").startswith("hydra.sweep.dir=")]
+    has_own_code = any(word in argument for argument in before for word in ("_target_=", "config-dir", "searchpath"))
+    return command([*_from_anywhere(before), f"hydra.sweep.dir={as_argument(folder.absolute())}"], has_own_code)
+
+
+def _from_anywhere(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with absolute paths, where one names what lies below the working directory."""
+    flag = ""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        path = Path((value if equals else argument).strip("'\""))
+        is_path = flag in CONFIG_DIR or key in CONFIG_DIR or key.lstrip("+") in ("data.path", "data.root")
+        flag = argument
+        if not is_path or path.is_absolute() or not path.exists():
+            yield argument
+        elif not equals:
+            yield str(path.absolute())
+        else:
+            yield f"{key}={path.absolute() if key in CONFIG_DIR else as_argument(path.absolute())}"
 
 
 def command(arguments: Sequence[str], with_own_code: bool) -> str:

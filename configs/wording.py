@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}
 # choices that an optional package brings, and the extra of pyproject.toml that brings the package
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "optuna": "optuna"}
 CONFIGS = Path(__file__).parent
+PATHS = ("data.path", "data.root", "hydra.run.dir", "hydra.sweep.dir", "resume")
 ARGUMENT = "an argument must be key=value or group=choice, with quotes around special characters"
 # what Hydra says on one line, and what is said instead
 HYDRA_SAYS = (
@@ -75,7 +77,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if isinstance(error.__cause__, OSError):  # such as a log file that logging cannot open
         error = error.__cause__
     if isinstance(error, OverrideParseException):
-        return f"{ARGUMENT}, got {error.override}"
+        return f"{ARGUMENT}, got {error.override}{_in_quotes(str(error.override))}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = f"one of {', '.join(error.options)}" if error.options else "the name of a choice"
@@ -87,6 +89,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     text = " ".join(str(error).split())
     for pattern, sentence in HYDRA_SAYS:
         if said := re.search(pattern, text):
+            if "several values" in sentence and _names_a_path(said["given"]):
+                return has_a_comma(said["given"])
             return sentence.format(**said.groupdict())
     if isinstance(error, OSError) and error.filename:
         return f"cannot use {error.filename}: {error.strerror}"
@@ -178,6 +182,24 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(shown, value)) + "]"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def has_a_comma(argument: str) -> str:
+    """The sentence for a path that is taken for several values."""
+    return f"{argument} has a comma, which separates values{_in_quotes(argument)}"
+
+
+def _names_a_path(argument: str) -> bool:
+    key, _, value = argument.partition("=")
+    return key.lstrip("+") in PATHS or "/" in value or "\\" in value
+
+
+def _in_quotes(argument: str) -> str:
+    """What to type instead of key=PATH, whose special characters are meant as they are; empty where none is meant."""
+    key, equals, value = argument.partition("=")
+    if not equals or not value or value[0] in "'\"[{" or not _names_a_path(argument):
+        return ""
+    return f"; write it in quotes: {shlex.quote(f'{key}={quoted(value)}')}"
 
 
 def quoted(text: object) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,13 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # on a full disk every byte counts
-        raise
+        if error.errno != errno.ENOSPC:
+            raise
+        size, free = len(content) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        reason = f"{error.strerror}: it takes {size:.2f} MB, and {free:.2f} MB are left"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:

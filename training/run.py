@@ -183,7 +183,7 @@ class Run:
             "summed": self.summed,
             "norms": self.norms,
             "early_norms": self.early_norms,
-            "config": plain(self.config),
+            "config": _from_anywhere(plain(self.config)),
             "asked": self.asked,
             "split_hash": self.split.hash,
             "model": self.model.state_dict(),
@@ -195,10 +195,21 @@ class Run:
         if self.device.type == "cuda":
             state["random_state_cuda"] = torch.cuda.get_rng_state(self.device)
         path = checkpoints.save(folder, self.step, state)
-        free, size = shutil.disk_usage(folder).free, path.stat().st_size
+        free, size = shutil.disk_usage(folder).free, path.stat().st_size + self._yet_to_come()
         if free < ENOUGH * size:
             log.warning("%s has %.1f MB left, and a checkpoint takes %.1f MB", folder, free / 1e6, size / 1e6)
         return path
+
+    def _yet_to_come(self) -> int:
+        """Bytes that the first step adds to a checkpoint: the optimizer's state, by what it keeps of one parameter."""
+        if self.optimizer.state:
+            return 0
+        with torch.random.fork_rng(devices=[]):
+            one = torch.nn.Parameter(torch.zeros(1000, device=self.device))
+            optimizer, one.grad = build_optimizer(self.config, [one]), torch.zeros_like(one)
+            optimizer.step()
+        kept = sum(value.nbytes for value in optimizer.state[one].values() if isinstance(value, Tensor))
+        return sum(parameter.numel() for parameter in self.parameters.values()) * kept // 1000
 
     def set_learning_rate(self, step: int) -> None:
         """optimizer.lr times lr_factor(step), halved by each rollback."""
@@ -348,6 +359,15 @@ def plain(config: Any) -> Any:
     return json.loads(
         json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else value)
     )
+
+
+def _from_anywhere(config: Any) -> Any:
+    """The configuration with absolute paths, so that a checkpoint can be opened from any working directory."""
+    data = config["data"]
+    for key in ("path", "root"):
+        if data[key] and not data[key].startswith("~"):
+            data[key] = os.path.abspath(data[key])
+    return config
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

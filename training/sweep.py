@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import secrets
-import shlex
 import signal
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from configs.resume import sweep_command
 from configs.schema import Config, ConfigError
 from data.folders import made
 from training import checkpoints
@@ -151,7 +151,7 @@ def end() -> int:
             codes.append(1)
     code = 128 + _stopped[0] if _stopped else max(codes, default=0)
     if code:
-        _say(f"go on with the sweep by: {command(folder)}")
+        _say(f"go on with the sweep by: {sweep_command(sys.argv[1:], folder)}")
     return code
 
 
@@ -163,12 +163,6 @@ def broken(error: Exception) -> int | None:
     if lost and not _stopped:
         _say(f"the process of a job ended early: {' '.join(str(error).split()[:20])}")
     return end() or 1
-
-
-def command(folder: Path) -> str:
-    """The command line of this process, with the sweep's folder."""
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
-    return shlex.join(["uv", "run", "train.py", *arguments, f"hydra.sweep.dir={folder}"])
 
 
 # ---- a job ----
@@ -273,7 +267,7 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
         return None
     if code:
         if launcher(hydra) == BASIC:
-            _say(f"go on with the sweep by: {command(Path(hydra.sweep.dir))}")
+            _say(f"go on with the sweep by: {sweep_command(sys.argv[1:], Path(hydra.sweep.dir))}")
         sys.exit(code)
     if (folder / RESULT).exists():
         return float(read_json(folder / RESULT)["val_accuracy"])

@@ -261,7 +261,8 @@ def command(run: Record) -> str:
         return ""
     method = run.facts.get("method")
     script = ["python", "-m", "scripts.baselines", "--methods", str(method)] if method else ["train.py"]
-    return shlex.join(["uv", "run", *script, *run.overrides])
+    flags = [word for path in run.config_dir for word in ("--config-dir", path)]
+    return shlex.join(["uv", "run", *script, *flags, *run.overrides])
 
 
 # ---- the page ----

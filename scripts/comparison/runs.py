@@ -53,6 +53,7 @@ class Record:
     facts: dict[str, Any]  # the rest of result.json: device, precision, git_commit, ...
     choices: dict[str, str] = field(default_factory=dict)  # of Hydra's groups
     overrides: list[str] = field(default_factory=list)
+    config_dir: list[str] = field(default_factory=list)  # of configurations of a person's own
     derived: set[str] = field(default_factory=set)  # keys that follow others, as lr_factor.steps does train.steps
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     last_words: str = ""  # the log's
@@ -183,6 +184,7 @@ def _from_hydra(record: Record) -> dict[str, Any]:
 
 def _add_asked(record: Record, asked: dict[str, Any]) -> None:
     """The command line, the choices of groups and the derived keys, as far as a run tells."""
+    record.config_dir = [str(path) for path in asked.get("config_dir", [])]
     record.overrides = [str(override) for override in asked.get("overrides", [])]
     record.choices = {
         str(group): str(choice)
