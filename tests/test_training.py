@@ -462,7 +462,8 @@ def test_interrupted_run_goes_on_where_it_stopped(number: signal.Signals, code: 
     assert process.returncode == code, out + err
     assert seconds < 5
     done = checkpoint(folder)["step"]
-    said = f"stopped at step {done}; go on with: uv run train.py 'resume={folder}'"
+    command_line = f"uv run --project {ROOT} {ROOT}/train.py 'resume={folder}'"  # it was started elsewhere
+    said = f"stopped at step {done}; go on with: {command_line if shutil.which('uv') else ''}"
     assert said in out
     assert said in (folder / "train.log").read_text()
     assert not (folder / "result.json").exists()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -151,6 +154,46 @@ def test_nothing_that_hydras_files_name_is_run(made: Path, place: Path) -> None:
     assert (folder / "result.json").exists()
 
 
+def test_a_sweep_that_goes_on_runs_nothing_of_its_folder(made: Path, place: Path) -> None:
+    line = f"-m {LINE} seed=0,1 hydra.sweep.dir=sweep"
+    assert command(train.main, line).code == 0
+    folder = changed(place / "sweep" / "0", place, {"estimator": SYSTEM})
+    shutil.copy(checkpoints.stored(folder)[-1], checkpoints.stored(place / "sweep" / "0")[-1])
+    for job in ("0", "1"):
+        for path in (place / "sweep" / job / ".hydra").iterdir():
+            path.write_text(json.dumps([f"+hydra.callbacks.x={SYSTEM}"]))
+    for name in ("search.json", "optimization_results.yaml"):
+        (place / "sweep" / name).write_text(json.dumps({"_target_": "os.system", "best": SYSTEM}))
+    assert_refused(
+        command(train.main, line), "estimator._target_=estimators.gumbel_softmax.GumbelSoftmax (was os", place
+    )
+
+
+def test_pickles_in_data_and_checkpoints_are_not_read(made: Path, place: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch MARK",)
+
+    images = np.array([Evil()] * 40, dtype=object)
+    np.savez("theirs.npz", images=images, labels=np.arange(40) % 2)
+    np.savez("labels.npz", images=np.zeros((40, 8, 8), np.uint8), labels=images)
+    for name in ("theirs", "labels"):
+        line = f"data=arrays data.path={name}.npz data.num_labelled=4"
+        assert_refused(command(train.main, line), f"{name}.npz", place)
+    folder = changed(made, place, {"data.name": "arrays", "data.path": str(place / "theirs.npz")})
+    for door in DOORS.values():
+        assert_refused(door(folder), "theirs.npz", place)
+    newest = checkpoints.stored(folder)[-1]
+    torch.save({**torch.load(newest, weights_only=True), "config": Evil()}, newest)
+    for door in DOORS.values():
+        assert_refused(door(folder), "cannot be read", place)
+    (folder / "result.json").unlink()
+    (folder / "events.out.tfevents.1.x").write_bytes(pickle.dumps(Evil()))
+    ended = command(compare.main, f"{folder} --output report")
+    assert ended.code == 0, ended.said
+    assert not (place / "MARK").exists()
+
+
 def test_links_out_of_a_folder_are_not_written_through(made: Path, place: Path) -> None:
     folder = changed(made, place, {})
     mine = place / "mine"
@@ -186,13 +229,17 @@ curried = functools.partial(Mine)
 
 
 @pytest.fixture
-def own(place: Path) -> Path:
+def own(made: Path, place: Path) -> Path:
     """The folder of a run with an estimator from outside the repository."""
     (place / "my_estimators.py").write_text(OWN)
     sys.modules.pop("my_estimators", None)
-    run(LINE + "estimator._target_=my_estimators.Mine", place / "own")
-    sys.modules.pop("my_estimators")
+    changed(made, place, {"estimator._target_": "my_estimators.Mine"}).rename(place / "own")
     return place / "own"
+
+
+def test_ones_own_estimator_trains_without_a_word(own: Path, place: Path) -> None:
+    run(LINE + "estimator._target_=my_estimators.Mine train.steps=1", place / "new")
+    assert (place / "new" / "result.json").exists()
 
 
 def test_ones_own_module_is_trusted_by_name(own: Path, place: Path) -> None:
