@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shlex
 import signal
 import sys
 import threading
@@ -19,8 +18,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from configs.check import COMPOSING_ERRORS, refuse, typed
-from configs.resume import resume_arguments
+from configs.resume import references, resume_arguments, resume_command
 from configs.schema import Config, ConfigError
+from configs.trust import take_trusted
 from configs.wording import explain, explain_group, print_anywhere
 from data.facts import DataError
 
@@ -77,7 +77,9 @@ def save(run: Run, report: Report, folder: Path) -> None:
 
 def stopped(run: Run, folder: Path, interruption: Interruption) -> int:
     """Says how to go on, and returns the exit code."""
-    log.warning("stopped at step %d; go on with: uv run train.py %s", run.step, resume_argument(folder))
+    from training.run import plain
+
+    log.warning("stopped at step %d; go on with: %s", run.step, resume_command(folder, plain(run.config)))
     return interruption.exit_code or 0
 
 
@@ -124,10 +126,22 @@ def run_job(config: DictConfig, folder: Path) -> int:
     from training.run_folder import locked
 
     with locked(folder):
-        return run_in(folder, typed(config))
+        return run_in(folder, typed(config), asked_for(config))
 
 
-def run_in(folder: Path, checked: Config) -> int:
+def asked_for(config: DictConfig) -> dict[str, Any]:
+    """What a configuration was composed of, for scripts.compare and resume."""
+    hydra_config = HydraConfig.get()
+    sources = hydra_config.runtime.config_sources
+    return {
+        "overrides": list(hydra_config.overrides.task),
+        "choices": {group: made for group, made in hydra_config.runtime.choices.items() if "hydra/" not in group},
+        "config_dir": [source.path for source in sources if source.provider == "command-line"],
+        "references": references(config),
+    }
+
+
+def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
     """A run in a folder that no other process trains in; returns the exit code."""
     from training.checkpoints import prune
     from training.divergence import Diverged
@@ -138,6 +152,7 @@ def run_in(folder: Path, checked: Config) -> int:
 
     with threads_kept():
         run = Run(checked)
+        run.asked = asked  # which a checkpoint has from the run's beginning
         if checked.resume:
             run.restore_newest(folder)
             prune(folder)  # a run that was killed right after saving has one too many
@@ -161,14 +176,14 @@ def run_in(folder: Path, checked: Config) -> int:
         return code
 
 
-def ended_by(error: Exception, folder: Path) -> int:
+def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
     """Says in one sentence what ended a job, if a person can mend it, and returns the exit code."""
     from models.evaluation import OutOfMemoryError
     from training.checkpoints import CheckpointError
     from training.divergence import Diverged
 
     if isinstance(error, OutOfMemoryError):
-        way_on = f"go on with: uv run train.py {resume_argument(folder)} evaluation.batch_size=NUMBER"
+        way_on = f"go on with: {way_to_resume(config, folder)} evaluation.batch_size=NUMBER"
         errors.error("catvae: %s; nothing is lost, %s", error, way_on)
         return 2
     if isinstance(error, (ConfigError, DataError, CheckpointError, Diverged)):
@@ -177,7 +192,7 @@ def ended_by(error: Exception, folder: Path) -> int:
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to any more
         way_on = "mend that and start again"
         if is_saved(folder):
-            way_on = f"what was saved is whole: mend that, and go on with: uv run train.py {resume_argument(folder)}"
+            way_on = f"what was saved is whole: mend that, and go on with: {way_to_resume(config, folder)}"
         errors.error("catvae: cannot use %s: %s; %s", error.filename or folder, error.strerror or error, way_on)
         return 1
     if isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
@@ -191,8 +206,8 @@ def is_saved(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("step_*.pt"))
 
 
-def resume_argument(folder: Path) -> str:
-    return shlex.quote(f"resume={folder}")
+def way_to_resume(config: DictConfig, folder: Path) -> str:
+    return resume_command(folder, OmegaConf.to_container(config, resolve=False))
 
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
@@ -211,10 +226,10 @@ def ending(config: DictConfig, folder: Path) -> tuple[int, str]:
     try:
         return run_job(config, folder), ""
     except Exception as error:
-        return ended_by(error, folder), str(error)
+        return ended_by(error, config, folder), str(error)
     except (KeyboardInterrupt, SystemExit):  # outside the training loop, which would have taken a checkpoint first
         if is_saved(folder):
-            log.warning("stopped; go on with: uv run train.py %s", resume_argument(folder))
+            log.warning("stopped; go on with: %s", way_to_resume(config, folder))
         raise
 
 
@@ -255,7 +270,8 @@ def main() -> None:
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        sys.argv[1:] = resume_arguments(sys.argv[1:])
+        arguments, trusted = take_trusted(sys.argv[1:])
+        sys.argv[1:] = resume_arguments(arguments, trusted)
         hydra_main()
     except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
         print("catvae: interrupted", file=sys.stderr)

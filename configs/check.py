@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -28,9 +30,10 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from configs.resume import resume_command
 from configs.schema import Config, ConfigError
 from configs.targets import build
-from configs.wording import explain, keys, shown, unknown_key
+from configs.wording import explain, has_a_comma, keys, printable, shown, unknown_key
 from data.datasets import facts, load
 from data.facts import DataError
 from data.folders import made
@@ -80,17 +83,17 @@ def check(config: Config) -> None:
     data = config.data
     known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
+    _check_kind(config.model, "model", model, Networks)
     estimator = build(config.estimator, "estimator")
+    _check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
     optimizer = build_optimizer(config, [parameter])
+    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     factor = build(config.lr_factor, "lr_factor")(0)
     if not isinstance(factor, (int, float)):
         got = f"{config.lr_factor['_target_']}: it gives a {type(factor).__name__}"
         raise ConfigError(f"lr_factor._target_ must make a schedule, which gives a number at each step, got {got}")
-    _check_kind(config.model, "model", model, Networks)
-    _check_kind(config.estimator, "estimator", estimator, Estimator)
-    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     _try_step(config, optimizer, parameter)
     try:
         inspect.signature(estimator.forward).bind("f", "logits", step=0, context=None, generator=None)
@@ -205,7 +208,7 @@ class CheckBeforeWork(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         with _refusing():
-            checked = _check_job(config)
+            checked = _check_job(config, _same_experiment)
             folder = Path(config.hydra.run.dir)
             _check_folder(config, folder)
             check_machine(checked)
@@ -216,12 +219,17 @@ class CheckBeforeWork(Callback):
             if config.get("resume") is not None:
                 raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
             jobs = sweep_jobs(config)
+            _ = config.hydra.sweep.dir  # the jobs' configurations take over what its time and number came to
         checked = []
         for number, job in enumerate(jobs):
             with _refusing(job):
                 job_config = _compose_job(config, number, job)
                 job_checked = _check_job(job_config)
-                checked.append((job, Path(job_config.hydra.sweep.dir, job_config.hydra.sweep.subdir), job_checked))
+                checked.append((job, _job_folder(job_config), job_checked))
+        with _refusing():
+            _check_apart([(job, folder) for job, folder, _ in checked])
+            if config.hydra.runtime.choices["hydra/sweeper"] != "basic" and jobs:  # it may try the same values twice
+                _check_apart([(jobs[0], _job_folder(_compose_job(config, number, jobs[0]))) for number in (0, 1)])
         from training import sweep
 
         is_search = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
@@ -247,6 +255,23 @@ class CheckBeforeWork(Callback):
             sys.exit(code)
 
 
+def _check_apart(jobs: Sequence[tuple[list[str], Path]]) -> None:
+    """Of jobs in one folder, or one within another, some are never run or taken for others. Raises ConfigError."""
+    places = sorted((Path(os.path.abspath(folder)).parts, number) for number, (_, folder) in enumerate(jobs))
+    for (outer, one), (inner, other) in itertools.pairwise(places):
+        if inner[: len(outer)] == outer:
+            pair = " and ".join(f"job {number} ({' '.join(jobs[number][0])})" for number in sorted((one, other)))
+            raise ConfigError(
+                "hydra.sweep.subdir must give every job a folder of its own, and none within another's, got "
+                f"{Path(*outer)} for {pair}; leave it out, or have ${{hydra:job.num}} in it"
+            )
+
+
+def _job_folder(job: DictConfig) -> Path:
+    HydraConfig.instance().set_config(job)  # of which ${hydra:job.num} is read
+    return Path(job.hydra.sweep.dir, job.hydra.sweep.subdir)
+
+
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep; of a search, which makes up its jobs as it goes, the ends of its ranges."""
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
@@ -259,6 +284,9 @@ def sweep_jobs(config: DictConfig) -> list[list[str]]:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             key = override.key_or_group
             raise ConfigError(f"{key} must be values to sweep over, such as 1,2 or range(3), got {override.input_line}")
+        text = str(override.input_line).partition("=")[2]
+        if override.is_sweep_override() and "," in text and Path(text).exists():
+            raise ConfigError(has_a_comma(str(override.input_line)))
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
 
 
@@ -286,17 +314,32 @@ def _compose_job(config: DictConfig, number: int, overrides: list[str]) -> DictC
     return job
 
 
-def _check_job(config: DictConfig) -> Config:
+def _check_job(config: DictConfig, check_first: Callable[[Config], None] = lambda config: None) -> Config:
     HydraConfig.instance().set_config(config)  # for a configuration that reads ${hydra:...}
     checked = typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    check_first(checked)
     check(checked)
     return checked
+
+
+def _same_experiment(config: Config) -> None:
+    """Of what a resume may not change nothing is built. Raises ConfigError, CheckpointError."""
+    if config.resume is None:
+        return
+    import torch
+
+    from training.checkpoints import load
+    from training.run import changes, flat
+
+    if changed := changes(flat(load(Path(config.resume), torch.device("cpu"))["config"]), config):
+        raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
 
 
 def _check_folder(config: DictConfig, folder: Path) -> None:
     """Among another run's checkpoints, a run would lose its own and be taken for the other. Raises ConfigError."""
     if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
-        raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by resume={folder}")
+        way_on = resume_command(folder, OmegaConf.to_container(config, resolve=False))
+        raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by: {way_on}")
 
 
 def _hold_folder(config: DictConfig, folder: Path) -> None:
@@ -329,5 +372,5 @@ def _refusing(job: Sequence[str] = ()) -> Iterator[None]:
 
 def refuse(message: str) -> NoReturn:
     """Says why, on standard error and in one line, and exits with status 2."""
-    print(f"catvae: {' '.join(message.split())}", file=sys.stderr)
+    print(f"catvae: {printable(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2)

@@ -1,44 +1,182 @@
-"""`resume=RUN_FOLDER`: the command line that goes on with a run where it stopped."""
+"""`resume=RUN_FOLDER`: the command line that goes on with a run where it stopped, and what a person is told to type."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from configs.schema import ConfigError
+from configs.trust import foreign_modules, stored_config
+from configs.wording import CONFIGS, as_argument, quoted
+
+RESUMED = "resumed"  # the name under which the run's configuration takes the place of config.yaml
+ROOT = CONFIGS.parent
+CONFIG_DIR = ("--config-dir", "-cd")
+REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")  # to another key, and to nothing else
 
 
-def resume_arguments(arguments: list[str]) -> list[str]:
-    """With resume=FOLDER among them: flags, the run's own overrides, these overrides, then the folder to run in.
+def resume_arguments(arguments: list[str], trusted: Collection[str] = ()) -> list[str]:
+    """With resume=FOLDER among them: the arguments that go on in FOLDER with the configuration in its checkpoint.
 
-    Raises ConfigError if FOLDER is not a run folder.
+    What the checkpoint says takes the place of configs/config.yaml and its choices; nothing else of the folder reaches
+    Hydra. Raises ConfigError, CheckpointError if FOLDER is no run folder, or names what may not be called.
     """
     resumed = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
-    if not resumed or resumed[-1].partition("=")[2] in ("", "null"):
+    if not resumed or (given := resumed[-1].partition("=")[2]) in ("", "null"):
         return arguments
-    folder = Path(os.path.expanduser(resumed[-1].partition("=")[2].strip("'\""))).resolve()
-    recorded = folder / ".hydra" / "overrides.yaml"
-    if not recorded.is_file():
-        raise ConfigError(f"resume must be a run folder, got {folder}: it has no .hydra/overrides.yaml")
+    flags = [argument for argument in arguments if not _is_override(argument)]
+    if any(flag in ("-m", "--multirun") for flag in flags):
+        raise ConfigError(f"resume must be given without -m, one run at a time, got {given}")
+    folder = _folder(given)
+    overrides = [argument for argument in arguments if _is_override(argument) and argument not in resumed]
+    _store(folder, {*trusted, *_targets(overrides)})
+    # output_subdir=null leaves .hydra as the first run wrote it
+    added = [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
+    return [f"--config-name={RESUMED}", *flags, *map(_appended(overrides), overrides), *added]
+
+
+def _folder(given: str) -> Path:
+    """The run folder that is meant: as it is written, or as Hydra reads what is in quotes. Raises ConfigError."""
+    folder = Path(os.path.expanduser(given))
+    if not folder.is_dir():
+        try:
+            folder = Path(os.path.expanduser(str(OverridesParser.create().parse_override(f"resume={given}").value())))
+        except HydraException:  # it says nothing that a person could use
+            folder = Path(os.path.expanduser(given.strip("'\"")))
+    folder = folder.resolve()
     if not any((folder / "checkpoints").glob("step_*.pt")):
         raise ConfigError(f"resume must be a run folder, got {folder}: it has no checkpoint in checkpoints/")
+    if links := [name for name in ("train.log", ".lock") if (folder / name).is_symlink()]:
+        raise ConfigError(f"resume must be a run folder, got {folder}: its {links[0]} is a link, to be written through")
+    return folder
+
+
+def _store(folder: Path, trusted: Collection[str]) -> None:
+    """Gives Hydra the configuration in the newest checkpoint, with this program's own settings of Hydra."""
+    import torch
+
+    from training.checkpoints import load
+
+    state = load(folder, torch.device("cpu"))
+    config = OmegaConf.create(stored_config(state, trusted))
+    for key, other in _references(state, folder).items():
+        if OmegaConf.select(config, key, default=None) == OmegaConf.select(config, other, default=state) is not None:
+            OmegaConf.update(config, key, f"${{{other}}}")
+    ours: Any = OmegaConf.load(CONFIGS / "config.yaml")
+    # a choice of this command line would be another experiment, or the same one again
+    defaults = [default if isinstance(default, str) else _unchosen(default) for default in ours.defaults]
+    node = OmegaConf.create({"defaults": defaults, "hydra": OmegaConf.to_container(ours.hydra, resolve=False)})
+    ConfigStore.instance().store(name=RESUMED, node=OmegaConf.merge(node, config))
+
+
+def _unchosen(default: Mapping[str, Any]) -> dict[str, Any]:
+    return {group: made if group.startswith("override ") else None for group, made in default.items()}
+
+
+def _references(state: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The keys that follow others, as lr_factor.steps does train.steps; of runs from before, as .hydra/ has them."""
+    asked = state.get("asked")
+    if isinstance(asked, dict) and isinstance(asked.get("references"), dict):
+        found = asked["references"]
+        return {k: v for k, v in found.items() if REFERENCE.fullmatch(f"${{{k}}}") and REFERENCE.fullmatch(f"${{{v}}}")}
     try:
-        before = [str(override) for override in OmegaConf.load(recorded)]
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise ConfigError(f"resume must be a run folder, got {folder}: its {recorded} is unreadable") from error
-    configuration = folder / ".hydra" / "config.yaml"
-    if configuration.is_file() and "\nlikelihood:" not in "\n" + configuration.read_text(errors="replace"):
-        before = ["likelihood=bernoulli", *before]  # the only one there was, whatever the pixels
-    quoted = "'" + str(folder).replace("'", "\\'") + "'"
-    # output_subdir=null leaves .hydra as the first run wrote it
-    added = [f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"]
-    flags = [argument for argument in arguments if not _is_override(argument)]
-    overrides = [argument for argument in arguments if _is_override(argument) and argument not in resumed]
-    return [*flags, *before, *overrides, *added]
+        return references(OmegaConf.load(folder / ".hydra" / "config.yaml"))
+    except (OSError, ValueError, YAMLError):
+        return {}
+
+
+def references(config: Any, prefix: str = "") -> dict[str, str]:
+    """The keys of a composed configuration whose value is that of another key, and the other keys."""
+    if prefix == "":
+        config = OmegaConf.to_container(config, resolve=False)
+    found: dict[str, str] = {}
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            found |= references(value, f"{prefix}{key}.")
+        elif isinstance(value, str) and (reference := REFERENCE.fullmatch(value)):
+            found[f"{prefix}{key}"] = reference[1]
+    return found
+
+
+def _appended(overrides: Sequence[str]) -> Any:
+    """A choice in a section, as schedule@estimator.temperature, has no place among the choices but with its section."""
+
+    def append(override: str) -> str:
+        group = override.partition("=")[0]
+        section = re.split(r"[./]", group.rpartition("@")[2])[0]
+        is_nested = ("@" in group or "/" in group) and section != "hydra"
+        if not is_nested or override[0] in "+~" or any(other.startswith(f"{section}=") for other in overrides):
+            return override
+        return f"+{override}"
+
+    return append
+
+
+def _targets(overrides: Sequence[str]) -> list[str]:
+    """What this very command line names to be called."""
+    pairs = (override.partition("=") for override in overrides)
+    return [value.strip("'\"") for key, _, value in pairs if key.endswith("._target_")]
 
 
 def _is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
+# ---- what a person is told to type ----
+
+
+def resume_command(folder: Path, config: Any) -> str:
+    """The command that goes on with a run of this process in `folder`, from any working directory."""
+    modules = foreign_modules(config)
+    trust = [word for module in modules for word in ("--trust", module)]
+    return command([f"resume={folder.resolve()}", *trust], bool(modules))  # resume_arguments needs no quotes
+
+
+def sweep_command(arguments: Sequence[str], folder: Path) -> str:
+    """The command that goes on with a sweep in `folder` that was started with `arguments`."""
+    before = [argument for argument in arguments if not argument.lstrip("+").startswith("hydra.sweep.dir=")]
+    has_own_code = any(word in argument for argument in before for word in ("_target_=", "config-dir", "searchpath"))
+    return command([*_from_anywhere(before), f"hydra.sweep.dir={as_argument(folder.absolute())}"], has_own_code)
+
+
+def _from_anywhere(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with absolute paths, where one names what lies below the working directory."""
+    flag = ""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        path = Path((value if equals else argument).strip("'\""))
+        is_path = flag in CONFIG_DIR or key in CONFIG_DIR or key.lstrip("+") in ("data.path", "data.root")
+        flag = argument
+        if not is_path or path.is_absolute() or not path.exists():
+            yield argument
+        elif not equals:
+            yield str(path.absolute())
+        else:
+            yield f"{key}={path.absolute() if key in CONFIG_DIR else as_argument(path.absolute())}"
+
+
+def command(arguments: Sequence[str], with_own_code: bool) -> str:
+    """A command line of train.py for a shell, that works where it is printed and wherever its arguments do.
+
+    With code of a person's own it says PYTHONPATH too.
+    """
+    script, ours = ["train.py"], []
+    if Path.cwd() != ROOT:
+        script, ours = [str(ROOT / "train.py")], ["--project", str(ROOT)]
+    start = ["uv", "run", *ours] if "UV" in os.environ or shutil.which("uv") else [sys.executable]
+    path = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    path = [entry for entry in path if entry != str(ROOT)]
+    variable = f"PYTHONPATH={shlex.quote(os.pathsep.join(path))} " if with_own_code and path else ""
+    return variable + shlex.join([*start, *script, *arguments])

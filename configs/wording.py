@@ -7,6 +7,7 @@ import difflib
 import inspect
 import io
 import re
+import shlex
 import sys
 import types
 import typing
@@ -36,6 +37,7 @@ WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}
 # choices that an optional package brings, and the extra of pyproject.toml that brings the package
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "optuna": "optuna"}
 CONFIGS = Path(__file__).parent
+PATHS = ("data.path", "data.root", "hydra.run.dir", "hydra.sweep.dir", "resume")
 ARGUMENT = "an argument must be key=value or group=choice, with quotes around special characters"
 # what Hydra says on one line, and what is said instead
 HYDRA_SAYS = (
@@ -84,7 +86,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if isinstance(error.__cause__, OSError):  # such as a log file that logging cannot open
         error = error.__cause__
     if isinstance(error, OverrideParseException):
-        return f"{ARGUMENT}, got {error.override}"
+        return f"{ARGUMENT}, got {error.override}{_in_quotes(str(error.override))}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = f"one of {', '.join(error.options)}" if error.options else "the name of a choice"
@@ -96,6 +98,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     text = " ".join(str(error).split())
     for pattern, sentence in HYDRA_SAYS:
         if said := re.search(pattern, text):
+            if "several values" in sentence and _names_a_path(said["given"]):
+                return has_a_comma(said["given"])
             return sentence.format(**said.groupdict())
     if isinstance(error, FileNotFoundError) and "temporary directory" in text:  # Python's own search for one
         return (
@@ -191,6 +195,41 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(shown, value)) + "]"
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def has_a_comma(argument: str) -> str:
+    """The sentence for a path that is taken for several values."""
+    return f"{argument} has a comma, which separates values{_in_quotes(argument)}"
+
+
+def _names_a_path(argument: str) -> bool:
+    key, _, value = argument.partition("=")
+    return key.lstrip("+") in PATHS or "/" in value or "\\" in value
+
+
+def _in_quotes(argument: str) -> str:
+    """What to type instead of key=PATH, whose special characters are meant as they are; empty where none is meant."""
+    key, equals, value = argument.partition("=")
+    if not equals or not value or value[0] in "'\"[{" or not _names_a_path(argument):
+        return ""
+    return f"; write it in quotes: {shlex.quote(f'{key}={quoted(value)}')}"
+
+
+def quoted(text: object) -> str:
+    """Text in the quotes in which Hydra takes it as it is, commas, equals signs and dollars too."""
+    escaped = re.sub(r"(\\*)(\$\{)", r"\1\1\\\2", str(text))  # OmegaConf's, then those of Hydra's grammar
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", escaped)
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
+
+
+def as_argument(text: object) -> str:
+    """A value as Hydra reads it in key=VALUE: in quotes where it has more than letters, digits and ./-_."""
+    return str(text) if re.fullmatch(r"[\w./-]+", str(text), flags=re.ASCII) else quoted(text)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal, without what would steer it: names and settings may be somebody else's."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def _annotation(key: str) -> Any:

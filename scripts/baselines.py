@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def main() -> None:
     if code >= 128:
         print(f"catvae: stopped; the same command with --output {output} goes on", file=sys.stderr)
     else:
-        print(f"{output}\nbeside your runs: uv run python -m scripts.compare {output} FOLDER...")
+        print(f"{output}\nbeside your runs: uv run python -m scripts.compare {shlex.quote(str(output))} FOLDER...")
     sys.exit(code)
 
 

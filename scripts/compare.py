@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.wording import printable
 from data.folders import made
 from scripts.command import refusing_bad_input
 from scripts.comparison.runs import METRICS, OVERRIDES, read_all
@@ -51,7 +52,7 @@ def main() -> None:
         with made(output):
             for suffix, content in contents.items():
                 write_atomically(output / f"{OUTPUT}.{suffix}", content.encode())
-        print(as_text(comparison), end="\n\n")
+        print(printable(as_text(comparison)), end="\n\n")
         for suffix in contents:
             print(output / f"{OUTPUT}.{suffix}")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.schema import Binarization, ConfigError, Likelihood, resolved_likelihood
+from configs.trust import add_trust
 from data.facts import DataError
 from scripts.command import positive, refusing_bad_input, writable
 
@@ -54,6 +55,7 @@ def main() -> None:
         "--binarization", choices=("dynamic", "threshold", "none"), help="other pixels than the run was trained with"
     )
     parser.add_argument("--output", type=Path, help="a .json file to write the same to")
+    add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
         if arguments.output:
@@ -61,7 +63,7 @@ def main() -> None:
 
         from training.run import stored_run
 
-        run = stored_run(arguments.folder, arguments.checkpoint)
+        run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
         if arguments.binarization:
             _check_pixels(run.config.likelihood, arguments.binarization)
             run.binarization = arguments.binarization

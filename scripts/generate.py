@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.schema import ConfigError
+from configs.trust import add_trust
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def held_out(arguments: argparse.Namespace, model: Trained) -> Tensor:
         source = inputs(arguments.images, model.facts.shape, model.facts.resize)
         number = max(arguments.columns, model.model.num_classes)
         return torch.from_numpy(next(source.chunks(number))[1].copy())
-    run = stored_run(arguments.folder, arguments.checkpoint)
+    run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
     if not len(run.validation.labels):
         raise DataError(
             f"--kind {arguments.kind} draws validation images, and the run has none: data.num_validation=0; "
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of pictures or an .npz file, for validation images")
     parser.add_argument("--seed", type=int, default=0, help="draws the styles")
     parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes; not of a sheet")
+    add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
         writable(arguments.output, (".png", ".pdf"))
@@ -115,7 +117,7 @@ def main() -> None:
         from training.pictures import save_figure, save_png
         from training.trained import open_run
 
-        model = open_run(arguments.folder, "auto", arguments.checkpoint)
+        model = open_run(arguments.folder, "auto", arguments.checkpoint, arguments.trust)
         images = held_out(arguments, model) if arguments.kind in ENCODING else None
         if arguments.kind == "sheet":
             counts = {"analogies": len(model.class_names)}  # one of each class: as high as the others

@@ -22,6 +22,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
+from configs.trust import add_trust
 from configs.wording import CONFIGS, unknown_key
 from data.folders import made
 from scripts.command import composed, refusing_bad_input
@@ -236,12 +237,13 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="a run folder")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see below")
-    arguments = parser.parse_args()
+    add_trust(parser)
+    arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
         from training.run import stored_run
 
         settings = parsed(arguments.settings)
-        run = stored_run(arguments.folder)
+        run = stored_run(arguments.folder, trusted=arguments.trust)
         estimators, own = make_estimators(run, settings)
         output = Path(settings.output or arguments.folder / "gradient_quality")
         with made(output):

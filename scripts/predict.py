@@ -30,6 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from configs.trust import add_trust
 from scripts.command import positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
@@ -152,14 +153,14 @@ def as_line(fields: Sequence[str]) -> bytes:
     return line.getvalue().encode("utf-8", "surrogateescape")
 
 
-def of_part(folder: Path, checkpoint: Path | None, part: str, size: int) -> tuple[str, int, Chunks]:
+def of_part(arguments: argparse.Namespace, size: int) -> tuple[str, int, Chunks]:
     """What names an image of a part of the run's data, their number, and the images. It reads the data."""
     import numpy as np
 
     from data.facts import DataError
     from training.run import stored_run
 
-    run = stored_run(folder, checkpoint)
+    part, run = arguments.input, stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
     source = run.load_images("test" if part == "test" else "train")
     rows = np.arange(len(source.images))
     if part != "test":
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch-size", type=positive, help="images at once; default: the run's evaluation.batch_size")
+    add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
         writable(arguments.output, (".csv",))
@@ -226,11 +228,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
     from training.checkpoints import written
     from training.trained import open_run
 
-    model = open_run(arguments.folder, arguments.device, arguments.checkpoint)
+    model = open_run(arguments.folder, arguments.device, arguments.checkpoint, arguments.trust)
     model.batch_size = arguments.batch_size or model.batch_size
     size, found = model.batch_size, None
     if arguments.input in PARTS:
-        column, number, chunks = of_part(arguments.folder, arguments.checkpoint, arguments.input, size)
+        column, number, chunks = of_part(arguments, size)
     else:
         found = inputs(Path(arguments.input).expanduser(), model.facts.shape, model.facts.resize)
         column, number, chunks = found.column, found.number, found.chunks(size)

@@ -126,9 +126,9 @@ def resume(folder: Path, line: str = "", *, code: int = 0) -> Ended:
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint, without the configuration."""
+    """The newest checkpoint, without the configuration and the command line."""
     state = torch.load(checkpoints.stored(folder)[-1], weights_only=True)
-    del state["config"]
+    del state["config"], state["asked"]
     return dict(state)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 import train
 from configs import check
+from configs.check import typed
 from configs.resume import resume_arguments
-from configs.schema import ConfigError
+from configs.schema import Config, ConfigError
 from data.facts import DataError
 from scripts import benchmark, compare, evaluate, generate, gradient_quality, show_relaxation
+from scripts.command import composed
 from tests.runs import command
+from training.checkpoints import NEEDED, save
+from training.run import plain
 
 ROOT = Path(train.__file__).parent
 
@@ -71,7 +77,27 @@ BAD = [
     ("data=mnist data.root=new/root", "data=mnist is not in new/root and could not be downloaded"),
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
     ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "RUN"),
-    ("-m data=digits seed=1,2 hydra.sweep.dir=RUN hydra.sweep.subdir=.", "RUN/checkpoints", "cannot be read"),
+    ("-m data=digits seed=1 hydra.sweep.dir=RUN hydra.sweep.subdir=.", "must be new", "seed=1 (was 0)"),
+    ("-m data=digits seed=1,2 hydra.sweep.subdir=.", "hydra.sweep.subdir must give every job a folder of its own"),
+    (
+        "-m data=digits seed=0,1 estimator=rebar,relax hydra.sweep.dir=RUN 'hydra.sweep.subdir=${seed}'",
+        *("hydra.sweep.subdir must", "RUN/0 for job 0 (", "seed=0 estimator=rebar", ") and job 1 (", "hydra:job.num"),
+    ),
+    ("-m data=digits data.split_seed=0,1 'hydra.sweep.subdir=${seed}'", "hydra.sweep.subdir must", "job 1"),
+    ("-m data=digits seed=0,1 'hydra.sweep.subdir=a/${data.split_seed}'", "hydra.sweep.subdir must", "a/0 for job 0"),
+    ("-m data=digits estimator.num_exact=1,1 hydra.sweep.subdir=x", "hydra.sweep.subdir must"),
+    (
+        "data=arrays data.path=/x/a,b.npz",
+        *("data.path=/x/a,b.npz has a comma", "which separates values", """'data.path='"'"'/x/a,b.npz'"'"''"""),
+    ),
+    ("data=digits hydra.run.dir=/x/lr=1", """write it in quotes: 'hydra.run.dir='"'"'/x/lr=1'"'"''"""),
+    ("data=digits seed=1,2", "seed=1,2 is several values; add -m"),
+    (
+        "-m data=digits seed=0,1 'hydra.sweep.subdir=${hydra:job.override_dirname}' "
+        "hydra.job.config.override_dirname.exclude_keys=[seed]",
+        "hydra.sweep.subdir must",
+    ),
+    ("-m data=digits hydra/sweeper=optuna seed=0,1 'hydra.sweep.subdir=${seed}'", "hydra.sweep.subdir must"),
     # groups and sections
     ("data=nope", "data must be one of arrays, digits, fashion_mnist, kmnist, mnist", "got nope"),
     ("estimator=nope", "estimator must be one of", "marginalization", "got nope"),
@@ -278,10 +304,12 @@ def assert_one_sentence(error: str, words: tuple[str, ...]) -> None:
 
 def run_folder(folder: Path) -> Path:
     """A folder as a run leaves it, as far as resume= looks."""
-    (folder / ".hydra").mkdir(parents=True)
+    whole = composed("data=digits", "train.steps=5")
+    config = typed(OmegaConf.masked_copy(whole, [key.name for key in fields(Config)]))
+    for below in ("checkpoints", ".hydra"):
+        (folder / below).mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("[data=digits, train.steps=5]")
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "step_00000001.pt").touch()
+    save(folder, 1, {**dict.fromkeys(NEEDED, ""), "config": plain(config), "asked": {"references": {}}})
     return folder
 
 
@@ -529,23 +557,29 @@ def test_estimator_from_outside(
     assert_one_sentence(capsys.readouterr().err, ("did you mean estimator.sharpness?",))
 
 
-def test_resume_keeps_the_order_that_lets_new_settings_win(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path / "it's a run")
-    arguments = ["--config-dir", "mine", "train.steps=9", f"resume={folder}", "-m"]
-    quoted = "'" + str(folder).replace("'", "\\'") + "'"
-    assert resume_arguments(arguments) == [
-        *("--config-dir", "mine", "-m"),
-        *("data=digits", "train.steps=5", "train.steps=9"),
-        *(f"resume={quoted}", f"hydra.run.dir={quoted}", "hydra.output_subdir=null"),
-    ]
+ODD_NAMES = ("it's a run", "lr=1,2", 'a "run"', "{x} [y]", "größe", "$HOME `x`", "back\\slash\\", "'")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_resume_lets_new_settings_win_in_any_folder(name: str, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / name)
+    arguments = ["--config-dir", str(tmp_path), "train.steps=9", f"resume={folder}"]
+    *flags, steps, again, place, subdir = resume_arguments(arguments)
+    assert flags == ["--config-name=resumed", "--config-dir", str(tmp_path)]
+    assert (steps, subdir) == ("train.steps=9", "hydra.output_subdir=null")
+    for key, override in zip(("resume", "hydra.run.dir"), (again, place), strict=True):
+        read = OverridesParser.create().parse_override(override)
+        assert (read.key_or_group, read.value()) == (key, str(folder))
 
 
 def test_resume_runs_in_the_folder_of_the_run(
     tmp_path: Path, jobs: list[DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run_folder(tmp_path / "it's a run")
-    assert exit_code(shlex.join(["train.steps=9", f"resume={folder}"]) + QUIET, monkeypatch) == 0, capsys.readouterr()
-    assert (jobs[0].resume, jobs[0].train.steps, jobs[0].data.name) == (str(folder), 9, "digits")
+    line = shlex.join(["train.log_every=9", f"resume={folder}"]) + QUIET
+    assert exit_code(line, monkeypatch) == 0, capsys.readouterr()
+    job = jobs[0]
+    assert (job.resume, job.train.log_every, job.train.steps, job.data.name) == (str(folder), 9, 5, "digits")
     assert not (tmp_path / "outputs").exists()
 
 

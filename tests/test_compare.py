@@ -23,7 +23,7 @@ from scripts import compare
 from scripts.comparison import figures
 from scripts.comparison.groups import Comparison
 from scripts.comparison.groups import compare as compared
-from scripts.comparison.report import COSTS, as_markdown, page
+from scripts.comparison.report import COSTS, as_csv, as_markdown, page
 from scripts.comparison.runs import METRICS, read_all
 from scripts.comparison.statistics import holm, paired, summarize, t_quantile, t_two_sided
 from tests.runs import MLP, Ended, command, run
@@ -256,6 +256,22 @@ def test_without_a_record_of_choices_the_class_is_the_name(tmp_path: Path) -> No
         for path in (folder / ".hydra").iterdir():
             path.unlink()
     assert names(comparison(tmp_path)) == ["Marginalization", "Concrete"]
+
+
+def test_a_run_is_what_its_result_says(tmp_path: Path) -> None:
+    """And not what another job has written to .hydra/ since."""
+    for number, estimator in enumerate(["gumbel_softmax", "marginalization"]):
+        asked = {"overrides": [f"estimator={estimator}", "a b"], "choices": {"estimator": estimator}, "references": {}}
+        folder = make_run(tmp_path / f"new{number}", 0.9 - number / 10, estimator, result={"asked": asked})
+        (folder / ".hydra" / "hydra.yaml").write_text('{"hydra": {"runtime": {"choices": {"estimator": "rebar"}}}}')
+    found = comparison(tmp_path)
+    assert names(found) == ["gumbel_softmax", "marginalization"]
+    assert "uv run train.py estimator=marginalization 'a b'" in as_csv(found)
+    for number, estimator in enumerate(["gumbel_softmax", "marginalization"]):
+        folder = make_run(tmp_path / "old" / f"{number}", 0.9 - number / 10, estimator, choices={"estimator": "rebar"})
+        (folder / ".hydra" / "config.yaml").write_text("estimator: {_target_: another.one}")
+    found = comparison(tmp_path / "old")
+    assert names(found) == ["GumbelSoftmax", "Marginalization"]
 
 
 def test_a_repeated_draw_counts_once(tmp_path: Path) -> None:

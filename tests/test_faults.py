@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -93,12 +95,26 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(FEW + "train.steps=4", folder)
     before = checkpoint(folder)
-    with (folder / LOCK).open("a") as other:
+    with (folder / LOCK).open("r+") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert f"{folder} is in use" in one_line(resume(folder, "train.steps=6", code=2).err)
+        for written, holder in (("", "another process"), ("77 there", "process 77 on there"), ("rm -rf /", "another")):
+            (folder / LOCK).write_text(written)
+            said = one_line(resume(folder, "train.steps=6", code=2).err)
+            assert f"{folder} is in use: {holder}" in said
     assert equal(checkpoint(folder), before)
     resume(folder, "train.steps=6")
     assert checkpoint(folder)["step"] == 6
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd optimizer.momentum=0.9"])
+def test_the_size_that_a_checkpoint_will_have(optimizer: str, tmp_path: Path) -> None:
+    """The first one has no state of the optimizer yet, which makes it three times as large, or twice."""
+    line = f"{MLP} model.hidden=100 optimizer={optimizer} train.steps=1 train.validate_every=1"
+    with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=10)):
+        said = run(line, tmp_path / "run").said
+    first, last = (float(size) for size in re.findall(r"a checkpoint takes ([\d.]+) MB", said))
+    assert first == pytest.approx(last, abs=0.15)
+    assert last == pytest.approx(checkpoints.stored(tmp_path / "run")[-1].stat().st_size / 1e6, abs=0.06)
 
 
 def test_a_killed_run_leaves_no_lock(tmp_path: Path) -> None:
@@ -176,7 +192,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_with_half_the_step(flawed: st
     assert [rate / rates[0][1] for _, rate in rates] == pytest.approx([1.0] * 4 + [0.25] * 4)
     assert checkpoint(tmp_path / "run")["rollbacks"] == 2
     assert json.loads((tmp_path / "run" / "result.json").read_text())["rollbacks"] == 2
-    resume(tmp_path / "run", "train.steps=10")
+    resume(tmp_path / "run", "train.steps=10 --trust flawed_plugin")
     assert curve(tmp_path / "run", "train/learning_rate")[-1][1] == pytest.approx(rates[0][1] / 4)
 
 

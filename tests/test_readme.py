@@ -108,3 +108,16 @@ def test_every_setting_of_the_table_exists() -> None:
     assert len(names) > 30
     for name in names:
         assert f"{name.rpartition('.')[2]}:" in composed or (ROOT / "configs" / name.replace(".", "/")).is_dir(), name
+
+
+def test_what_to_type_in_trouble_is_accepted() -> None:
+    table = README[README.index("## Troubleshooting") : README.index("## Exit codes")]
+    columns = [row.split(" | ")[-1] for row in table.splitlines() if row.startswith("| ")]
+    typed = [text for column in columns for text in re.findall(r"`([^`]+)`", column)]
+    settings = [text for text in typed if re.fullmatch(r"[\w.@/]+=[^ ]+", text) and not text.startswith("resume=")]
+    settings = [text for text in settings if text.islower() or "." in text.partition("=")[0]]
+    assert len(settings) >= 9
+    for setting in settings:
+        if "FOLDER" not in setting:
+            ended = command(train.main, f"data=digits estimator=marginalization {setting} --cfg job")
+            assert ended.code == 0, ended.said

@@ -217,8 +217,8 @@ def test_interrupted_and_continued(
     assert len(checkpoints.stored(folder / "1")) == 2, "nothing but the checkpoint of the start"
     wait_for(lambda: not processes_in(tmp_path))
 
-    said = next(said for said in stopped.err.splitlines() if "go on with the sweep by: uv run train.py " in said)
-    line, _, place = said.partition("train.py ")[2].rpartition(" ")
+    said = next(said for said in stopped.err.splitlines() if "go on with the sweep by: " in said)
+    line, _, place = said.partition("/train.py ")[2].rpartition(" ")
     assert place == f"hydra.sweep.dir={folder}"
     assert_goes_on(line, folder, undisturbed)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +14,14 @@ from typing import IO, Any
 
 import torch
 
+from configs.schema import ConfigError
+
 FORMAT_VERSION = 1
+NEEDED = ("config", "split_hash", "model", "estimator", "optimizer", "random_state")
 KEPT = 2
 
 
-class CheckpointError(Exception):
+class CheckpointError(ConfigError):
     """A checkpoint is missing or unusable; the message says which and why."""
 
 
@@ -28,7 +33,8 @@ def written(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # perhaps a link to elsewhere, in a folder that somebody else made
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,9 +45,16 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Raises OSError."""
-    with written(path) as file:
-        file.write(content)
+    """Writes a file whole or not at all. Raises OSError, with the sizes on a full disk."""
+    try:
+        with written(path) as file:
+            file.write(content)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        size, free = len(content) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        reason = f"{error.strerror}: it takes {size:.2f} MB, and {free:.2f} MB are left"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -110,4 +123,6 @@ def _load(path: Path, device: torch.device, way_out: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version}, and this program reads {FORMAT_VERSION}; {way_out}"
         )
+    if lacking := [name for name in NEEDED if name not in state]:
+        raise CheckpointError(f"{path} is not a run's: it has no {lacking[0]}; {way_out}")
     return dict(state)

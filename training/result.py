@@ -45,6 +45,7 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "git_commit": git_commit(),
         "versions": versions(),
         "config": flat(plain(run.config)),
+        "asked": run.asked,
     }
     # the last step's validation is logged already
     test = {name: value for name, value in measured.items() if name.startswith("test_") and "_n" not in name}

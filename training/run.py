@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from enum import Enum
@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, typed
+from configs.check import build_optimizer, check, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
@@ -80,6 +80,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.asked: dict[str, Any] = {}  # the command line's overrides, choices and references
         self.step = 0
         self.rollbacks = 0
         self.unlooked = False  # the looks that are due at `step` are still to come
@@ -263,7 +264,8 @@ class Run:
             "logged": self.logged,
             "facts": asdict(self.facts),
             "validation_bounds": self.bounds[1] if self.bounds[0] == self.step and not self.unlooked else [],
-            "config": plain(self.config),
+            "config": _from_anywhere(plain(self.config)),
+            "asked": self.asked,
             "split_hash": self.split.hash,
             "contents": self.contents,
             "model": self.model.state_dict(),
@@ -275,10 +277,21 @@ class Run:
         if self.device.type == "cuda":
             state["random_state_cuda"] = torch.cuda.get_rng_state(self.device)
         path = checkpoints.save(folder, self.step, state)
-        free, size = shutil.disk_usage(folder).free, path.stat().st_size
+        free, size = shutil.disk_usage(folder).free, path.stat().st_size + self._yet_to_come()
         if free < ENOUGH * size:
             log.warning("%s has %.1f MB left, and a checkpoint takes %.1f MB", folder, free / 1e6, size / 1e6)
         return path
+
+    def _yet_to_come(self) -> int:
+        """Bytes that the first step adds to a checkpoint: the optimizer's state, by what it keeps of one parameter."""
+        if self.optimizer.state:
+            return 0
+        with torch.random.fork_rng(devices=[]):
+            one = torch.nn.Parameter(torch.zeros(1000, device=self.device))
+            optimizer, one.grad = build_optimizer(self.config, [one]), torch.zeros_like(one)
+            optimizer.step()
+        kept = sum(value.nbytes for value in optimizer.state[one].values() if isinstance(value, Tensor))
+        return sum(parameter.numel() for parameter in self.parameters.values()) * kept // 1000
 
     def set_learning_rate(self, step: int) -> None:
         """optimizer.lr times lr_factor(step), halved by each rollback."""
@@ -323,6 +336,7 @@ class Run:
         self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
         self.norms = state.get("norms", [])
         self.early_norms = state.get("early_norms", [])
+        self.asked = state.get("asked", {})
         self.step = state["step"]
 
     def describe(self) -> str:
@@ -435,6 +449,15 @@ def plain(config: Any) -> Any:
     )
 
 
+def _from_anywhere(config: Any) -> Any:
+    """The configuration with absolute paths, so that a checkpoint can be opened from any working directory."""
+    data = config["data"]
+    for key in ("path", "root"):
+        if data[key] and not data[key].startswith("~"):
+            data[key] = os.path.abspath(data[key])
+    return config
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train.steps": 1, ...} from nested dictionaries."""
     result: dict[str, Any] = {}
@@ -454,15 +477,18 @@ def changes(before: dict[str, Any], config: Config) -> str:
     return ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed))
 
 
-def stored_run(folder: Path, checkpoint: Path | None = None) -> Run:
+def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
-    With its data, which `training.trained.open_run` does without. Raises CheckpointError, ConfigError, DataError.
+    With its data, which `training.trained.open_run` does without. Its configuration calls nothing but what is this
+    program's own, or of the modules `trusted`. Raises CheckpointError, ConfigError, DataError.
     """
-    state = stored_state(folder, checkpoint)
+    state = stored_state(folder, checkpoint, trusted)
     if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
         state["config"] |= {"device": "cpu", "cuda_graph": False}
     state["config"].setdefault("lr_factor", CONSTANT)
-    run = Run(typed(OmegaConf.create(state["config"])))
+    config = typed(OmegaConf.create(state["config"]))
+    check(config)
+    run = Run(config)
     run.restore(state)
     return run

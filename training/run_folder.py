@@ -36,7 +36,7 @@ def hold(lock: Path) -> None:
     """
     if lock.resolve() in _held:
         return
-    file = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+    file = os.open(lock, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o666)
     for tries in reversed(range(5)):
         if _lock(file, exclusive=True) is not False:
             break
@@ -44,9 +44,27 @@ def hold(lock: Path) -> None:
             time.sleep(0.02)  # is_held of another process has it for a moment
             continue
         os.close(file)
-        message = f"{lock.parent} is in use: another process trains there; wait for it, or stop it"
-        raise ConfigError(message)
+        raise ConfigError(in_use(lock))
     _held[lock.resolve()] = file
+    with suppress(OSError):  # on a full disk, or one that has just become read-only, the lock is what counts
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()} {platform.node()}".encode())
+
+
+def in_use(lock: Path) -> str:
+    """The sentence for a lock that another process has, and which one has it."""
+    return f"{lock.parent} is in use: {holder(lock)} trains there; wait for it, or stop it"
+
+
+def holder(lock: Path) -> str:
+    """The process that has a lock, as it wrote itself down: its number, and its machine if that is another one."""
+    try:
+        number, _, machine = lock.read_text(errors="replace").partition(" ")
+    except OSError:
+        number, machine = "", ""
+    if not number.isdecimal():
+        return "another process"
+    return f"process {number}" + (f" on {machine}" if machine.split()[:1] != [platform.node()] else "")
 
 
 def release(lock: Path) -> None:

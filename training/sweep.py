@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 import secrets
-import shlex
 import signal
 import sys
 import threading
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from configs.resume import sweep_command
 from configs.schema import Config, ConfigError
 from data.folders import made
 from training import checkpoints
 from training.checkpoints import CheckpointError, stored
 from training.run import changes, flat
-from training.run_folder import LOCK, RESULT, held, is_held, read_json, release, write_json
+from training.run_folder import LOCK, RESULT, held, holder, in_use, is_held, read_json, release, write_json
 
 errors = logging.getLogger("catvae.errors")
 SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on
@@ -61,7 +62,7 @@ def begun(config: DictConfig) -> Iterator[None]:
             raise ConfigError(f"hydra.sweep.dir cannot be used: {error.filename}: {error.strerror}") from error
         except ConfigError:
             message = f"hydra.sweep.dir must be a folder that no other process sweeps in, got {folder}"
-            raise ConfigError(f"{message}; wait for that one, or stop it") from None
+            raise ConfigError(f"{message}; {holder(folder / SWEEP_LOCK)} does: wait for it, or stop it") from None
         _tell_jobs(config, folder)
         yield
 
@@ -77,7 +78,8 @@ def _tell_jobs(config: DictConfig, folder: Path) -> None:
     # the jobs' processes start with the current folder on their path, and not with this program's
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if launcher(config.hydra) in PARALLEL:
-        lock, token = folder.resolve() / SWEEP_LOCK, secrets.token_hex(8)
+        lock = folder.resolve() / SWEEP_LOCK
+        token = f"{os.getpid()} {platform.node()} {secrets.token_hex(8)}"
         lock.write_text(token)
         os.environ |= {THIS_LOCK: str(lock), THIS_SWEEP: token}
         _stop_by_signal(lock)
@@ -121,7 +123,7 @@ def check_folder(folder: Path, config: Config) -> None:
     until = time.monotonic() + LET_GO
     while is_held(folder / LOCK):  # perhaps by a job that has yet to see that its sweep was killed
         if time.monotonic() > until:
-            raise ConfigError(f"{folder} is in use: another process trains there; wait for it, or stop it")
+            raise ConfigError(in_use(folder / LOCK))
         time.sleep(0.1)
     if not stored(folder):
         return
@@ -150,7 +152,7 @@ def end() -> int:
             codes.append(1)
     code = 128 + _stopped[0] if _stopped else max(codes, default=0)
     if code:
-        _say(f"go on with the sweep by: {command(folder)}")
+        _say(f"go on with the sweep by: {sweep_command(sys.argv[1:], folder)}")
     return code
 
 
@@ -162,12 +164,6 @@ def broken(error: Exception) -> int | None:
     if lost and not _stopped:
         _say(f"the process of a job ended early: {' '.join(str(error).split()[:20])}")
     return end() or 1
-
-
-def command(folder: Path) -> str:
-    """The command line of this process, with the sweep's folder."""
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("hydra.sweep.dir=")]
-    return shlex.join(["uv", "run", "train.py", *arguments, f"hydra.sweep.dir={folder}"])
 
 
 # ---- a job ----
@@ -272,7 +268,7 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
         return None
     if code:
         if launcher(hydra) == BASIC:
-            _say(f"go on with the sweep by: {command(Path(hydra.sweep.dir))}")
+            _say(f"go on with the sweep by: {sweep_command(sys.argv[1:], Path(hydra.sweep.dir))}")
         sys.exit(code)
     if (folder / RESULT).exists():
         accuracy = read_json(folder / RESULT)["val_accuracy"]

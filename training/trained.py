@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from configs.schema import ConfigError
 from configs.targets import build
+from configs.trust import stored_config
 from data.batches import Binarization, binarize
 from data.datasets import facts
 from data.facts import DataError
@@ -198,23 +199,30 @@ class Trained:
         return 1 - torch.searchsorted(known, bound.double(), right=True) / len(known)
 
 
-def open_run(folder: str | Path, device: str = "cpu", checkpoint: str | Path | None = None) -> Trained:
+def open_run(
+    folder: str | Path, device: str = "cpu", checkpoint: str | Path | None = None, trusted: Collection[str] = ()
+) -> Trained:
     """The model of a run folder as its newest checkpoint has it, or as the one named; its training data is not needed.
 
-    `device` is cpu, cuda, or auto. Raises CheckpointError, ConfigError, DataError, each with one sentence.
+    `device` is cpu, cuda, or auto. Networks that are not of this program are called if their module is among `trusted`.
+    Raises CheckpointError, ConfigError, DataError, each with one sentence.
     """
     if device not in ("auto", "cpu") and not (torch.cuda.is_available() and device.startswith("cuda")):
         raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {device}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = stored_state(Path(folder).expanduser(), None if checkpoint is None else Path(checkpoint))
+    state = stored_state(Path(folder).expanduser(), None if checkpoint is None else Path(checkpoint), trusted)
     return Trained(state, torch.device(device))
 
 
-def stored_state(folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
-    """The newest checkpoint of a run folder, or the one named, on the CPU. Raises CheckpointError."""
+def stored_state(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> dict[str, Any]:
+    """The newest checkpoint of a run folder, or the one named, on the CPU, with a configuration that may be built.
+
+    Raises CheckpointError, ConfigError.
+    """
     cpu = torch.device("cpu")
-    return checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
+    state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
+    return state | {"config": stored_config(state, trusted)}
 
 
 def build_model(config: Any, known: Facts) -> SemiSupervisedVAE:

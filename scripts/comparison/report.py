@@ -317,8 +317,9 @@ def command(run: Record) -> str:
     if not run.overrides and not run.choices:
         return ""
     method = run.facts.get("method")
-    script = f"python -m scripts.baselines --methods {method}" if method else "train.py"
-    return f"uv run {script} {shlex.join(run.overrides)}".rstrip()
+    script = ["python", "-m", "scripts.baselines", "--methods", str(method)] if method else ["train.py"]
+    flags = [word for path in run.config_dir for word in ("--config-dir", path)]
+    return shlex.join(["uv", "run", *script, *flags, *run.overrides])
 
 
 # ---- the page ----

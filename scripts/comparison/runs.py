@@ -58,6 +58,7 @@ class Record:
     facts: dict[str, Any]  # the rest of result.json: device, precision, git_commit, ...
     choices: dict[str, str] = field(default_factory=dict)  # of Hydra's groups
     overrides: list[str] = field(default_factory=list)
+    config_dir: list[str] = field(default_factory=list)  # of configurations of a person's own
     derived: set[str] = field(default_factory=set)  # keys that follow others, as lr_factor.steps does train.steps
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     last_words: str = ""  # the log's
@@ -81,6 +82,8 @@ class Record:
 
 def find(folders: Sequence[Path]) -> list[Path]:
     """The run folders in `folders`, each once, in the order of their names. Raises ConfigError where there is none."""
+    from training.checkpoints import stored
+
     found: dict[Path, Path] = {}
     for top in folders:
         if not top.is_dir():
@@ -88,25 +91,28 @@ def find(folders: Sequence[Path]) -> list[Path]:
         runs = []
         for name, below, files in os.walk(top):
             folder = Path(name)
-            has_overrides = (folder / OVERRIDES).is_file() and "checkpoints" in below
-            if has_overrides or "result.json" in files:
+            is_begun = "checkpoints" in below and ((folder / OVERRIDES).is_file() or stored(folder))
+            if is_begun or "result.json" in files:
                 runs.append(folder)
                 below.clear()
             below[:] = sorted(other for other in below if not other.startswith("."))
         if not runs:
-            needed = "a run folder has checkpoints/ and .hydra/overrides.yaml, or result.json"
+            needed = "a run folder has checkpoints/ with a checkpoint, or result.json"
             raise ConfigError(f"no run in {top}: {needed}")
         found |= {folder.resolve(): folder for folder in runs if folder.resolve() not in found}
     return list(found.values())
 
 
 def read(folder: Path) -> Record:
-    """A run, finished or not, without its events. Raises Damaged."""
-    record = _finished(folder) if (folder / "result.json").exists() else _unfinished(folder)
+    """A run, finished or not, without its events; of its configuration nothing is looked up. Raises Damaged."""
+    record, asked = _finished(folder) if (folder / "result.json").exists() else _unfinished(folder)
     try:
-        _add_hydra(record)
+        if asked or not (folder / OVERRIDES.parent).is_dir():
+            _add_asked(record, asked)
+        else:
+            _add_asked(record, _from_hydra(record))
     except Exception as error:  # YAML and OmegaConf fail in many ways, and each means the same to a person
-        raise Damaged(f"its .hydra/ cannot be read ({_reason(error)})") from error
+        raise Damaged(f"its {'result' if asked else '.hydra/'} cannot be read ({_reason(error)})") from error
     if digest := _digest(record):
         record.config[DIGEST] = digest
     return record
@@ -124,7 +130,8 @@ def _digest(record: Record) -> str:
         return str(record.config.get("data.path"))
 
 
-def _finished(folder: Path) -> Record:
+def _finished(folder: Path) -> tuple[Record, dict[str, Any]]:
+    """A run that has a result, and what its command line asked for, if the result tells."""
     from training.run_folder import read_json
 
     try:
@@ -135,45 +142,80 @@ def _finished(folder: Path) -> Record:
     values = {name: float(result[name]) for name in METRICS if isinstance(result.get(name), (int, float))}
     facts = {key: value for key, value in result.items() if key not in METRICS and key != "config"}
     if "method" in facts:  # of scripts.baselines; what the schema has besides is not its own
-        return Record(folder, True, steps, config, values, facts)
+        return Record(folder, True, steps, config, values, facts), {}
     config |= {key: result[key] for key in ("device", "precision") if key in result}  # rather than auto
-    return Record(folder, True, steps, _defaults() | config, values, facts)
+    return Record(folder, True, steps, _defaults() | config, values, facts), facts.pop("asked", {})
 
 
-def _unfinished(folder: Path) -> Record:
-    from omegaconf import DictConfig, OmegaConf
+def _unfinished(folder: Path) -> tuple[Record, dict[str, Any]]:
+    """A run that has none yet, as its newest checkpoint tells; without one that can be read, as .hydra/ does."""
+    import torch
 
-    from configs.check import typed
-    from training.run import flat, plain
+    from training.checkpoints import CheckpointError, load
+    from training.run import flat
 
     try:
-        loaded = OmegaConf.load(folder / ".hydra" / "config.yaml")
-        assert isinstance(loaded, DictConfig)
-        config = flat(plain(typed(loaded)))
+        state = load(folder, torch.device("cpu"))
+        config, asked = flat(state["config"]), state.get("asked", {})
+    except CheckpointError:
+        config, asked = _written(folder, "config.yaml"), {}
+        if not config:
+            raise Damaged("it has no checkpoint and no .hydra/config.yaml that can be read") from None
+        config = {key: _looked_up(value, config) for key, value in config.items()}
     except Exception as error:
-        raise Damaged(f"its .hydra/config.yaml cannot be read ({_reason(error)})") from error
-    return Record(folder, False, _steps_saved(folder), config, {}, {}, last_words=_last_words(folder))
+        raise Damaged(f"its checkpoint has no configuration ({_reason(error)})") from error
+    record = Record(folder, False, _steps_saved(folder), _defaults() | config, {}, {}, last_words=_last_words(folder))
+    return record, asked
 
 
-def _add_hydra(record: Record) -> None:
-    """The command line, the choices of groups and the derived keys, where the run has them."""
+def _written(folder: Path, name: str) -> dict[str, Any]:
+    """A file of .hydra/, flat and as it is written: nothing that it refers to is looked up; empty without one."""
     from omegaconf import OmegaConf
 
     from training.run import flat
 
-    hidden = record.folder / ".hydra"
+    path = folder / ".hydra" / name
+    return flat(OmegaConf.to_container(OmegaConf.load(path), resolve=False)) if path.is_file() else {}  # type: ignore[arg-type]
+
+
+def _looked_up(value: Any, config: dict[str, Any]) -> Any:
+    """The value of the key that a value refers to, as ${train.steps}; any other value is itself."""
+    return config.get(value[2:-1], value) if isinstance(value, str) and value.startswith("${") else value
+
+
+def _from_hydra(record: Record) -> dict[str, Any]:
+    """What a run from before asked for, by .hydra/; nothing where another run has written that."""
+    from omegaconf import OmegaConf
+
+    from training.run import FREE_TO_CHANGE
+
+    written, prefix = _written(record.folder, "config.yaml"), "hydra.runtime.choices."
+    ignored = {"device", "precision", *FREE_TO_CHANGE}
+    references = {key: str(value) for key, value in written.items() if str(value).startswith("${")}
+    for key in written.keys() & record.config.keys() - ignored - references.keys():
+        if written[key] != record.config[key]:
+            return {}
+    choices = {key: choice for key, choice in _written(record.folder, "hydra.yaml").items() if key.startswith(prefix)}
+    overrides: Any = []
     if (record.folder / OVERRIDES).is_file():
-        record.overrides = [str(override) for override in OmegaConf.load(record.folder / OVERRIDES)]
-    if (hidden / "hydra.yaml").is_file():
-        choices: Any = OmegaConf.select(OmegaConf.load(hidden / "hydra.yaml"), "hydra.runtime.choices")
-        record.choices = {
-            str(group): str(choice)
-            for group, choice in (choices or {}).items()
-            if choice is not None and not str(group).startswith("hydra/")
-        }
-    if (hidden / "config.yaml").is_file():
-        written: Any = OmegaConf.to_container(OmegaConf.load(hidden / "config.yaml"), resolve=False)
-        record.derived = {key for key, value in flat(written).items() if str(value).startswith("${")}
+        overrides = OmegaConf.to_container(OmegaConf.load(record.folder / OVERRIDES), resolve=False)
+    return {
+        "overrides": overrides,
+        "choices": {key.removeprefix(prefix): choice for key, choice in choices.items()},
+        "references": references,
+    }
+
+
+def _add_asked(record: Record, asked: dict[str, Any]) -> None:
+    """The command line, the choices of groups and the derived keys, as far as a run tells."""
+    record.config_dir = [str(path) for path in asked.get("config_dir", [])]
+    record.overrides = [str(override) for override in asked.get("overrides", [])]
+    record.choices = {
+        str(group): str(choice)
+        for group, choice in asked.get("choices", {}).items()
+        if choice is not None and not str(group).startswith("hydra/")
+    }
+    record.derived = set(map(str, asked.get("references", {})))
 
 
 def _defaults() -> dict[str, Any]:
