@@ -248,8 +248,10 @@ def main() -> None:
     threading.excepthook = quiet_on_full_disks(threading.excepthook)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        arguments, trusted = take_trusted(sys.argv[1:])
-        sys.argv[1:] = resume_arguments(arguments, trusted)
+        try:
+            sys.argv[1:] = resume_arguments(*take_trusted(sys.argv[1:]))
+        except ConfigError as error:
+            refuse(str(error))
         hydra_main()
     except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
         print("catvae: interrupted", file=sys.stderr)
