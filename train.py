@@ -270,8 +270,10 @@ def main() -> None:
         if (number := getattr(signal, name, None)) and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        arguments, trusted = take_trusted(sys.argv[1:])
-        sys.argv[1:] = resume_arguments(arguments, trusted)
+        try:
+            sys.argv[1:] = resume_arguments(*take_trusted(sys.argv[1:]))
+        except ConfigError as error:
+            refuse(str(error))
         hydra_main()
     except KeyboardInterrupt:  # outside the training loop, which has a checkpoint to write first
         print("catvae: interrupted", file=sys.stderr)
