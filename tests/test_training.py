@@ -598,7 +598,7 @@ def test_run_folder_is_used_once(copied: Callable[[str], Path]) -> None:
 def test_split_manifest(finished: Finished) -> None:
     folder = finished(golden.line("marginalization"))
     manifest = json.loads((folder / "split.json").read_text())
-    assert manifest.keys() == {"dataset", "split_seed", "hash", "labelled", "unlabelled", "validation"}
+    assert manifest.keys() == {"dataset", "split_seed", "hash", "class_names", "labelled", "unlabelled", "validation"}
     assert (manifest["dataset"], manifest["split_seed"]) == ("digits", 0)
     parts = {name: np.array(manifest[name]) for name in ("labelled", "unlabelled", "validation")}
     split = Split(parts["labelled"], parts["unlabelled"], parts["validation"])
