@@ -160,8 +160,7 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
                 log.info("%s is finished already, and stays as it is", folder)
                 return 0
         else:
-            manifest = run.split.manifest(checked.data.name, checked.data.split_seed)
-            write_json(folder / SPLIT, manifest | {"class_names": list(run.facts.class_names)})
+            write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
             run.save(folder)
         with Report(run, folder) as report:
             while True:

@@ -130,6 +130,8 @@ def _explain_key(error: OmegaConfBaseException, override: str) -> str:
     if isinstance(error, InterpolationResolutionError) or annotation is None:
         return f"{key} cannot be used: {first_line}" + (f", got {override}" if override else "")
     got = shown(error.value) if isinstance(error, ValidationError) else override or "nothing"
+    if annotation is Any and "." in key:  # a number or a word, which the schema checks itself
+        return f"{key} must be given, got {got}"
     return f"{key} must be {allowed(annotation)}, got {got}"
 
 

@@ -31,6 +31,7 @@ SPELLINGS = {
 }
 SPELLINGS |= {f"{name}{what}" for name in (UNLABELLED, "unlabeled") for what in ("data", "images", "pictures")}
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "labelled", "labeled"}
+LARGEST_SIDE = 256  # pixels; networks of larger images are chosen with open eyes, as they take all memory
 BLACK = 16  # of 255: images without a brighter pixel have another range
 WANTED = (
     "data=arrays needs data.path, an .npz file with images (uint8 [N, H, W] or [N, C, H, W]) and labels "
@@ -47,6 +48,12 @@ def facts(path: str | None, num_test: float | None = None, resize: str | None = 
     else:
         shape, labels, test_labels = npz.read_labels(file)
         shape, names = (shape[0], *size_of(resize)) if resize else shape, ()
+    if not resize and max(shape[1:]) > LARGEST_SIDE:
+        size = "x".join(map(str, shape[1:]))
+        raise DataError(
+            f"{file} has images of {size} pixels (height x width): data.resize=64x64 brings them to a size that "
+            f"trains, and data.resize={size} leaves them as they are"
+        )
     num_classes = _check_classes(labels, str(file))
     names = names or npz.read_names(file, num_classes)
     rows, test = parts(labels, num_classes, test_labels is not None, num_test, str(file))

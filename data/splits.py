@@ -28,6 +28,7 @@ class Split:
     unlabelled: Indices
     validation: Indices
     digest: str = ""  # of the images, where the dataset's name does not tell them
+    class_names: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -36,7 +37,8 @@ class Split:
 
     def manifest(self, dataset: str, split_seed: int) -> dict[str, Any]:
         digest = {"digest": self.digest} if self.digest else {}
-        return {"dataset": dataset, "split_seed": split_seed, "hash": self.hash, **digest, **self._lists()}
+        names = {"class_names": list(self.class_names)} if self.class_names else {}
+        return {"dataset": dataset, "split_seed": split_seed, "hash": self.hash, **digest, **names, **self._lists()}
 
     def _lists(self) -> dict[str, list[int]]:
         return {
@@ -234,7 +236,7 @@ def draw_split(
     unlabelled = rest if labelled_in_unlabelled else np.setdiff1d(rest, labelled)
     if not len(unlabelled):
         raise ValueError(NONE_UNLABELLED)
-    return Split(np.sort(labelled), np.sort(unlabelled), np.sort(validation), digest)
+    return Split(np.sort(labelled), np.sort(unlabelled), np.sort(validation), digest, tuple(class_names))
 
 
 def _first(rows: Indices, labels: Indices, per_class: Indices) -> Indices:

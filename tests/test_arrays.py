@@ -244,6 +244,20 @@ def test_resize_brings_a_file_and_a_folder_to_the_same_pixels(channels: int, tmp
     assert np.array_equal(small.images[:], arrays.load(str(path), "train", **settings).images[:])
 
 
+def test_large_images_need_a_word(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    large = np.random.default_rng(0).integers(256, size=(300, 8), dtype=np.uint8)
+    for file in [*source.rglob("*.jpg"), *source.rglob("*.png")]:
+        Image.fromarray(large).save(file)
+    path = stored(tmp_path, images=np.stack([large] * 46))
+    for given in (source, path):
+        ended = refusal(given)
+        assert f"{given} has images of 300x8 pixels (height x width): data.resize=64x64 brings them" in ended.err
+        assert "data.resize=300x8 leaves them as they are" in ended.err
+        assert arrays.facts(str(given), resize="300x8").shape == (1, 300, 8)
+        assert arrays.facts(str(given), resize="8x8").shape == (1, 8, 8)
+
+
 def messy(folder: Path) -> Path:
     """What a person has: several sizes, formats, depths and colours, sub-folders, and files that are no pictures."""
     source = folder_of_files(folder)

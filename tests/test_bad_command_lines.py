@@ -196,6 +196,7 @@ BAD = [
     ),
     ("data=mnist data.num_labelled=[1]", "data.num_labelled must be all, or a positive multiple", "got [1]"),
     ("data=mnist data.num_labelled=null", "data.num_labelled must be all, or a positive multiple", "got null"),
+    ("data=mnist data.num_labelled='???'", "data.num_labelled must be given", "got nothing"),
     ("data=mnist data.num_labelled=some", "data.num_labelled must be all, or a positive multiple", "got some"),
     (
         "data=mnist data.num_labelled=100000",

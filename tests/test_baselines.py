@@ -309,7 +309,7 @@ def test_a_classifier_that_fails_does_not_stop_the_others(tmp_path: Path) -> Non
         ("--methods nearest", "--methods must be out of nearest_neighbour, logistic_regression"),
         ("--draws 4-0", "--draws must be numbers such as 0-4 or 0,3,7, got 4-0"),
         ("--draws 0-1 data.split_seed=3", "data.split_seed must be left out with --draws"),
-        ("data.num_labelled=20,15", "data.num_labelled must be a positive multiple of the 10 classes"),
+        ("data.num_labelled=20,15", "data.num_labelled must be all, or a positive multiple of the 10 classes"),
         ("data=nosuch", "data must be one of arrays, digits"),
         ("data.nosuch=1", "data.nosuch=1 is not a key"),
         ("nosuch", "an argument must be key=value"),

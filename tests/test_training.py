@@ -602,7 +602,7 @@ def test_run_folder_is_used_once(copied: Callable[[str], Path]) -> None:
 def test_split_manifest(finished: Finished) -> None:
     folder = finished(golden.line("marginalization"))
     manifest = json.loads((folder / "split.json").read_text())
-    assert manifest.keys() == {"dataset", "split_seed", "hash", "labelled", "unlabelled", "validation"}
+    assert manifest.keys() == {"dataset", "split_seed", "hash", "class_names", "labelled", "unlabelled", "validation"}
     assert (manifest["dataset"], manifest["split_seed"]) == ("digits", 0)
     parts = {name: np.array(manifest[name]) for name in ("labelled", "unlabelled", "validation")}
     split = Split(parts["labelled"], parts["unlabelled"], parts["validation"])
@@ -801,7 +801,10 @@ def test_planted_nan(tmp_path: Path, finished: Finished, monkeypatch: pytest.Mon
     ended = run(f"{line}catvae_nan_plugin.NaN", tmp_path / "run", code=3)
     assert_one_sentence(ended, "unlabelled_bound is nan at step 5")
     run(f"{line}estimators.marginalization.Marginalization train.steps=5", tmp_path / "five")
-    assert equal(checkpoint(tmp_path / "five"), checkpoint(tmp_path / "run"))
+    states = [checkpoint(tmp_path / name) for name in ("five", "run")]
+    for state in states:
+        del state["validation_bounds"]  # step 5 is the last of one alone, and is looked at
+    assert equal(*states)
 
 
 # ---- an estimator from outside, and a trainer that knows none ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -19,6 +20,7 @@ from configs.schema import ConfigError
 FORMAT_VERSION = 1
 NEEDED = ("config", "split_hash", "model", "estimator", "optimizer", "random_state")
 KEPT = 2
+SEAL, LAST_RECORD = b"sha256 ", 22  # bytes of an archive's last record without a comment (APPNOTE.TXT, section 4.3.16)
 
 
 class CheckpointError(ConfigError):
@@ -64,9 +66,21 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = checkpoints / f"step_{step:08d}.pt"
     content = io.BytesIO()  # PyTorch's own file writer does not say why it cannot write
     torch.save({"format_version": FORMAT_VERSION, "step": step, **state}, content)
-    write_atomically(path, content.getvalue())
+    write_atomically(path, _sealed(content.getvalue()))
     prune(folder)
     return path
+
+
+def _sealed(content: bytes) -> bytes:
+    """An archive with the SHA-256 of all before its last record as its comment: PyTorch heeds parts without a CRC."""
+    comment = SEAL + hashlib.sha256(content[:-LAST_RECORD]).hexdigest().encode()
+    return content[:-2] + len(comment).to_bytes(2, "little") + comment
+
+
+def _is_broken(path: Path, comment: bytes) -> bool:
+    """Whether an archive's comment is a seal, and of another content. Those from before have none."""
+    content = path.read_bytes()[: -LAST_RECORD - len(comment)]
+    return comment.startswith(SEAL) and comment != SEAL + hashlib.sha256(content).hexdigest().encode()
 
 
 def prune(folder: Path) -> None:
@@ -112,8 +126,8 @@ def _load(path: Path, device: torch.device, way_out: str) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
             damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+            if damaged or _is_broken(path, archive.comment):
+                raise zipfile.BadZipFile(f"the checksum of {damaged or 'the file'} is wrong")
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a damaged archive fails in many ways, and each means the same to a person
         reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
