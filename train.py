@@ -146,7 +146,7 @@ def run_in(folder: Path, checked: Config) -> int:
                 return 0
         else:
             manifest = run.split.manifest(checked.data.name, checked.data.split_seed)
-            write_json(folder / SPLIT, manifest | {"class_names": list(run.class_names)})
+            write_json(folder / SPLIT, manifest | {"class_names": list(run.facts.class_names)})
             run.save(folder)
         with Report(run, folder) as report:
             while True:

@@ -204,7 +204,7 @@ def test_pictures_at_any_depth_and_what_is_left_out_is_told(folder: Path, images
     files = ["a.png", "deep/er/b.bmp", "deep/er/c.gif", "deep/d.webp"]
     for file, image in zip(files, images, strict=False):
         (tmp_path / "in" / file).parent.mkdir(parents=True, exist_ok=True)
-        lossless = {"lossless": True} if file.endswith("webp") else {}
+        lossless: dict[str, Any] = {"lossless": True} if file.endswith("webp") else {}
         Image.fromarray(image[0]).save(tmp_path / "in" / file, **lossless)
     (tmp_path / "in" / "notes.txt").write_text("notes")
     (tmp_path / "in" / "deep" / "broken.png").write_text("no picture")
