@@ -112,7 +112,7 @@ def test_the_size_that_a_checkpoint_will_have(optimizer: str, tmp_path: Path) ->
     line = f"{MLP} model.hidden=100 optimizer={optimizer} train.steps=1 train.validate_every=1"
     with mock.patch("shutil.disk_usage", return_value=mock.Mock(free=10)):
         said = run(line, tmp_path / "run").said
-    first, last = (float(size) for size in re.findall(r"a checkpoint takes ([\d.]+) MB", said))
+    first, *_, last = (float(size) for size in re.findall(r"a checkpoint takes ([\d.]+) MB", said))
     assert first == pytest.approx(last, abs=0.15)
     assert last == pytest.approx(checkpoints.stored(tmp_path / "run")[-1].stat().st_size / 1e6, abs=0.06)
 

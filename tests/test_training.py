@@ -339,7 +339,7 @@ def test_resumed_run_equals_one_that_never_stopped(name: str, finished: Finished
 @pytest.mark.parametrize(("every", "newest"), [(4, 8), (100, 0)])
 def test_resume_after_being_killed(every: int, newest: int, copied: Callable[[str], Path], finished: Finished) -> None:
     """SIGKILL leaves events past the newest checkpoint, and no result."""
-    line = f"{golden.line('gumbel_softmax')} lr_factor=linear train.checkpoint_every={every}"
+    line = f"{golden.line('gumbel_softmax')} lr_factor=linear train.checkpoint_every={every} train.validate_every=100"
     whole, killed = finished(line), copied(line)
     (killed / "result.json").unlink()
     checkpoints.stored(killed)[-1].unlink()
