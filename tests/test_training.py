@@ -277,7 +277,14 @@ def test_same_seed_gives_the_same_checkpoint(estimator: str, finished: Finished,
 )
 def test_looking_changes_nothing(start: str, line: str, finished: Finished, tmp_path: Path) -> None:
     run(f"{start} {line}", tmp_path / "run")
-    assert equal(checkpoint(finished(start)), checkpoint(tmp_path / "run"))
+    assert equal(unvalidated(finished(start)), unvalidated(tmp_path / "run"))
+
+
+def unvalidated(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint without what a validation leaves in it: the bounds that it found."""
+    state = checkpoint(folder)
+    del state["validation_bounds"]
+    return state
 
 
 def test_seed_draws_the_parameters_and_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +340,7 @@ def test_resumed_run_equals_one_that_never_stopped(name: str, finished: Finished
     assert_same_events(whole, halves)
 
 
-@pytest.mark.parametrize(("every", "newest"), [(4, 8), (100, 0)])
+@pytest.mark.parametrize(("every", "newest"), [(4, 8), (100, 6)])
 def test_resume_after_being_killed(every: int, newest: int, copied: Callable[[str], Path], finished: Finished) -> None:
     """SIGKILL leaves events past the newest checkpoint, and no result."""
     line = f"{golden.line('gumbel_softmax')} lr_factor=linear train.checkpoint_every={every}"
@@ -598,7 +605,7 @@ def test_run_folder_is_used_once(copied: Callable[[str], Path]) -> None:
 def test_split_manifest(finished: Finished) -> None:
     folder = finished(golden.line("marginalization"))
     manifest = json.loads((folder / "split.json").read_text())
-    assert manifest.keys() == {"dataset", "split_seed", "hash", "labelled", "unlabelled", "validation"}
+    assert manifest.keys() == {"dataset", "split_seed", "hash", "class_names", "labelled", "unlabelled", "validation"}
     assert (manifest["dataset"], manifest["split_seed"]) == ("digits", 0)
     parts = {name: np.array(manifest[name]) for name in ("labelled", "unlabelled", "validation")}
     split = Split(parts["labelled"], parts["unlabelled"], parts["validation"])
@@ -797,7 +804,7 @@ def test_planted_nan(tmp_path: Path, finished: Finished, monkeypatch: pytest.Mon
     ended = run(f"{line}catvae_nan_plugin.NaN", tmp_path / "run", code=3)
     assert_one_sentence(ended, "unlabelled_bound is nan at step 5")
     run(f"{line}estimators.marginalization.Marginalization train.steps=5", tmp_path / "five")
-    assert equal(checkpoint(tmp_path / "five"), checkpoint(tmp_path / "run"))
+    assert equal(unvalidated(tmp_path / "five"), unvalidated(tmp_path / "run"))
 
 
 # ---- an estimator from outside, and a trainer that knows none ----
