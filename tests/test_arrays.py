@@ -412,9 +412,9 @@ def test_every_label_trains_without_validation_and_test_and_the_run_says_so(tmp_
     found = result(tmp_path / "run")
     measured = [name for name in found if name.startswith(("val_", "test_"))]
     assert {"val_accuracy", "val_bound", "test_accuracy", "test_bound", "test_log_likelihood"} <= set(measured)
-    numbers = {name: found[name] for name in measured if "_n" in name}
-    assert set(numbers.values()) <= {0}
-    assert {found[name] for name in measured if name not in numbers} == {None}
+    counts = {"val_n", "val_n_with_label", "test_n", "test_n_with_label"}
+    assert {found[name] for name in counts} == {0}
+    assert {found[name] for name in measured if name not in counts} == {None}
     assert curve(tmp_path / "run", "train/J")
     with pytest.raises(KeyError, match="val/bound"):
         curve(tmp_path / "run", "val/bound")

@@ -163,7 +163,6 @@ def test_every_kind_in_both_formats(kind: str, suffix: str, folder: Path, tmp_pa
         width, height = {
             "classes": (4 * cell + gap, 10 * cell + gap),
             "interpolation": (4 * cell + gap, 10 * cell + gap),
-            "samples": (4 * cell + gap, 4 * cell + gap),
             "analogies": (11 * cell + 2 * gap + 6, 4 * cell + gap),
             "reconstructions": (4 * cell + gap, 2 * cell + gap),
         }[kind]

@@ -277,10 +277,14 @@ def test_same_seed_gives_the_same_checkpoint(estimator: str, finished: Finished,
 )
 def test_looking_changes_nothing(start: str, line: str, finished: Finished, tmp_path: Path) -> None:
     run(f"{start} {line}", tmp_path / "run")
-    states = [checkpoint(folder) for folder in (finished(start), tmp_path / "run")]
-    for state in states:
-        del state["validation_bounds"]  # what was seen; of other batches, by other draws
-    assert equal(*states)
+    assert equal(unvalidated(finished(start)), unvalidated(tmp_path / "run"))
+
+
+def unvalidated(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint without what a validation leaves in it: the bounds that it found."""
+    state = checkpoint(folder)
+    del state["validation_bounds"]
+    return state
 
 
 def test_seed_draws_the_parameters_and_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,10 +340,10 @@ def test_resumed_run_equals_one_that_never_stopped(name: str, finished: Finished
     assert_same_events(whole, halves)
 
 
-@pytest.mark.parametrize(("every", "newest"), [(4, 8), (100, 0)])
+@pytest.mark.parametrize(("every", "newest"), [(4, 8), (100, 6)])
 def test_resume_after_being_killed(every: int, newest: int, copied: Callable[[str], Path], finished: Finished) -> None:
     """SIGKILL leaves events past the newest checkpoint, and no result."""
-    line = f"{golden.line('gumbel_softmax')} lr_factor=linear train.checkpoint_every={every} train.validate_every=100"
+    line = f"{golden.line('gumbel_softmax')} lr_factor=linear train.checkpoint_every={every}"
     whole, killed = finished(line), copied(line)
     (killed / "result.json").unlink()
     checkpoints.stored(killed)[-1].unlink()
@@ -801,10 +805,7 @@ def test_planted_nan(tmp_path: Path, finished: Finished, monkeypatch: pytest.Mon
     ended = run(f"{line}catvae_nan_plugin.NaN", tmp_path / "run", code=3)
     assert_one_sentence(ended, "unlabelled_bound is nan at step 5")
     run(f"{line}estimators.marginalization.Marginalization train.steps=5", tmp_path / "five")
-    states = [checkpoint(tmp_path / name) for name in ("five", "run")]
-    for state in states:
-        del state["validation_bounds"]  # step 5 is the last of one alone, and is looked at
-    assert equal(*states)
+    assert equal(unvalidated(tmp_path / "five"), unvalidated(tmp_path / "run"))
 
 
 # ---- an estimator from outside, and a trainer that knows none ----
