@@ -214,12 +214,13 @@ def resolved_likelihood(likelihood: Likelihood, binarization: Binarization) -> L
 def _probabilities(prior: Any, known: DatasetFacts) -> list[float]:
     """A list of K positive numbers whose sum is 1 within a hundredth, divided by their sum. Raises ValueError."""
     numbers = prior if isinstance(prior, list) else []
+    total = sum(p for p in numbers if isinstance(p, (int, float)))
     if (
         len(numbers) == known.num_classes
         and all(isinstance(p, (int, float)) and not isinstance(p, bool) and 0 < p < math.inf for p in numbers)
-        and abs(sum(numbers) - 1) < 0.01 + 1e-9
+        and abs(total - 1) < 0.01 + 1e-9
     ):
-        return [p / sum(numbers) for p in numbers]
+        return numbers if abs(total - 1) < 1e-9 else [p / total for p in numbers]  # so that dividing again changes none
     raise ValueError(
         f"prior must be uniform, labelled or a list of {known.num_classes} positive numbers that sum to 1, "
         f"one for each class, got {prior}"

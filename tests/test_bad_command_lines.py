@@ -353,9 +353,9 @@ SCRIPTS: list[tuple[Any, ...]] = [
     (compare, f"RUNS --output new/{TOO_LONG}", TOO_LONG),
     (compare, "RUNS --metric test_bound --output new/place", "none of these runs has it"),
     (compare, "nonexistent --output new/place", "nonexistent is not a folder"),
-    (gradient_quality, "RUNS/1 output=new/place", "step_00000001.pt", "cannot be read"),
+    (gradient_quality, "RUNS/1 output=new/place", "the split's hash differs"),
     (evaluate, "nonexistent --output found.json", "nonexistent", "is it a run folder?"),
-    (generate, "RUNS/1 --output drawn.png", "step_00000001.pt", "cannot be read"),
+    (generate, "RUNS/1 --output drawn.png", "the checkpoint has other layers"),
     (benchmark, "estimator=nope --output figures.json", "estimator must be one of"),
     (show_relaxation, "--draws 2000000 --output drawn.png", "--draws must be at most"),
 ]

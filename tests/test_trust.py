@@ -112,6 +112,31 @@ def test_nothing_that_a_checkpoint_names_is_run(attack: str, made: Path, place: 
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == files
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("facts", "none"),
+        ("facts", {"shape": [1, 8]}),
+        ("shape", [1, 8, 10**9]),
+        ("class_names", [1, 2]),
+        ("prior", [0.5, 0.5]),
+        ("prior", ["a"] * 10),
+        ("binarization", "os.system"),
+        ("likelihood", "os.system"),
+        ("model", {"a": 1}),
+        ("model", [1]),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_model_is_checked(key: str, value: Any, made: Path, place: Path) -> None:
+    folder = changed(made, place, {})
+    newest = checkpoints.stored(folder)[-1]
+    state = torch.load(newest, weights_only=True)
+    (state if key in state else state["facts"])[key] = value
+    torch.save(state, newest)
+    for door in ("generate", "predict"):
+        assert_refused(DOORS[door](folder), "the checkpoint", place)
+
+
 def test_an_unchanged_folder_is_opened(made: Path, place: Path) -> None:
     for door in DOORS.values():
         ended = door(changed(made, place, {}))

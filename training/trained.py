@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.schema import ConfigError
+from configs.schema import ConfigError, Likelihood
 from configs.targets import build
 from configs.trust import stored_config
 from data.batches import Binarization, binarize
@@ -235,7 +235,7 @@ def load_parameters(model: SemiSupervisedVAE, state: dict[str, Any]) -> None:
     """Raises ConfigError for a checkpoint of other layers."""
     try:
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # the latter two of what are no parameters at all
         raise ConfigError(
             "the checkpoint has other layers than the networks have now; use the version of the program that made it, "
             "whose git_commit is in its result.json, or start a new run"
@@ -248,7 +248,7 @@ def facts_of(state: dict[str, Any]) -> Facts:
     Raises DataError.
     """
     if stored := state.get("facts"):
-        return Facts(**stored | {"shape": tuple(stored["shape"]), "class_names": tuple(stored["class_names"])})
+        return _checked(stored)
     data = state["config"]["data"]
     try:
         known = facts(data["name"], data.get("path"), data.get("random_classes"), resize=data.get("resize"))
@@ -256,6 +256,26 @@ def facts_of(state: dict[str, Any]) -> Facts:
         raise DataError(f"the checkpoint is from before it held its images' shape and classes: {error}") from error
     names = known.class_names
     return Facts(known.shape, names, data["binarization"], None, "bernoulli", [1 / len(names)] * len(names))
+
+
+def _checked(stored: Any) -> Facts:
+    """The facts in a checkpoint, which may be anybody's. Raises ConfigError."""
+    try:
+        known = Facts(**stored | {"shape": tuple(stored["shape"]), "class_names": tuple(stored["class_names"])})
+        is_possible = (
+            len(known.shape) == 3
+            and all(isinstance(side, int) and 0 < side < 2**16 for side in known.shape)
+            and len(known.prior) == len(known.class_names) >= 2
+            and all(isinstance(p, float) and 0 < p < 1 for p in known.prior)
+            and all(isinstance(name, str) for name in known.class_names)
+            and known.binarization in get_args(Binarization)
+            and known.likelihood in {name.value for name in Likelihood} - {"auto"}
+        )
+    except (TypeError, KeyError) as error:
+        raise ConfigError(f"the checkpoint's facts are not those of a model ({error})") from error
+    if not is_possible:
+        raise ConfigError("the checkpoint's facts are not those of a model; is it of this program?")
+    return known
 
 
 def spread_out(bounds: Tensor) -> list[float]:
