@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,12 +201,22 @@ def _checked_digest(
 _digests: dict[tuple[object, ...], str] = {}
 
 
+def _shown(images: InFile, what: str) -> Iterator[Array]:
+    """All images block by block, with a progress bar on a terminal where that takes longer than a second."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(images), desc=what, unit="image", delay=1, leave=False, disable=None) as bar:
+        for block in images.blocks():
+            yield block
+            bar.update(len(block))
+
+
 def _read_through(file: Path, key: str, images: Array | InFile, digest: Any) -> None:
     """Takes images into a digest. Raises DataError if all are the same, or all but black as grey levels of 0 to 255."""
     what = f"the pictures in {file}" if _has_pictures(file) else f"{file}: {key}"
     brightest, first, are_same = 0, images[:1], True
     digest.update(str(images.shape).encode())
-    for block in images.blocks() if isinstance(images, InFile) else [images]:
+    for block in _shown(images, what) if isinstance(images, InFile) else [images]:
         digest.update(np.ascontiguousarray(block).data)
         brightest = max(brightest, int(block.max()))
         are_same = are_same and all(np.array_equal(image, first[0]) for image in block)
