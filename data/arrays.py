@@ -98,7 +98,7 @@ def load(
     chosen = rows[part == "test"]
     inside = tuple(inside[row] for row in chosen) if inside else ()
     chosen_images = images.of(chosen) if isinstance(images, InFile) else images[chosen]
-    return replace(whole, images=chosen_images, labels=labels[chosen], files=inside)
+    return replace(whole, images=chosen_images, labels=labels[chosen], files=inside, rows=chosen)
 
 
 def _has_pictures(file: Path) -> bool:

@@ -51,6 +51,7 @@ class Images:
     notes: tuple[str, ...] = ()  # sentences for the log: what was left out, and what was made of the rest
     contents: dict[str, str] = field(default_factory=dict)  # a digest of each file that train and test come from
     files: tuple[str, ...] = ()  # each image's, below the folder that they were read from
+    rows: npt.NDArray[np.int64] | None = None  # each image's, in the array of a file that has more
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from data.facts import Array, DataError
 from data.pictures import SMALLEST_SIDE
 from data.splits import Indices
-from data.stored import InFile
+from data.stored import InFile, Placed
 
 MOST_CHANNELS = 16  # more are taken for a side, of images whose channels are last
 WANTED = "an .npz file has images (uint8 [N, H, W] or [N, C, H, W]) and labels (integers [N], -1 without a label)"
@@ -63,33 +64,37 @@ def stream_images(file: Path, size: int, key: str = "images") -> Iterator[Array]
 
 
 def map_images(file: Path, key: str) -> tuple[InFile, tuple[str, ...]] | None:
-    """The same, left in their file; None where the file is compressed, or its arrays are not in C order."""
+    """The same, left in their file; None where the file is compressed, or its arrays are not in C order.
+
+    None on Windows too, which has no os.pread.
+    """
+    if not hasattr(os, "pread"):
+        return None
     try:
         if (place := _place(file, key)) is None:
             return None
-        path, offset, shape, dtype = place
-        mapped: npt.NDArray[Any] = np.memmap(path, dtype, "r", offset, shape)
+        placed = Placed(*place)
     except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
         raise _unreadable(file, error) from error
-    return InFile(mapped, as_pixels, np.arange(len(mapped))), _notes(file, key, mapped)
+    return InFile(placed, as_pixels, np.arange(placed.shape[0])), _notes(file, key, placed)
 
 
 def as_pixels(array: npt.NDArray[Any]) -> Array:
     """uint8 [N, C, H, W] of an array that may be bool, of 16 bits, without channels, or with its channels last."""
     if array.dtype == np.bool_:
         array = array.view(np.uint8) * np.uint8(255)
-    if array.dtype == np.uint16:
+    if array.dtype.itemsize == 2:
         array = (array >> 8).astype(np.uint8)
     if _has_channels_last(array.shape):
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))
     return array if array.ndim == 4 else array[:, None]
 
 
-def _notes(file: Path, key: str, array: npt.NDArray[Any]) -> tuple[str, ...]:
+def _notes(file: Path, key: str, array: npt.NDArray[Any] | Placed) -> tuple[str, ...]:
     notes = []
     if array.dtype == np.bool_:
         notes.append(f"{key} of {file} are bool, read as the grey levels 0 and 255")
-    if array.dtype == np.uint16:
+    if array.dtype.itemsize == 2:
         notes.append(f"{key} of {file} have 16 bits, of which the higher 8 are read")
     if _has_channels_last(array.shape):
         notes.append(f"{key} of {file} have their channels last, and are read so")
@@ -128,7 +133,7 @@ def _check_images(file: Path, key: str, header: Header) -> tuple[int, int, int]:
     """The shape [C, H, W] of each image."""
     shape, dtype = header
     wanted = f"{file}: {key} must be uint8 [N, H, W] or [N, C, H, W]"
-    if dtype not in TAKEN:
+    if dtype.newbyteorder("=") not in TAKEN:
         whole = f" ({key}.astype(numpy.uint8), of pixels in 0..255)"
         scale = {"f": " (pixels in 0..1 times 255, rounded)", "i": whole, "u": whole}.get(dtype.kind, "")
         raise DataError(f"{wanted}, got {dtype}{'' if dtype.hasobject else f' {list(shape)}'}; convert it{scale}")

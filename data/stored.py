@@ -2,23 +2,71 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data.facts import Array
+from data.facts import Array, DataError
 
 BLOCK = 2**26  # bytes that are looked at in one go
 
 
+class Placed:
+    """An array in a file that is kept open. A memory map of a file that is cut short would end the process.
+
+    Raises OSError if the file cannot be opened, and DataError at a reading if it has been written to since.
+    """
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.path, self.offset, self.shape, self.dtype = path, offset, shape, dtype
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+        self.stamp = self._stamp()
+
+    def read(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Some rows, those that lie one after another in one go."""
+        size = self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        found = np.empty((len(rows), size), dtype=np.uint8)
+        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+            content = self._bytes(self.offset + int(rows[start]) * size, (stop - start) * size)
+            found[start:stop] = np.frombuffer(content, dtype=np.uint8).reshape(-1, size)
+        if self._stamp() != self.stamp:
+            raise self._changed()
+        return found.view(self.dtype).reshape(len(rows), *self.shape[1:])
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        parts: list[bytes] = []
+        while length > 0:
+            part = os.pread(self.file, length, offset)
+            if not part:
+                raise self._changed()
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return b"".join(parts)
+
+    def _stamp(self) -> tuple[int, int]:
+        now = os.fstat(self.file)
+        return now.st_mtime_ns, now.st_size
+
+    def _changed(self) -> DataError:
+        return DataError(
+            f"{self.path} has changed since it was opened, and steps after that may have been trained on other images; "
+            "put back what was there and resume the run from its checkpoint, or start a new run"
+        )
+
+
 @dataclass(frozen=True)
 class InFile:
-    """Images uint8 [N, C, H, W] as an array has them, of which only the rows that are asked for come to memory."""
+    """Images uint8 [N, C, H, W] as a file has them, of which only the rows that are asked for come to memory."""
 
-    mapped: npt.NDArray[Any]  # a memory map of all images, as the file has them
+    placed: Placed
     as_pixels: Callable[[npt.NDArray[Any]], Array]  # makes uint8 [B, C, H, W] of some rows of it
     rows: npt.NDArray[np.int64]
 
@@ -27,11 +75,12 @@ class InFile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self), *self.as_pixels(self.mapped[:1]).shape[1:])
+        one = np.zeros((1, *self.placed.shape[1:]), dtype=self.placed.dtype)
+        return (len(self), *self.as_pixels(one).shape[1:])
 
     def __getitem__(self, chosen: Any) -> Array:
-        """Some images, in memory."""
-        return self.as_pixels(np.asarray(self.mapped[self.rows[chosen]]))
+        """Some images, in memory. Raises DataError if the file has changed."""
+        return self.as_pixels(self.placed.read(self.rows[chosen]))
 
     def of(self, chosen: npt.NDArray[np.int64]) -> InFile:
         """Some images, still in their file."""

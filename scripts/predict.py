@@ -3,7 +3,8 @@
 INPUT is a folder of pictures (all below it), an .npz file with `images`, or a part of the run's own data: unlabelled
 (without the labelled ones), val or test. Only a part needs that data; `./test` is a folder of that name. Columns:
 
-file or index       the picture below the folder; or the row in the array, for a part in the training or test images
+file or index       the picture below the folder; or the row in the array of the file; of a published data set, in its
+                    training or test images
 class, probability  the most probable class by its name, and q(y|x) of it; then the second one
 entropy             of q(y|x), in nats: how unsure the model is which class it is
 bound               the lower bound of log p(x), in nats: how well the model knows such an image
@@ -167,7 +168,8 @@ def of_part(arguments: argparse.Namespace, size: int) -> tuple[str, int, Chunks]
         rows = run.split.validation if part == "val" else run.rows("unlabelled")
     if not len(rows):
         raise DataError(f"the run has no images in its part {part}")
-    names = [source.files[row] if source.files else str(row) for row in rows.tolist()]
+    places = rows if source.rows is None else source.rows[rows]
+    names = [source.files[row] for row in rows] if source.files else [str(row) for row in places.tolist()]
     chunks = (
         (names[first : first + size], source.images[rows[first : first + size]]) for first in range(0, len(rows), size)
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from data import arrays, npz
+from data import arrays
 from data.batches import Ahead, Batches, fit, training_data
 from data.facts import Images
 from data.splits import Split
@@ -39,6 +42,7 @@ FORMS = {
     "colour": lambda: contents((3, 8, 9))["images"],
     "channels last": lambda: contents((8, 9, 3))["images"],
     "16 bits": lambda: deep(contents()["images"]),
+    "16 bits, the higher byte first": lambda: deep(contents()["images"]).astype(">u2"),
     "bool": lambda: contents()["images"] > 100,
     "Fortran's order": lambda: np.asfortranarray(contents()["images"]),
 }
@@ -66,14 +70,57 @@ def test_a_compressed_file_is_read_whole(tmp_path: Path) -> None:
     assert not isinstance(arrays.load(str(tmp_path / "mine.npz"), "train", mapped=True).images, InFile)
 
 
-def test_only_what_is_asked_for_comes_to_memory(tmp_path: Path) -> None:
+def test_only_what_is_asked_for_comes_to_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = arrays.load(str(stored(tmp_path)), "train", mapped=True).images
-    assert isinstance(images, InFile)
-    assert isinstance(images.mapped, np.memmap)
-    seen = []
-    watched = InFile(images.mapped, lambda rows: seen.append(len(rows)) or npz.as_pixels(rows), images.rows)  # type: ignore[func-returns-value]
-    watched[np.array([1, 2, 3])]
-    assert seen == [3]
+    read: list[int] = []
+    pread = os.pread
+
+    def watched(file: int, length: int, offset: int) -> bytes:
+        read.append(length)
+        return pread(file, length, offset)
+
+    monkeypatch.setattr(os, "pread", watched)
+    assert len(images[np.array([5, 6, 1])]) == 3
+    assert read == [128, 64]  # those that lie one after another in one go
+
+
+def rewritten(path: Path) -> None:
+    np.savez(path, **contents() | {"images": contents()["images"][::-1]})
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, 700)
+
+
+def altered_in_place(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(8))
+
+
+@pytest.mark.parametrize("change", [rewritten, cut_short, altered_in_place])
+def test_a_file_that_changes_while_a_run_trains_ends_it(change: Callable[[Path], None], tmp_path: Path) -> None:
+    """At the next minibatch, with the checkpoint kept; put back, the run goes on to what it would have been."""
+    path, read, steps = stored(tmp_path), Batches.rows, []
+    before = path.read_bytes()
+
+    def reading(batches: Batches, step: int) -> Any:
+        steps.append(step)
+        if step == 6:
+            time.sleep(0.02)  # a file system's clock is coarse
+            change(path)
+        return read(batches, step)
+
+    asked = f"{line(path)} data.placement=host train.checkpoint_every=2 train.steps=20"
+    with mock.patch.object(Batches, "rows", reading):
+        ended = run(asked, tmp_path / "run", code=2)
+    assert f"{path} has changed since it was opened" in ended.err
+    assert steps[-1] <= 9  # two minibatches were read before
+    assert checkpoint(tmp_path / "run")["step"] >= 6
+    path.write_bytes(before)
+    resume(tmp_path / "run")
+    run(asked, tmp_path / "whole")
+    assert equal(checkpoint(tmp_path / "run")["model"], checkpoint(tmp_path / "whole")["model"])
 
 
 def test_a_file_that_is_written_anew_has_another_digest(tmp_path: Path) -> None:
