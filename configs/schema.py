@@ -187,7 +187,10 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
-        self.likelihood = resolved_likelihood(self.likelihood, self.data.binarization)
+        data = self.data
+        if data.name == OWN and self.likelihood is Likelihood.auto and facts(data.name, data.path).is_binary:
+            self.likelihood = Likelihood.bernoulli
+        self.likelihood = resolved_likelihood(self.likelihood, data.binarization)
         if self.prior not in ("uniform", "labelled"):
             data = self.data
             known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)

@@ -60,7 +60,14 @@ def facts(path: str | None, num_test: float | None = None, resize: str | None = 
     rows, test = parts(labels, num_classes, test_labels is not None, num_test, str(file))
     sizes = np.bincount(labels[rows] + 1, minlength=num_classes + 1).tolist()
     return DatasetFacts(
-        len(rows), num_classes, shape, sizes[0], class_names=names, class_sizes=tuple(sizes[1:]), held_out=len(test)
+        len(rows),
+        num_classes,
+        shape,
+        sizes[0],
+        class_names=names,
+        class_sizes=tuple(sizes[1:]),
+        is_binary=not _has_pictures(file) and resize is None and npz.is_bool(file),
+        held_out=len(test),
     )
 
 
@@ -79,10 +86,12 @@ def load(
         left_out = LeftOut()
         files, labels = _listed(file, left_out)
         shape, deep = shape_of_all(stamped(files), resize)
+        are_deep = deep == len(files)
         images, names = read_pictures(files, shape, resize is not None), _names(file)
         notes, inside = _notes(file, left_out, deep), tuple(path.relative_to(file).as_posix() for path in files)
     else:
         _, labels, test_labels = npz.read_labels(file)
+        are_deep = npz.is_deep(file)
         images, notes = _arrays(file, "images", resize, mapped)
         names = ()
         if test_labels is not None:
@@ -90,7 +99,7 @@ def load(
             test, notes = (test_images, test_labels), notes + more
     num_classes = _check_classes(labels, str(file))
     names = names or npz.read_names(file, num_classes)
-    digest = _checked_digest(file, images, labels, test, resize)
+    digest = _checked_digest(file, images, labels, test, resize, are_deep)
     whole = Images(images, labels, num_classes, digest, names, notes, {"data.path": digest})
     rows = parts(labels, num_classes, bool(test), num_test, str(file))
     if test and part == "test":
@@ -175,7 +184,12 @@ def _check_classes(labels: Indices, where: str, name: str = "labels") -> int:
 
 
 def _checked_digest(
-    file: Path, images: Array | InFile, labels: Indices, test: tuple[Array | InFile, Indices] | None, resize: str | None
+    file: Path,
+    images: Array | InFile,
+    labels: Indices,
+    test: tuple[Array | InFile, Indices] | None,
+    resize: str | None,
+    are_deep: bool,
 ) -> str:
     """SHA-256 over shapes and contents; images in a file are read once a process, as long as the file has its stamp."""
     inside = [path for path in (file, file / "images.npy", file / "test_images.npy") if path.is_file()]
@@ -189,7 +203,7 @@ def _checked_digest(
     if digest is None:
         whole = hashlib.sha256()
         for key, pixels, classes in [("images", images, labels), *([("test_images", *test)] if test else [])]:
-            _read_through(file, key, pixels, whole)
+            _read_through(file, key, pixels, are_deep, whole)
             whole.update(str(classes.shape).encode())
             whole.update(np.ascontiguousarray(classes).data)
         digest = whole.hexdigest()
@@ -211,7 +225,7 @@ def _shown(images: InFile, what: str) -> Iterator[Array]:
             bar.update(len(block))
 
 
-def _read_through(file: Path, key: str, images: Array | InFile, digest: Any) -> None:
+def _read_through(file: Path, key: str, images: Array | InFile, are_deep: bool, digest: Any) -> None:
     """Takes images into a digest. Raises DataError if all are the same, or all but black as grey levels of 0 to 255."""
     what = f"the pictures in {file}" if _has_pictures(file) else f"{file}: {key}"
     brightest, first, are_same = 0, images[:1], True
@@ -220,6 +234,11 @@ def _read_through(file: Path, key: str, images: Array | InFile, digest: Any) -> 
         digest.update(np.ascontiguousarray(block).data)
         brightest = max(brightest, int(block.max()))
         are_same = are_same and all(np.array_equal(image, first[0]) for image in block)
+    if are_deep and brightest <= BLACK:
+        raise DataError(
+            f"{what} have 16 bits, of which the higher 8 are read, and none of those is above {brightest}: black; "
+            f"give 8 bits of each pixel as uint8, such as ({key} * (255 / {key}.max())).astype('uint8')"
+        )
     if len(images) > 1 and are_same:
         raise DataError(f"{what} are all the same, pixel by pixel; look at them")
     if brightest <= BLACK:

@@ -30,6 +30,7 @@ class DatasetFacts:
     source: str = ""
     class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
     class_sizes: tuple[int, ...] = ()  # training images of each class, where that is known without reading them
+    is_binary: bool = False  # whether the pixels are known to be black or white
     held_out: int = 0  # labelled images that are the test part, of those of a dataset without one
 
     def __post_init__(self) -> None:

@@ -237,6 +237,15 @@ def _opened(file: Path, key: str) -> Iterator[IO[bytes]]:
         yield inside
 
 
+def is_bool(file: Path) -> bool:
+    return _headers(file)["images"][1] == np.bool_
+
+
+def is_deep(file: Path) -> bool:
+    """Whether the images have 16 bits."""
+    return _headers(file)["images"][1].itemsize == 2
+
+
 def _place(file: Path, key: str) -> tuple[Path, int, tuple[int, ...], np.dtype[Any]] | None:
     """Where an array's data begin, in which file, with shape and dtype; None where they are not there as they are."""
     path, offset = (file / f"{key}.npy", 0) if file.is_dir() else (file, _offset(file, f"{key}.npy"))

@@ -30,6 +30,7 @@ GREY = {"1", "L", "LA", "La", "F"}  # Pillow's modes without colour, and those t
 NAMED = 5  # damaged files at most that a message names
 KINDS = 6  # of files that are left out, each named in the sentence
 SMALLEST_SIDE = 4  # pixels; the networks halve the sides twice
+LARGEST_RESIZE = 512  # more pixels than the networks here are for, or memory has room for
 
 
 @dataclass
@@ -122,9 +123,10 @@ def _walk(folder: str, left_out: LeftOut, above: tuple[str, ...]) -> Iterator[Pa
 def size_of(resize: str) -> tuple[int, int]:
     """Height and width of data.resize. Raises ValueError."""
     sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", resize)
-    if not sides or min(map(int, sides.groups())) < SMALLEST_SIDE:
+    if not sides or not all(SMALLEST_SIDE <= int(side) <= LARGEST_RESIZE for side in sides.groups()):
         raise ValueError(
-            f"data.resize must be HEIGHTxWIDTH in pixels, such as 32x32, each at least {SMALLEST_SIDE}, got {resize}"
+            f"data.resize must be HEIGHTxWIDTH in pixels, such as 32x32, each {SMALLEST_SIDE} to {LARGEST_RESIZE}, "
+            f"got {resize}"
         )
     return int(sides[1]), int(sides[2])
 

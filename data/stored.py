@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ class Placed:
         """Some rows, those that lie one after another in one go."""
         size = self.dtype.itemsize * int(np.prod(self.shape[1:]))
         found = np.empty((len(rows), size), dtype=np.uint8)
-        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        edges = [*np.flatnonzero(np.diff(rows, prepend=-2) != 1), len(rows)]
+        for start, stop in pairwise(edges):
             content = self._bytes(self.offset + int(rows[start]) * size, (stop - start) * size)
             found[start:stop] = np.frombuffer(content, dtype=np.uint8).reshape(-1, size)
         if self._stamp() != self.stamp:

@@ -201,7 +201,8 @@ def reduced(levels: int) -> Contents:
 RANGES: dict[str, tuple[Contents, tuple[str, ...]]] = {
     "0 and 1": ({"images": (IMAGES > 90).astype(np.uint8)}, ("got none above 1,", "write images * 255 or bool")),
     "0 to 16": (reduced(17), ("must be grey levels of 0 to 255, got none above", "write images * ")),
-    "12 of 16 bits": ({"images": IMAGES.astype(np.uint16) * 16}, ("got none above", "write images * ")),
+    "12 of 16 bits": ({"images": IMAGES.astype(np.uint16) * 16}, ("have 16 bits", "give 8 bits of each pixel")),
+    "8 bits in 16": ({"images": IMAGES.astype(np.uint16)}, ("have 16 bits", "give 8 bits of each pixel")),
     "black": ({"images": IMAGES * 0}, ("images are all the same",)),
     "white": ({"images": IMAGES * 0 + 255}, ("images are all the same",)),
     "one picture again and again": ({"images": np.stack([IMAGES[0]] * 46)}, ("images are all the same",)),
@@ -463,7 +464,7 @@ def test_a_changed_file_is_not_gone_on_with(key: str, tmp_path: Path) -> None:
     changed[0] += 1
     stored(tmp_path, **given | {key: changed})
     ended = resume(tmp_path / "run", "train.steps=4", code=2)
-    assert "another dataset than the run's" in ended.err
+    assert "are not those of this run" in ended.err
 
 
 def test_the_same_arrays_packed_differently_are_the_same(tmp_path: Path) -> None:
@@ -561,7 +562,7 @@ SETTINGS = {
     "data.num_test=-1": ("data.num_test must be a number of images, a fraction below 1, or 0 for none", "got -1"),
     "data.num_test=34": ("data.num_test=34 is too many for the 36 images", "at most 33, as each class keeps"),
     "data.resize=32": ("data.resize must be HEIGHTxWIDTH in pixels, such as 32x32", "got 32"),
-    "data.resize=3x32": ("data.resize must be HEIGHTxWIDTH in pixels", "at least 4, got 3x32"),
+    "data.resize=3x32": ("data.resize must be HEIGHTxWIDTH in pixels", "each 4 to 512, got 3x32"),
 }
 
 

@@ -383,3 +383,34 @@ def test_out_of_memory_at_a_look_loses_nothing(error: Exception, tmp_path: Path)
 def test_other_errors_of_an_evaluation_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes"), evaluation.naming_memory(3, "key"):
         raise RuntimeError("shapes do not fit")
+
+
+def test_the_index_of_a_part_is_the_row_in_the_file(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    labels = np.where(np.arange(60) % 2, -1, np.arange(60) // 2 % 3)
+    np.savez(tmp_path / "mine.npz", images=images, labels=labels)
+    run(
+        f"{OWN} data.path={tmp_path}/mine.npz data.num_labelled=all data.num_validation=6 train.steps=1",
+        tmp_path / "run",
+    )
+    seen: dict[str, list[int]] = {}
+    for part in ("unlabelled", "val", "test"):
+        output = tmp_path / f"{part}.csv"
+        assert command(predict.main, f"{tmp_path}/run {part} --output {output}").code == 0
+        with output.open() as file:
+            rows = list(csv.DictReader(file))
+        seen[part] = [int(row["index"]) for row in rows]
+        np.savez(tmp_path / "part.npz", images=images[seen[part]])
+        assert command(predict.main, f"{tmp_path}/run {tmp_path}/part.npz --output {output}").code == 0
+        with output.open() as file:
+            assert [row["bound"] for row in csv.DictReader(file)] == [row["bound"] for row in rows]
+    assert seen["unlabelled"] == list(range(1, 60, 2))
+    assert all(labels[row] >= 0 for part in ("val", "test") for row in seen[part])
+
+
+def test_bool_images_are_bernoulli(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).random((40, 8, 8)) < 0.5
+    np.savez(tmp_path / "mine.npz", images=images, labels=np.arange(40) % 2)
+    few = "data.num_labelled=10 data.num_validation=6 train.steps=1"
+    run(f"{OWN} data.path={tmp_path}/mine.npz data.binarization=none {few}", tmp_path / "run")
+    assert checkpoint(tmp_path / "run")["facts"]["likelihood"] == "bernoulli"

@@ -119,7 +119,7 @@ class Report:
         self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
         self.bar.set_postfix(self.shown)
         rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
-        log.info("step %d: %s, val bound %.2f", step, rest, measured.bound)
+        log.info("step %d: %s, val bound %.2f (%d images)", step, rest, measured.bound, measured.n)
 
     def alarm(self, step: int, *alarms: Alarm, aloud: bool = True) -> None:
         """Writes each alarm as 0 or 1, and says in a sentence, if `aloud`, when one is first found up."""

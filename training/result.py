@@ -57,5 +57,6 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         return
     report.say(
         f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
-        f"{run.log_likelihood_name} >= {measured['test_log_likelihood']:.2f} nats; {folder / RESULT}"
+        f"{run.log_likelihood_name} >= {measured['test_log_likelihood']:.2f} nats ({measured['test_n']} images); "
+        f"{folder / RESULT}"
     )

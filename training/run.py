@@ -319,9 +319,16 @@ class Run:
         """Takes up a checkpoint. Raises ConfigError if it belongs to another experiment."""
         if changed := changes(flat(state["config"]), self.config):
             raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
+        contents = state.get("contents", {})
+        if self.config.data.path is None:  # a person's own images are in the split's hash
+            self._check_contents(contents)
         if state["split_hash"] != self.split.hash:
-            raise ConfigError("resume found another dataset than the run's: the split's hash differs")
-        self._check_contents(state.get("contents", {}))  # published files; a person's own are in the split's hash
+            where = self.config.data.path or self.config.data.name
+            raise ConfigError(
+                f"the data of {where} are not those of this run: the split's hash differs; put back what was there, or "
+                "start a new run (scripts.predict on a folder or a file does without)"
+            )
+        self._check_contents(contents)
         load_parameters(self.model, state)
         self.estimator.load_state_dict(state["estimator"])
         self.optimizer.load_state_dict(state["optimizer"])
