@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from configs.trust import add_trust
-from scripts.command import positive, refusing_bad_input, writable
+from scripts.command import apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from training.trained import Prediction, Trained
 
 PARTS = ("unlabelled", "val", "test")
+OUTPUTS = {"--output": ".csv", "--sheet": ".png", "--embeddings": ".npz"}
 ON_SHEET = 60  # images
 Chunks = Iterator[tuple[list[str], "Array"]]
 
@@ -211,14 +212,17 @@ def main() -> None:
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
-        writable(arguments.output, (".csv",))
-        if arguments.sheet:
-            writable(arguments.sheet, (".png",), "--sheet")
-        if arguments.embeddings:
-            writable(arguments.embeddings, (".npz",), "--embeddings")
+        for option, place in outputs(arguments).items():
+            writable(place, (OUTPUTS[option],), option)
         for sentence in run(arguments):
             print(f"catvae: {sentence}", file=sys.stderr)
     print(arguments.output)
+
+
+def outputs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The files to write, by the option that names each."""
+    named = {option: getattr(arguments, option.removeprefix("--")) for option in OUTPUTS}
+    return {option: place for option, place in named.items() if place}
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
@@ -231,10 +235,13 @@ def run(arguments: argparse.Namespace) -> list[str]:
     model = open_run(arguments.folder, arguments.device, arguments.checkpoint, arguments.trust)
     model.batch_size = arguments.batch_size or model.batch_size
     size, found = model.batch_size, None
+    source = Path(arguments.input).expanduser()
+    read = model.own_images if arguments.input in PARTS else [source, *model.own_images]
+    apart(outputs(arguments), read, arguments.folder)
     if arguments.input in PARTS:
         column, number, chunks = of_part(arguments, size)
     else:
-        found = inputs(Path(arguments.input).expanduser(), model.facts.shape, model.facts.resize)
+        found = inputs(source, model.facts.shape, model.facts.resize)
         column, number, chunks = found.column, found.number, found.chunks(size)
     with ExitStack() as stack:
 

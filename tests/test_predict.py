@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.schema import ConfigError
 from data.batches import EvaluationData
 from data.datasets import load
 from data.facts import Array
@@ -26,6 +27,7 @@ from models.networks import ImageShape, mlp
 from models.vae import SemiSupervisedVAE
 from scripts import evaluate as evaluate_script
 from scripts import generate, predict
+from scripts.command import apart
 from tests.runs import MLP, ROOT, Ended, checkpoint, command, equal, resume, run
 from tests.test_readme import block_with
 from training.trained import Trained, open_run
@@ -286,6 +288,73 @@ def test_refused_and_nothing_left_behind(
     before = sorted(tmp_path.rglob("*"))
     assert_refused(command(predict.main, f"{folder} {line}"), *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def photographs(folder: Path, images: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: `run` is the run folder, `in` has pictures, and `linked` leads to some by a link."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(folder)
+    Path("in/deep").mkdir(parents=True)
+    Path("linked").mkdir()
+    Path("linked/there").symlink_to(tmp_path / "in")
+    for row, name in enumerate(("0.png", "deep/1.png")):
+        Image.fromarray(images[row, 0]).save(Path("in", name))
+    np.savez("ok.npz", images=images[:9])
+    Path("link.npz").symlink_to("ok.npz")
+    Path("dir.csv").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ok.npz --embeddings ok.npz", "--embeddings must be another file than what is read, got ok.npz"),
+        ("link.npz --embeddings ./in/../ok.npz", "--embeddings must be another file than what is read"),
+        ("ok.npz --embeddings link.npz", "--embeddings must be another file than what is read, got link.npz"),
+        ("in --sheet in/0.png", "--sheet must be outside of in, whose pictures are read"),
+        ("in --sheet in/new.png", "--sheet must be outside of in"),
+        ("in --sheet in/deep/new.PNG", "--sheet must be outside of in"),
+        ("linked --sheet in/new.png", "--sheet must be outside of linked"),
+        ("ok.npz --output run/checkpoints/p.csv", "--output must be no file of the run itself"),
+        ("ok.npz --embeddings e.npz --output dir.csv", "--output must be a file, got dir.csv, which is a folder"),
+        ("ok.npz --output in/0.png/p.csv", "--output must be in a folder that exists, got in/0.png/p.csv"),
+    ],
+)
+def test_no_output_destroys_what_is_read(line: str, words: str, photographs: Path) -> None:
+    before = {path: path.read_bytes() for path in sorted(photographs.rglob("*")) if path.is_file()}
+    assert_refused(command(predict.main, f"run {line}"), words)
+    assert {path: path.read_bytes() for path in sorted(photographs.rglob("*")) if path.is_file()} == before
+
+
+def test_no_picture_of_a_model_destroys_what_is_read(photographs: Path) -> None:
+    before = (photographs / "in" / "0.png").read_bytes()
+    for kind in ("analogies", "classes"):
+        ended = command(generate.main, f"run --kind {kind} --images in --output in/0.png")
+        assert_refused(ended, "--output must be outside of in")
+    assert (photographs / "in" / "0.png").read_bytes() == before
+    ended = command(evaluate_script.main, "run --output run/result.json")
+    assert_refused(ended, "--output must be no file of the run itself, got run/result.json")
+
+
+def test_the_run_s_own_images_are_not_written_over(photographs: Path) -> None:
+    """They are gone here; a file of that name must not become theirs."""
+    model = open_run("run")
+    ended = command(predict.main, f"run val --embeddings {model.own_images[0]}")
+    assert_refused(ended, "--embeddings must be another file than what is read")
+
+
+def test_two_outputs_are_two_files(photographs: Path) -> None:
+    one, other = Path("one.png"), Path("in/../one.png")
+    with pytest.raises(ConfigError, match=r"--output and --sheet must be two files, got one.png and in/../one.png"):
+        apart({"--output": one, "--sheet": other}, (), Path("run"))
+    apart({"--output": one, "--sheet": Path("two.png")}, [Path("in"), Path("ok.npz")], Path("run"))
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_before_work(photographs: Path) -> None:
+    with mock.patch.object(os, "access", lambda place, how: str(place) != "in"):
+        ended = command(predict.main, "run ok.npz --output in/p.csv")
+    assert_refused(ended, "--output must be in a folder that may be written to, got in/p.csv")
 
 
 def test_pictures_are_drawn_without_the_data(folder: Path, images: Array, tmp_path: Path) -> None:

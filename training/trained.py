@@ -81,6 +81,9 @@ class Trained:
         self.model.to(device).to(memory_format=torch.channels_last).eval()
         self.batch_size = min(state["config"]["evaluation"]["batch_size"], rows_at_once(math.prod(self.facts.shape)))
         self.validation_bounds = torch.tensor(state.get("validation_bounds", []), dtype=torch.float64)
+        data = state["config"]["data"]
+        self.own_images = [Path(data["path"]).expanduser()] if data.get("path") else []  # that it was trained on
+        self.has_validation = data.get("num_validation") != 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
