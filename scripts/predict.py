@@ -1,7 +1,8 @@
 """Writes what the model of a run folder says of images, a row an image, as a .csv file.
 
-INPUT is a folder of pictures (all below it), an .npz file with `images`, or a part of the run's own data: unlabelled
-(without the labelled ones), val or test. Only a part needs that data; `./test` is a folder of that name. Columns:
+INPUT is a folder of pictures (all below it), one picture, an .npz file with `images` or a folder with images.npy, or a
+part of the run's own data: unlabelled (without the labelled ones), val or test. Only a part needs that data; `./test`
+is a folder of that name. Columns:
 
 file or index       the picture below the folder; or the row in the array, for a part in the training or test images
 class, probability  the most probable class by its name, and q(y|x) of it; then the second one
@@ -187,7 +188,7 @@ def predict(
     import torch
 
     for names, images in chunks:
-        prediction = model.predict(images)
+        prediction = model.predict(images, in_range=True)
         entropy = torch.special.entr(prediction.q).sum(dim=-1)
         table.add(names, prediction, entropy)
         if embeddings:
@@ -227,6 +228,7 @@ def outputs(arguments: argparse.Namespace) -> dict[str, Path]:
 
 def run(arguments: argparse.Namespace) -> list[str]:
     """Predicts, writes the files, whole or not at all, and returns what a person should know."""
+    from data.facts import DataError
     from data.inputs import inputs
     from models.evaluation import progress
     from training.checkpoints import written
@@ -238,6 +240,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
     source = Path(arguments.input).expanduser()
     read = model.own_images if arguments.input in PARTS else [source, *model.own_images]
     apart(outputs(arguments), read, arguments.folder)
+    if arguments.input not in PARTS and not source.exists():
+        raise DataError(
+            f"{arguments.input} must be a folder of pictures or an .npz file, and it does not exist; parts of the "
+            f"run's own data are {', '.join(PARTS)}"
+        )
     if arguments.input in PARTS:
         column, number, chunks = of_part(arguments, size)
     else:
@@ -262,7 +269,9 @@ def run(arguments: argparse.Namespace) -> list[str]:
             with written(arguments.sheet) as file:
                 sheet.write(file)
     said = found.said() if found else []
-    if not len(model.validation_bounds):
+    if not model.has_validation:
+        said.append("novelty is empty: the run has no validation images to compare with, as data.num_validation=0")
+    elif not len(model.validation_bounds):
         said.append("novelty is empty: this checkpoint was not validated, or is from before that was kept in it")
     return said
 

@@ -357,6 +357,77 @@ def test_a_folder_that_may_not_be_written_to_is_said_before_work(photographs: Pa
     assert_refused(ended, "--output must be in a folder that may be written to, got in/p.csv")
 
 
+@pytest.mark.parametrize(
+    ("divided", "dtype", "words"),
+    [
+        (255, np.uint8, "got none above 1 in its 9 images, which is black; multiply them by 255"),
+        (16, np.uint8, "got none above 15 in its 9 images, which is black; multiply them by 17"),
+        (1, np.uint16, "got none above 0 in its 9 images, which is black; of 16 bits the higher 8 are read"),
+    ],
+)
+def test_images_of_another_range_are_refused(
+    divided: int, dtype: Any, words: str, photographs: Path, images: Array
+) -> None:
+    np.savez("dark.npz", images=(images[:9] // divided).astype(dtype))
+    assert_refused(command(predict.main, "run dark.npz --output p.csv"), "dark.npz", words)
+    assert_refused(command(generate.main, "run --images dark.npz --kind analogies --output a.png"), words)
+    assert not Path("p.csv").exists()
+
+
+def test_a_dark_part_of_bright_images_is_predicted(photographs: Path, images: Array) -> None:
+    np.savez("some.npz", images=np.concatenate([np.zeros_like(images[:4]), images[:4]]))
+    assert len(predicted("run some.npz --batch-size 2", Path("p.csv"))) == 8
+    np.savez("one.npz", images=np.zeros_like(images[:1]))
+    assert len(predicted("run one.npz", Path("p.csv"))) == 1
+
+
+def test_images_of_zeros_and_ones_are_said_in_python(model: Trained, images: Array) -> None:
+    binary = (images[:5] > 128).astype(np.uint8)
+    for ask in (model.classify, model.encode, model.predict, model.log_likelihood):
+        with pytest.raises(ValueError, match=r"got none above 1 in 5 images; .* to be multiplied by 255"):
+            ask(binary)
+        with pytest.raises(ValueError, match="to be multiplied by 255"):
+            ask(torch.from_numpy(binary))
+        ask(binary[:1] * 0)  # an image may be black
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("bool", "are bool, read as the grey levels 0 and 255"), ("uint16", "have 16 bits"), ("last", "channels last")],
+)
+def test_what_is_made_of_an_array_is_said(how: str, words: str, photographs: Path, images: Array) -> None:
+    shown = images[:9, 0]
+    stored = {"bool": shown > 128, "uint16": shown.astype(np.uint16) << 8, "last": shown[..., None]}[how]
+    np.savez_compressed("a.npz", images=stored)
+    Path("arrays").mkdir()
+    np.save("arrays/images.npy", stored)
+    for source in ("a.npz", "arrays"):  # as in training, a folder of .npy files is one of arrays
+        ended = command(predict.main, f"run {source} --output p.csv")
+        assert ended.code == 0, ended.said
+        assert words in ended.err
+        assert Path("p.csv").read_text().startswith("index,")
+
+
+def test_one_picture_and_why_others_are_left_out(photographs: Path, images: Array) -> None:
+    (row,) = predicted("run in/deep/1.png", Path("p.csv"))
+    assert row["file"] == "1.png"
+    Image.fromarray(images[0, 0].astype(np.uint16) << 8).save("in/deep/16.png")
+    Image.fromarray(images[0, 0, :5]).save("in/wide.png")
+    Image.fromarray(images[0, 0, :4]).save("in/wider.png")
+    Path("in/broken.png").write_text("no picture")
+    ended = command(predict.main, "run in --output p.csv")
+    assert ended.code == 0, ended.said
+    assert "3 files of in are left out: 2 of another size (such as wide.png), 1 that cannot be read" in ended.err
+    assert "in/wide.png is 5x8 pixels" in ended.err
+    assert "in/broken.png cannot be read as an image" in ended.err
+    assert "1 picture in in has 16 bits a channel, of which the higher 8 are read" in ended.err
+
+
+def test_a_part_that_is_none_is_said(photographs: Path) -> None:
+    ended = command(predict.main, "run labelled")
+    assert_refused(ended, "labelled must be a folder", f"parts of the run's own data are {', '.join(predict.PARTS)}")
+
+
 def test_pictures_are_drawn_without_the_data(folder: Path, images: Array, tmp_path: Path) -> None:
     np.savez(tmp_path / "new.npz", images=images)
     for kind in generate.KINDS:

@@ -66,7 +66,8 @@ class Prediction:
 class Trained:
     """A model as a checkpoint has it, in evaluation mode.
 
-    Images are uint8 [N, C, H, W], or [N, H, W] of one channel, as NumPy arrays or tensors; others raise ValueError.
+    Images are uint8 [N, C, H, W], or [N, H, W] of one channel, as NumPy arrays or tensors; others raise ValueError, as
+    do several images without a pixel above 1, which are of another range.
     What is drawn by chance (binary pixels, noise of z) is drawn from a key that the image itself is, so that an image
     has the same numbers whatever images it comes with, but for the rounding of floats. Results are tensors on the CPU.
     """
@@ -101,11 +102,11 @@ class Trained:
             parts = [self._mean_z(x, self.model.classifier(x)).cpu() for x, _ in self._batches(images)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.latent_size)
 
-    def predict(self, images: npt.NDArray[np.uint8] | Tensor) -> Prediction:
-        """All that scripts.predict writes of images."""
+    def predict(self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False) -> Prediction:
+        """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones."""
         q, bound, z = [], [], []
         with self._at_work():
-            for x, generators in self._batches(images):
+            for x, generators in self._batches(images, in_range):
                 probabilities, _, terms = exact_terms(self.model, x, self._noise(generators))
                 q.append(probabilities.cpu())
                 bound.append(terms["bound"].cpu())
@@ -155,9 +156,16 @@ class Trained:
         with evaluating(self.model), naming_memory(self.batch_size, "batch_size"):
             yield
 
-    def _batches(self, images: npt.NDArray[np.uint8] | Tensor) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+    def _batches(
+        self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False
+    ) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
         """Pixels [B, C, H, W] as the networks take them, and each image's own generator."""
         self._check(images)
+        if len(images) > 1 and not in_range and images.max() <= 1:
+            raise ValueError(
+                f"images must be grey levels of 0 to 255, got none above {int(images.max())} in {len(images)} images; "
+                "pixels of 0 and 1 are to be multiplied by 255"
+            )
         for first in range(0, len(images), self.batch_size):
             part = images[first : first + self.batch_size]
             pixels = part.cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
