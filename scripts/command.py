@@ -75,7 +75,7 @@ def apart(outputs: Mapping[str, Path], read: Collection[Path], run: Path) -> Non
         for other, second in outputs.items():
             if other > option and _are_same(output, second):
                 raise ConfigError(f"{option} and {other} must be two files, got {output} and {second}")
-        own = Path(os.path.realpath(run))
+        own = Path(os.path.realpath(run.parent.parent if run.is_file() else run))
         if own / "checkpoints" in place.parents or (place.parent == own and place.name in (RESULT, SPLIT)):
             raise ConfigError(f"{option} must be no file of the run itself, got {output}")
         for source in read:

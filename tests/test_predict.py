@@ -20,7 +20,7 @@ from PIL import Image
 from configs.schema import ConfigError
 from data.batches import EvaluationData
 from data.datasets import load
-from data.facts import Array
+from data.facts import Array, DataError
 from models import evaluation
 from models.evaluation import evaluate
 from models.networks import ImageShape, mlp
@@ -30,6 +30,7 @@ from scripts import generate, predict
 from scripts.command import apart
 from tests.runs import MLP, ROOT, Ended, checkpoint, command, equal, resume, run
 from tests.test_readme import block_with
+from training import checkpoints
 from training.trained import Trained, open_run
 
 NAMES = tuple(f"digit {k}" for k in range(10))
@@ -145,8 +146,52 @@ def test_what_are_no_images_is_said(wrong: Any, words: str, model: Trained) -> N
 def test_what_is_no_class_is_said(model: Trained) -> None:
     with pytest.raises(ValueError, match=r"class_name must be one of digit 0, digit 1, .*, got 3"):
         model.generate("3")
-    with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="samples must be an integer >= 1, got 0"):
         model.log_likelihood(np.zeros((1, 8, 8), np.uint8), samples=0)
+    for number in (0, 1.5, "2", True):
+        with pytest.raises(ValueError, match=f"number must be an integer >= 1, got {number}"):
+            model.generate(NAMES[0], number)  # type: ignore[arg-type]
+    for seed in ("a", 1.5, 2**80):
+        with pytest.raises(ValueError, match=f"seed must be an integer of 64 bits, got {seed}"):
+            model.generate(NAMES[0], seed=seed)  # type: ignore[arg-type]
+    for size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"batch_size must be an integer >= 1, got {size}"):
+            model.batch_size = size  # type: ignore[assignment]
+
+
+def test_what_is_no_run_is_said_and_a_checkpoint_opens_its_run(folder: Path, images: Array, tmp_path: Path) -> None:
+    for wrong in (3, None):
+        with pytest.raises(ConfigError, match=f"folder must be a path, got {wrong}"):
+            open_run(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="checkpoint must be a path, got 3"):
+        open_run(folder, checkpoint=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"device must be .*, got 0"):
+        open_run(folder, device=0)  # type: ignore[arg-type]
+    newest = checkpoints.stored(folder)[-1]
+    assert torch.equal(open_run(newest).classify(images), open_run(folder).classify(images))
+    np.savez(tmp_path / "new.npz", images=images[:9])
+    assert len(predicted(f"{newest} {tmp_path}/new.npz", tmp_path / "p.csv")) == 9
+    ended = command(predict.main, f"{newest} {tmp_path}/new.npz --output {folder}/checkpoints/p.csv")
+    assert_refused(ended, "--output must be no file of the run itself")
+
+
+def test_pictures_are_read_in_python_as_in_training(photographs: Path, images: Array) -> None:
+    model = open_run("run")
+    Image.fromarray(255 - images[2, 0]).convert("RGBA").save("colour.png")
+    read = model.read_pictures(["in", "colour.png"])
+    assert np.array_equal(read, np.stack([images[0], images[1], 255 - images[2]]))
+    assert np.array_equal(model.read_pictures("in"), read[:2])
+    assert model.read_pictures([]).shape == (0, 1, 8, 8)
+    with pytest.raises(DataError, match=r"nowhere\.png cannot be read as an image"):
+        model.read_pictures(Path("nowhere.png"))
+
+
+def test_without_validation_images_novelty_is_empty_and_why_is_said(tmp_path: Path, images: Array) -> None:
+    run(f"{MLP} train.steps=1 data.num_validation=0", tmp_path / "run")
+    np.savez(tmp_path / "new.npz", images=images[:9])
+    ended = command(predict.main, f"{tmp_path}/run {tmp_path}/new.npz --output {tmp_path}/p.csv")
+    assert ended.code == 0, ended.said
+    assert "novelty is empty: the run has no validation images to compare with, as data.num_validation=0" in ended.err
 
 
 def test_the_readme_s_example_runs_from_another_folder(folder: Path, images: Array, tmp_path: Path) -> None:
