@@ -59,6 +59,8 @@ def writable(output: Path, suffixes: tuple[str, ...], option: str = "--output") 
         raise ConfigError(f"{option} must be a file, got {output}, which is a folder")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{option} must be in a folder that may be written to, got {output}")
+    if output.exists() and not os.access(output, os.W_OK):
+        raise ConfigError(f"{option} must be a file that may be written to, got {output}, which may not")
 
 
 def apart(outputs: Mapping[str, Path], read: Collection[Path], run: Path) -> None:

@@ -400,6 +400,11 @@ def test_a_folder_that_may_not_be_written_to_is_said_before_work(photographs: Pa
     with mock.patch.object(os, "access", lambda place, how: str(place) != "in"):
         ended = command(predict.main, "run ok.npz --output in/p.csv")
     assert_refused(ended, "--output must be in a folder that may be written to, got in/p.csv")
+    Path("kept.csv").write_text("mine")
+    with mock.patch.object(os, "access", lambda place, how: str(place) != "kept.csv"):
+        ended = command(predict.main, "run ok.npz --output kept.csv")
+    assert_refused(ended, "--output must be a file that may be written to, got kept.csv")
+    assert Path("kept.csv").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
