@@ -84,10 +84,17 @@ def _check_node(node: Any, key: str, kind: Any, trusted: Collection[str]) -> Non
     for place, expected, section in _targets(node, key, kind):
         if fault := _fault(section, expected, trusted):
             target = section["_target_"]
-            module = str(target).rpartition(".")[0] or str(target)
+            begun = f"{place}._target_ in the folder is {shown(target)}, and was not called"
+            given = [name for name in trusted if _is_under(str(target), (name,))]
+            if given and given[0] not in sys.modules:
+                raise ConfigError(
+                    f"{begun}: {given[0]} is trusted, and cannot be imported; is its folder on PYTHONPATH (in Python, "
+                    "in sys.path)?"
+                )
+            trust = target if given else str(target).rpartition(".")[0] or str(target)
             raise ConfigError(
-                f"{place}._target_ in the folder is {shown(target)}, and was not called: {fault}; "
-                f"a run folder may come from anybody. If you know this code and want to run it, add --trust {module}"
+                f"{begun}: {fault}; a run folder may come from anybody. If you know this code and want to run it, add "
+                f'--trust {trust} (in Python, trusted=["{trust}"])'
             )
 
 

@@ -360,7 +360,7 @@ def main() -> None:
         if arguments.output:
             writable(arguments.output, (".json",))
         if arguments.picture:
-            writable(arguments.picture, (".png", ".pdf"))
+            writable(arguments.picture, (".png", ".pdf"), "--picture")
         if arguments.peer == "pyro":
             import_module("pyro")  # refused before any work
         if arguments.peak_of:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,48 @@ def writable(output: Path, suffixes: tuple[str, ...], option: str = "--output") 
         raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {output}")
     if not output.parent.is_dir():
         raise ConfigError(f"{option} must be in a folder that exists, got {output}")
+    if output.is_dir():
+        raise ConfigError(f"{option} must be a file, got {output}, which is a folder")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} must be in a folder that may be written to, got {output}")
+    if output.exists() and not os.access(output, os.W_OK):
+        raise ConfigError(f"{option} must be a file that may be written to, got {output}, which may not")
+
+
+def apart(outputs: Mapping[str, Path], read: Collection[Path], run: Path) -> None:
+    """Refuses outputs, by option, that would destroy what is `read`, the run folder's own files, or one another.
+
+    Raises ConfigError, before any work.
+    """
+    from data import npz
+    from data.pictures import picture_files, suffixes
+    from training.run_folder import RESULT, SPLIT
+
+    for option, output in outputs.items():
+        place = Path(os.path.realpath(output))
+        for other, second in outputs.items():
+            if other > option and _are_same(output, second):
+                raise ConfigError(f"{option} and {other} must be two files, got {output} and {second}")
+        own = Path(os.path.realpath(run.parent.parent if run.is_file() else run))
+        if own / "checkpoints" in place.parents or (place.parent == own and place.name in (RESULT, SPLIT)):
+            raise ConfigError(f"{option} must be no file of the run itself, got {output}")
+        for source in read:
+            if _are_same(output, source):
+                raise ConfigError(f"{option} must be another file than what is read, got {output}")
+            if place.suffix.lower() not in suffixes() or not source.is_dir() or npz.is_one(source):
+                continue
+            folders = {source, *(file.parent for file in picture_files(source))}  # by links, they may be elsewhere
+            if not {Path(os.path.realpath(folder)) for folder in folders}.isdisjoint(place.parents):
+                raise ConfigError(
+                    f"{option} must be outside of {source}, whose pictures are read, as it would be one of them the "
+                    f"next time, got {output}"
+                )
+
+
+def _are_same(first: Path, second: Path) -> bool:
+    if os.path.realpath(first) == os.path.realpath(second):
+        return True
+    return first.exists() and second.exists() and first.samefile(second)
 
 
 def positive(text: str) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from configs.schema import Binarization, ConfigError, Likelihood, resolved_likelihood
 from configs.trust import add_trust
 from data.facts import DataError
-from scripts.command import positive, refusing_bad_input, writable
+from scripts.command import apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from training.run import Part
@@ -60,6 +60,7 @@ def main() -> None:
     with refusing_bad_input():
         if arguments.output:
             writable(arguments.output, (".json",))
+            apart({"--output": arguments.output}, (), arguments.folder)
 
         from training.run import stored_run
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import ConfigError
 from configs.trust import add_trust
-from scripts.command import positive, refusing_bad_input, writable
+from scripts.command import apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +118,8 @@ def main() -> None:
         from training.trained import open_run
 
         model = open_run(arguments.folder, "auto", arguments.checkpoint, arguments.trust)
+        read = [arguments.images] if arguments.images else model.own_images
+        apart({"--output": arguments.output}, read, arguments.folder)
         images = held_out(arguments, model) if arguments.kind in ENCODING else None
         if arguments.kind == "sheet":
             counts = {"analogies": len(model.class_names)}  # one of each class: as high as the others

@@ -1,7 +1,8 @@
 """Writes what the model of a run folder says of images, a row an image, as a .csv file.
 
-INPUT is a folder of pictures (all below it), an .npz file with `images`, or a part of the run's own data: unlabelled
-(without the labelled ones), val or test. Only a part needs that data; `./test` is a folder of that name. Columns:
+INPUT is a folder of pictures (all below it), one picture, an .npz file with `images` or a folder with images.npy, or a
+part of the run's own data: unlabelled (without the labelled ones), val or test. Only a part needs that data; `./test`
+is a folder of that name. Columns:
 
 file or index       the picture below the folder; or the row in the array of the file; of a published data set, in its
                     training or test images
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from configs.trust import add_trust
-from scripts.command import positive, refusing_bad_input, writable
+from scripts.command import apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from training.trained import Prediction, Trained
 
 PARTS = ("unlabelled", "val", "test")
+OUTPUTS = {"--output": ".csv", "--sheet": ".png", "--embeddings": ".npz"}
 ON_SHEET = 60  # images
 Chunks = Iterator[tuple[list[str], "Array"]]
 
@@ -188,7 +190,7 @@ def predict(
     import torch
 
     for names, images in chunks:
-        prediction = model.predict(images)
+        prediction = model.predict(images, in_range=True)
         entropy = torch.special.entr(prediction.q).sum(dim=-1)
         table.add(names, prediction, entropy)
         if embeddings:
@@ -213,18 +215,22 @@ def main() -> None:
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
-        writable(arguments.output, (".csv",))
-        if arguments.sheet:
-            writable(arguments.sheet, (".png",), "--sheet")
-        if arguments.embeddings:
-            writable(arguments.embeddings, (".npz",), "--embeddings")
+        for option, place in outputs(arguments).items():
+            writable(place, (OUTPUTS[option],), option)
         for sentence in run(arguments):
             print(f"catvae: {sentence}", file=sys.stderr)
     print(arguments.output)
 
 
+def outputs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """The files to write, by the option that names each."""
+    named = {option: getattr(arguments, option.removeprefix("--")) for option in OUTPUTS}
+    return {option: place for option, place in named.items() if place}
+
+
 def run(arguments: argparse.Namespace) -> list[str]:
     """Predicts, writes the files, whole or not at all, and returns what a person should know."""
+    from data.facts import DataError
     from data.inputs import inputs
     from models.evaluation import progress
     from training.checkpoints import written
@@ -233,10 +239,18 @@ def run(arguments: argparse.Namespace) -> list[str]:
     model = open_run(arguments.folder, arguments.device, arguments.checkpoint, arguments.trust)
     model.batch_size = arguments.batch_size or model.batch_size
     size, found = model.batch_size, None
+    source = Path(arguments.input).expanduser()
+    read = model.own_images if arguments.input in PARTS else [source, *model.own_images]
+    apart(outputs(arguments), read, arguments.folder)
+    if arguments.input not in PARTS and not source.exists():
+        raise DataError(
+            f"{arguments.input} must be a folder of pictures or an .npz file, and it does not exist; parts of the "
+            f"run's own data are {', '.join(PARTS)}"
+        )
     if arguments.input in PARTS:
         column, number, chunks = of_part(arguments, size)
     else:
-        found = inputs(Path(arguments.input).expanduser(), model.facts.shape, model.facts.resize)
+        found = inputs(source, model.facts.shape, model.facts.resize)
         column, number, chunks = found.column, found.number, found.chunks(size)
     with ExitStack() as stack:
 
@@ -257,7 +271,9 @@ def run(arguments: argparse.Namespace) -> list[str]:
             with written(arguments.sheet) as file:
                 sheet.write(file)
     said = found.said() if found else []
-    if not len(model.validation_bounds):
+    if not model.has_validation:
+        said.append("novelty is empty: the run has no validation images to compare with, as data.num_validation=0")
+    elif not len(model.validation_bounds):
         said.append("novelty is empty: this checkpoint was not validated, or is from before that was kept in it")
     return said
 

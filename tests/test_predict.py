@@ -17,17 +17,20 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.schema import ConfigError
 from data.batches import EvaluationData
 from data.datasets import load
-from data.facts import Array
+from data.facts import Array, DataError
 from models import evaluation
 from models.evaluation import evaluate
 from models.networks import ImageShape, mlp
 from models.vae import SemiSupervisedVAE
 from scripts import evaluate as evaluate_script
 from scripts import generate, predict
+from scripts.command import apart
 from tests.runs import MLP, ROOT, Ended, checkpoint, command, equal, resume, run
 from tests.test_readme import block_with
+from training import checkpoints
 from training.trained import Trained, open_run
 
 NAMES = tuple(f"digit {k}" for k in range(10))
@@ -143,8 +146,52 @@ def test_what_are_no_images_is_said(wrong: Any, words: str, model: Trained) -> N
 def test_what_is_no_class_is_said(model: Trained) -> None:
     with pytest.raises(ValueError, match=r"class_name must be one of digit 0, digit 1, .*, got 3"):
         model.generate("3")
-    with pytest.raises(ValueError, match="samples must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="samples must be an integer >= 1, got 0"):
         model.log_likelihood(np.zeros((1, 8, 8), np.uint8), samples=0)
+    for number in (0, 1.5, "2", True):
+        with pytest.raises(ValueError, match=f"number must be an integer >= 1, got {number}"):
+            model.generate(NAMES[0], number)  # type: ignore[arg-type]
+    for seed in ("a", 1.5, 2**80):
+        with pytest.raises(ValueError, match=f"seed must be an integer of 64 bits, got {seed}"):
+            model.generate(NAMES[0], seed=seed)  # type: ignore[arg-type]
+    for size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"batch_size must be an integer >= 1, got {size}"):
+            model.batch_size = size  # type: ignore[assignment]
+
+
+def test_what_is_no_run_is_said_and_a_checkpoint_opens_its_run(folder: Path, images: Array, tmp_path: Path) -> None:
+    for wrong in (3, None):
+        with pytest.raises(ConfigError, match=f"folder must be a path, got {wrong}"):
+            open_run(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="checkpoint must be a path, got 3"):
+        open_run(folder, checkpoint=3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"device must be .*, got 0"):
+        open_run(folder, device=0)  # type: ignore[arg-type]
+    newest = checkpoints.stored(folder)[-1]
+    assert torch.equal(open_run(newest).classify(images), open_run(folder).classify(images))
+    np.savez(tmp_path / "new.npz", images=images[:9])
+    assert len(predicted(f"{newest} {tmp_path}/new.npz", tmp_path / "p.csv")) == 9
+    ended = command(predict.main, f"{newest} {tmp_path}/new.npz --output {folder}/checkpoints/p.csv")
+    assert_refused(ended, "--output must be no file of the run itself")
+
+
+def test_pictures_are_read_in_python_as_in_training(photographs: Path, images: Array) -> None:
+    model = open_run("run")
+    Image.fromarray(255 - images[2, 0]).convert("RGBA").save("colour.png")
+    read = model.read_pictures(["in", "colour.png"])
+    assert np.array_equal(read, np.stack([images[0], images[1], 255 - images[2]]))
+    assert np.array_equal(model.read_pictures("in"), read[:2])
+    assert model.read_pictures([]).shape == (0, 1, 8, 8)
+    with pytest.raises(DataError, match=r"nowhere\.png cannot be read as an image"):
+        model.read_pictures(Path("nowhere.png"))
+
+
+def test_without_validation_images_novelty_is_empty_and_why_is_said(tmp_path: Path, images: Array) -> None:
+    run(f"{MLP} train.steps=1 data.num_validation=0", tmp_path / "run")
+    np.savez(tmp_path / "new.npz", images=images[:9])
+    ended = command(predict.main, f"{tmp_path}/run {tmp_path}/new.npz --output {tmp_path}/p.csv")
+    assert ended.code == 0, ended.said
+    assert "novelty is empty: the run has no validation images to compare with, as data.num_validation=0" in ended.err
 
 
 def test_the_readme_s_example_runs_from_another_folder(folder: Path, images: Array, tmp_path: Path) -> None:
@@ -286,6 +333,149 @@ def test_refused_and_nothing_left_behind(
     before = sorted(tmp_path.rglob("*"))
     assert_refused(command(predict.main, f"{folder} {line}"), *words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture
+def photographs(folder: Path, images: Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: `run` is the run folder, `in` has pictures, and `linked` leads to some by a link."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(folder)
+    Path("in/deep").mkdir(parents=True)
+    Path("linked").mkdir()
+    Path("linked/there").symlink_to(tmp_path / "in")
+    for row, name in enumerate(("0.png", "deep/1.png")):
+        Image.fromarray(images[row, 0]).save(Path("in", name))
+    np.savez("ok.npz", images=images[:9])
+    Path("link.npz").symlink_to("ok.npz")
+    Path("dir.csv").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("ok.npz --embeddings ok.npz", "--embeddings must be another file than what is read, got ok.npz"),
+        ("link.npz --embeddings ./in/../ok.npz", "--embeddings must be another file than what is read"),
+        ("ok.npz --embeddings link.npz", "--embeddings must be another file than what is read, got link.npz"),
+        ("in --sheet in/0.png", "--sheet must be outside of in, whose pictures are read"),
+        ("in --sheet in/new.png", "--sheet must be outside of in"),
+        ("in --sheet in/deep/new.PNG", "--sheet must be outside of in"),
+        ("linked --sheet in/new.png", "--sheet must be outside of linked"),
+        ("ok.npz --output run/checkpoints/p.csv", "--output must be no file of the run itself"),
+        ("ok.npz --embeddings e.npz --output dir.csv", "--output must be a file, got dir.csv, which is a folder"),
+        ("ok.npz --output in/0.png/p.csv", "--output must be in a folder that exists, got in/0.png/p.csv"),
+    ],
+)
+def test_no_output_destroys_what_is_read(line: str, words: str, photographs: Path) -> None:
+    before = {path: path.read_bytes() for path in sorted(photographs.rglob("*")) if path.is_file()}
+    assert_refused(command(predict.main, f"run {line}"), words)
+    assert {path: path.read_bytes() for path in sorted(photographs.rglob("*")) if path.is_file()} == before
+
+
+def test_no_picture_of_a_model_destroys_what_is_read(photographs: Path) -> None:
+    before = (photographs / "in" / "0.png").read_bytes()
+    for kind in ("analogies", "classes"):
+        ended = command(generate.main, f"run --kind {kind} --images in --output in/0.png")
+        assert_refused(ended, "--output must be outside of in")
+    assert (photographs / "in" / "0.png").read_bytes() == before
+    ended = command(evaluate_script.main, "run --output run/result.json")
+    assert_refused(ended, "--output must be no file of the run itself, got run/result.json")
+
+
+def test_the_run_s_own_images_are_not_written_over(photographs: Path) -> None:
+    """They are gone here; a file of that name must not become theirs."""
+    model = open_run("run")
+    ended = command(predict.main, f"run val --embeddings {model.own_images[0]}")
+    assert_refused(ended, "--embeddings must be another file than what is read")
+
+
+def test_two_outputs_are_two_files(photographs: Path) -> None:
+    one, other = Path("one.png"), Path("in/../one.png")
+    with pytest.raises(ConfigError, match=r"--output and --sheet must be two files, got one.png and in/../one.png"):
+        apart({"--output": one, "--sheet": other}, (), Path("run"))
+    apart({"--output": one, "--sheet": Path("two.png")}, [Path("in"), Path("ok.npz")], Path("run"))
+
+
+def test_a_folder_that_may_not_be_written_to_is_said_before_work(photographs: Path) -> None:
+    with mock.patch.object(os, "access", lambda place, how: str(place) != "in"):
+        ended = command(predict.main, "run ok.npz --output in/p.csv")
+    assert_refused(ended, "--output must be in a folder that may be written to, got in/p.csv")
+    Path("kept.csv").write_text("mine")
+    with mock.patch.object(os, "access", lambda place, how: str(place) != "kept.csv"):
+        ended = command(predict.main, "run ok.npz --output kept.csv")
+    assert_refused(ended, "--output must be a file that may be written to, got kept.csv")
+    assert Path("kept.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("divided", "dtype", "words"),
+    [
+        (255, np.uint8, "got none above 1 in its 9 images, which is black; multiply them by 255"),
+        (16, np.uint8, "got none above 15 in its 9 images, which is black; multiply them by 17"),
+        (1, np.uint16, "got none above 0 in its 9 images, which is black; of 16 bits the higher 8 are read"),
+    ],
+)
+def test_images_of_another_range_are_refused(
+    divided: int, dtype: Any, words: str, photographs: Path, images: Array
+) -> None:
+    np.savez("dark.npz", images=(images[:9] // divided).astype(dtype))
+    assert_refused(command(predict.main, "run dark.npz --output p.csv"), "dark.npz", words)
+    assert_refused(command(generate.main, "run --images dark.npz --kind analogies --output a.png"), words)
+    assert not Path("p.csv").exists()
+
+
+def test_a_dark_part_of_bright_images_is_predicted(photographs: Path, images: Array) -> None:
+    np.savez("some.npz", images=np.concatenate([np.zeros_like(images[:4]), images[:4]]))
+    assert len(predicted("run some.npz --batch-size 2", Path("p.csv"))) == 8
+    np.savez("one.npz", images=np.zeros_like(images[:1]))
+    assert len(predicted("run one.npz", Path("p.csv"))) == 1
+
+
+def test_images_of_zeros_and_ones_are_said_in_python(model: Trained, images: Array) -> None:
+    binary = (images[:5] > 128).astype(np.uint8)
+    for ask in (model.classify, model.encode, model.predict, model.log_likelihood):
+        with pytest.raises(ValueError, match=r"got none above 1 in 5 images; .* to be multiplied by 255"):
+            ask(binary)
+        with pytest.raises(ValueError, match="to be multiplied by 255"):
+            ask(torch.from_numpy(binary))
+        ask(binary[:1] * 0)  # an image may be black
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("bool", "are bool, read as the grey levels 0 and 255"), ("uint16", "have 16 bits"), ("last", "channels last")],
+)
+def test_what_is_made_of_an_array_is_said(how: str, words: str, photographs: Path, images: Array) -> None:
+    shown = images[:9, 0]
+    stored = {"bool": shown > 128, "uint16": shown.astype(np.uint16) << 8, "last": shown[..., None]}[how]
+    np.savez_compressed("a.npz", images=stored)
+    Path("arrays").mkdir()
+    np.save("arrays/images.npy", stored)
+    for source in ("a.npz", "arrays"):  # as in training, a folder of .npy files is one of arrays
+        ended = command(predict.main, f"run {source} --output p.csv")
+        assert ended.code == 0, ended.said
+        assert words in ended.err
+        assert Path("p.csv").read_text().startswith("index,")
+
+
+def test_one_picture_and_why_others_are_left_out(photographs: Path, images: Array) -> None:
+    (row,) = predicted("run in/deep/1.png", Path("p.csv"))
+    assert row["file"] == "1.png"
+    Image.fromarray(images[0, 0].astype(np.uint16) << 8).save("in/deep/16.png")
+    Image.fromarray(images[0, 0, :5]).save("in/wide.png")
+    Image.fromarray(images[0, 0, :4]).save("in/wider.png")
+    Path("in/broken.png").write_text("no picture")
+    ended = command(predict.main, "run in --output p.csv")
+    assert ended.code == 0, ended.said
+    assert "3 files of in are left out: 2 of another size (such as wide.png), 1 that cannot be read" in ended.err
+    assert "in/wide.png is 5x8 pixels" in ended.err
+    assert "in/broken.png cannot be read as an image" in ended.err
+    assert "1 picture in in has 16 bits a channel, of which the higher 8 are read" in ended.err
+
+
+def test_a_part_that_is_none_is_said(photographs: Path) -> None:
+    ended = command(predict.main, "run labelled")
+    assert_refused(ended, "labelled must be a folder", f"parts of the run's own data are {', '.join(predict.PARTS)}")
 
 
 def test_pictures_are_drawn_without_the_data(folder: Path, images: Array, tmp_path: Path) -> None:

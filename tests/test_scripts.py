@@ -165,6 +165,7 @@ def test_every_kind_in_both_formats(kind: str, suffix: str, folder: Path, tmp_pa
             "interpolation": (4 * cell + gap, 10 * cell + gap),
             "analogies": (11 * cell + 2 * gap + 6, 4 * cell + gap),
             "reconstructions": (4 * cell + gap, 2 * cell + gap),
+            "samples": (4 * cell + gap, 4 * cell + gap),
         }[kind]
         assert image.size == (2 * width, 2 * height)
 

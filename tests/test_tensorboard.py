@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.evaluation import calibration_error
 from tests.runs import ANNEALED, MLP, curve, events, resume, run
+from training import charts
 from training.alarms import ENOUGH_NORMS, Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.tensorboard import LAYOUT
@@ -97,6 +98,27 @@ def test_worst_mistakes_come_first() -> None:
     assert [mistake[:3] for mistake in mistakes] == [(3, 2, 0), (2, 1, 2)]
     assert [mistake[3] for mistake in mistakes] == pytest.approx([0.9, 0.6])
     assert worst_mistakes(*some_predictions(), number=1) == mistakes[:1]
+
+
+@pytest.mark.parametrize("has_font", [True, False])
+def test_no_letter_is_drawn_as_a_box(has_font: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = charts._wide_font(13)
+    if has_font and found is None:
+        pytest.skip("this machine has no font beyond Pillow's own")
+    charts._lettered.cache_clear()
+    monkeypatch.setattr(charts, "_wide_font", lambda size: found if has_font else None)
+    expected = {
+        "Ärger": ("Ärger", "Arger"),
+        "ﬁn": ("ﬁn", "fin"),
+        "日\udcff": ("??", "??"),
+        "A\u0308": ("A\u0308", "A"),
+        "cat": ("cat", "cat"),
+    }
+    for text, (whole, plain) in expected.items():
+        assert charts._lettered(text, 13)[0] == (whole if has_font else plain)
+    names = ["Ärger", "日本"]
+    assert draw_confusion(torch.ones(2, 2), names).shape[0] == 3
+    charts._lettered.cache_clear()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

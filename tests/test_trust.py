@@ -22,6 +22,7 @@ from configs.trust import foreign_modules, stored_config, take_trusted
 from scripts import compare, evaluate, generate, gradient_quality, predict
 from tests.runs import ANNEALED, MLP, Ended, command, resume, run
 from training import checkpoints
+from training.trained import open_run
 
 GUMBEL = "estimator=gumbel_softmax estimator.kl=analytic estimator.num_samples=1" + ANNEALED
 LINE = f"{MLP} {GUMBEL} train.steps=4 train.validate_every=4 "
@@ -282,6 +283,21 @@ def test_ones_own_module_is_trusted_by_name(own: Path, place: Path) -> None:
         assert ended.code == 0, ended.said
     ended = command(gradient_quality.main, f"{own} --trust my_estimators estimators=run draws=3 batch_size=2")
     assert ended.code == 0, ended.said
+
+
+def test_a_trusted_module_that_is_nowhere_is_said(made: Path, own: Path, place: Path) -> None:
+    folder = changed(made, place, {"estimator._target_": "elsewhere.networks.Mine"})
+    for module in ("elsewhere", "elsewhere.networks"):
+        ended = command(evaluate.main, f"{folder} --trust {module}")
+        assert_refused(ended, f"{module} is trusted, and cannot be imported; is its folder on PYTHONPATH", place)
+        assert "--trust" not in ended.err
+        with pytest.raises(ConfigError, match="cannot be imported"):
+            open_run(folder, trusted=module)
+    with pytest.raises(ConfigError, match=r'in Python, trusted=\["elsewhere.networks"\]'):
+        open_run(folder)
+    open_run(own, trusted="my_estimators")
+    with pytest.raises(ConfigError, match="trusted must be names of modules, got 3"):
+        open_run(own, trusted=[3])  # type: ignore[list-item]
 
 
 def test_a_trusted_module_gives_nothing_that_it_imported(made: Path, own: Path, place: Path) -> None:

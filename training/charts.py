@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +46,7 @@ def worst_mistakes(q: Tensor, labels: Tensor, number: int) -> list[tuple[int, in
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     """A picture uint8 [3, H, W] of counts [K, K]; the colour is a count's share of its row, red off the diagonal."""
     classes, height, top, right = len(counts), 26, 62, 42
-    left = max(28, min(WIDTH // 3, 8 + round(max(map(_font(TEXT).getlength, names)))))
+    left = max(28, min(WIDTH // 3, 8 + round(max(map(_length, names)))))
     width = max(28, (WIDTH - left - right) // classes)
     image, draw = _blank(left + width * classes + right, top + height * classes + 8)
     _centred(draw, "right", left + width * classes + right / 2, 48)
@@ -109,11 +113,10 @@ def _arrow(true: str, predicted: str, width: int) -> str:
 
 def _fitting(text: str, width: float) -> str:
     """The text, or as much of it as the width takes, and dots."""
-    font = _font(TEXT)
-    if font.getlength(text) <= width - 2:
+    if _length(text) <= width - 2:
         return text
     shorter = (text[:end] + ".." for end in range(len(text) - 1, 0, -1))
-    return next((part for part in shorter if font.getlength(part) <= width - 2), text[:1])
+    return next((part for part in shorter if _length(part) <= width - 2), text[:1])
 
 
 def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
@@ -146,9 +149,47 @@ def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
 
 @lru_cache
 def _font(size: int) -> Any:
+    """Pillow's own, which has the letters of ASCII alone."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
+
+
+@lru_cache
+def _wide_font(size: int) -> Any:
+    """One with the letters of most alphabets: Matplotlib's, or else the system's; None where there is neither."""
+    from PIL import ImageFont
+
+    names, matplotlib = ["DejaVuSans.ttf", "Arial.ttf", "arial.ttf"], find_spec("matplotlib")
+    if matplotlib and matplotlib.origin:
+        names.insert(0, str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
+    for name in names:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _lettered(text: str, size: int) -> tuple[str, Any]:
+    """The text and a font that draws it without boxes: a letter that the font lacks becomes its ASCII, or ?."""
+    if text.isascii():
+        return text, _font(size)
+    font = _wide_font(size) or _font(size)
+    box = bytes(font.getmask("\uffff"))  # no letter
+    drawn = []
+    for letter in text:
+        is_there = letter.isprintable() and font is not _font(size) and bytes(font.getmask(letter)) != box
+        if letter.isascii() or is_there:
+            drawn.append(letter)
+        else:
+            plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+            drawn.append(plain or ("" if unicodedata.combining(letter) else "?"))
+    return "".join(drawn), font
+
+
+def _length(text: str) -> float:
+    text, font = _lettered(text, TEXT)
+    return float(font.getlength(text))
 
 
 def _blank(width: int, height: int) -> tuple[Image, ImageDraw]:
@@ -159,7 +200,8 @@ def _blank(width: int, height: int) -> tuple[Image, ImageDraw]:
 
 
 def _centred(draw: ImageDraw, text: str, x: float, y: float, colour: Colour = BLACK, size: int = TEXT) -> None:
-    draw.text((x, y), text, colour, _font(size), anchor="mm")
+    text, font = _lettered(text, size)
+    draw.text((x, y), text, colour, font, anchor="mm")
 
 
 def _between(first: Colour, second: Colour, share: float) -> Colour:

@@ -9,8 +9,9 @@ q = model.classify(images)  # [N, K]
 from __future__ import annotations
 
 import math
+import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from configs.trust import stored_config
 from data.batches import Binarization, binarize
 from data.datasets import facts
 from data.facts import DataError
+from data.pictures import picture_files, read_pictures
 from models.evaluation import evaluating, exact_terms, importance_weighted_by, naming_memory, rows_at_once
 from models.likelihoods import likelihood
 from models.networks import ImageShape
@@ -66,7 +68,8 @@ class Prediction:
 class Trained:
     """A model as a checkpoint has it, in evaluation mode.
 
-    Images are uint8 [N, C, H, W], or [N, H, W] of one channel, as NumPy arrays or tensors; others raise ValueError.
+    Images are uint8 [N, C, H, W], or [N, H, W] of one channel, as NumPy arrays or tensors; others raise ValueError, as
+    do several images without a pixel above 1, which are of another range.
     What is drawn by chance (binary pixels, noise of z) is drawn from a key that the image itself is, so that an image
     has the same numbers whatever images it comes with, but for the rounding of floats. Results are tensors on the CPU.
     """
@@ -81,10 +84,34 @@ class Trained:
         self.model.to(device).to(memory_format=torch.channels_last).eval()
         self.batch_size = min(state["config"]["evaluation"]["batch_size"], rows_at_once(math.prod(self.facts.shape)))
         self.validation_bounds = torch.tensor(state.get("validation_bounds", []), dtype=torch.float64)
+        data = state["config"]["data"]
+        self.own_images = [Path(data["path"]).expanduser()] if data.get("path") else []  # that it was trained on
+        self.has_validation = data.get("num_validation") != 0
+
+    @property
+    def batch_size(self) -> int:
+        """Images at once. Raises ValueError if it is set to less than 1."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, number: int) -> None:
+        self._batch_size = _positive(number, "batch_size")
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.facts.class_names
+
+    def read_pictures(self, paths: str | Path | Iterable[str | Path]) -> npt.NDArray[np.uint8]:
+        """Pictures as the model was trained on them, uint8 [N, C, H, W], of files and of all below folders, in order.
+
+        Turned as EXIF says, on white, in grey or colour, and brought to data.resize. Raises DataError, which names all
+        that cannot be read.
+        """
+        files: list[Path] = []
+        for path in [paths] if isinstance(paths, (str, Path)) else paths:
+            place = _as_path(path, "paths")
+            files += picture_files(place) if place.is_dir() else [place]
+        return read_pictures(files, self.facts.shape, self.facts.resize is not None)
 
     def classify(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """q(y|x) [N, K], classes in the order of `class_names`."""
@@ -98,11 +125,11 @@ class Trained:
             parts = [self._mean_z(x, self.model.classifier(x)).cpu() for x, _ in self._batches(images)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.latent_size)
 
-    def predict(self, images: npt.NDArray[np.uint8] | Tensor) -> Prediction:
-        """All that scripts.predict writes of images."""
+    def predict(self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False) -> Prediction:
+        """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones."""
         q, bound, z = [], [], []
         with self._at_work():
-            for x, generators in self._batches(images):
+            for x, generators in self._batches(images, in_range):
                 probabilities, _, terms = exact_terms(self.model, x, self._noise(generators))
                 q.append(probabilities.cpu())
                 bound.append(terms["bound"].cpu())
@@ -119,8 +146,7 @@ class Trained:
         Of pixels as the model takes them: binary ones are drawn once an image where it was trained so. Raises
         ValueError for samples < 1.
         """
-        if samples < 1:
-            raise ValueError(f"samples must be >= 1, got {samples}")
+        samples = _positive(samples, "samples")
         parts = []
         with self._at_work():
             for x, generators in self._batches(images):
@@ -131,13 +157,15 @@ class Trained:
     def generate(self, class_name: str, number: int = 1, seed: int = 0) -> Tensor:
         """Mean pictures of p(x|y,z) of a class at `number` draws of z, uint8 [number, C, H, W].
 
-        The same seed draws the same styles for every class, on every device. Raises ValueError for an unknown class.
+        The same seed draws the same styles for every class, on every device. Raises ValueError for an unknown class,
+        number < 1 and what is no integer.
         """
         if class_name not in self.class_names:
             raise ValueError(f"class_name must be one of {', '.join(self.class_names)}, got {class_name}")
-        if number < 1:
-            raise ValueError(f"number must be >= 1, got {number}")
-        z = torch.randn(number, self.model.latent_size, generator=torch.Generator().manual_seed(seed))
+        number = _positive(number, "number")
+        if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
+        z = torch.randn(number, self.model.latent_size, generator=torch.Generator().manual_seed(int(seed)))
         k = torch.tensor(self.class_names.index(class_name))
         y = F.one_hot(k, len(self.class_names)).float().expand(1, 1, -1).to(self.device)
         with self._at_work():
@@ -152,9 +180,16 @@ class Trained:
         with evaluating(self.model), naming_memory(self.batch_size, "batch_size"):
             yield
 
-    def _batches(self, images: npt.NDArray[np.uint8] | Tensor) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+    def _batches(
+        self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False
+    ) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
         """Pixels [B, C, H, W] as the networks take them, and each image's own generator."""
         self._check(images)
+        if len(images) > 1 and not in_range and images.max() <= 1:
+            raise ValueError(
+                f"images must be grey levels of 0 to 255, got none above {int(images.max())} in {len(images)} images; "
+                "pixels of 0 and 1 are to be multiplied by 255"
+            )
         for first in range(0, len(images), self.batch_size):
             part = images[first : first + self.batch_size]
             pixels = part.cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
@@ -199,27 +234,46 @@ class Trained:
         return 1 - torch.searchsorted(known, bound.double(), right=True) / len(known)
 
 
+def _positive(number: Any, name: str) -> int:
+    if not isinstance(number, (int, np.integer)) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {number}")
+    return int(number)
+
+
 def open_run(
-    folder: str | Path, device: str = "cpu", checkpoint: str | Path | None = None, trusted: Collection[str] = ()
+    folder: str | Path, device: str = "cpu", checkpoint: str | Path | None = None, trusted: str | Collection[str] = ()
 ) -> Trained:
     """The model of a run folder as its newest checkpoint has it, or as the one named; its training data is not needed.
 
-    `device` is cpu, cuda, or auto. Networks that are not of this program are called if their module is among `trusted`.
-    Raises CheckpointError, ConfigError, DataError, each with one sentence.
+    `folder` may be a checkpoint in it. `device` is cpu, cuda, or auto. Networks that are not of this program are called
+    if their module is among `trusted`. Raises CheckpointError, ConfigError, DataError, each with one sentence.
     """
-    if device not in ("auto", "cpu") and not (torch.cuda.is_available() and device.startswith("cuda")):
+    if not isinstance(device, str) or (
+        device not in ("auto", "cpu") and not (torch.cuda.is_available() and device.startswith("cuda"))
+    ):
         raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {device}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = stored_state(Path(folder).expanduser(), None if checkpoint is None else Path(checkpoint), trusted)
-    return Trained(state, torch.device(device))
+    named = None if checkpoint is None else _as_path(checkpoint, "checkpoint")
+    trusted = [trusted] if isinstance(trusted, str) else trusted
+    if wrong := [name for name in trusted if not isinstance(name, str)]:
+        raise ConfigError(f"trusted must be names of modules, got {wrong[0]}")
+    return Trained(stored_state(_as_path(folder, "folder"), named, trusted), torch.device(device))
+
+
+def _as_path(path: Any, name: str) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{name} must be a path, got {path}")
+    return Path(path).expanduser()
 
 
 def stored_state(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> dict[str, Any]:
     """The newest checkpoint of a run folder, or the one named, on the CPU, with a configuration that may be built.
 
-    Raises CheckpointError, ConfigError.
+    `folder` may be a checkpoint itself, if none is named. Raises CheckpointError, ConfigError.
     """
+    if checkpoint is None and folder.is_file():
+        folder, checkpoint = folder.parent.parent, folder.absolute()
     cpu = torch.device("cpu")
     state = checkpoints.load_named(folder, checkpoint, cpu) if checkpoint else checkpoints.load(folder, cpu)
     return state | {"config": stored_config(state, trusted)}
