@@ -48,8 +48,8 @@ class Inputs:
                     f"{self.source}: images must be as those that the model was trained on, {by} (channels, height, "
                     f"width), got {'x'.join(map(str, shape))}"
                 )
-            stored, dtype = npz._headers(self.source)["images"]
-            self.notes = npz._notes(self.source, "images", np.broadcast_to(np.zeros((), dtype), stored))
+            stored, dtype = npz.read_headers(self.source)["images"]
+            self.notes = npz.notes_on(self.source, "images", np.broadcast_to(np.zeros((), dtype), stored))
         else:
             raise DataError(f"{self.source} must be a folder of pictures or an .npz file, and it does not exist")
         self._check_range()

@@ -29,12 +29,12 @@ Header = tuple[tuple[int, ...], np.dtype[Any]]
 def read_images(file: Path, key: str) -> tuple[Array, tuple[str, ...]]:
     """The images uint8 [N, C, H, W] of a checked array, and sentences on what was made of it."""
     array = _read(file, key)
-    return as_pixels(array), _notes(file, key, array)
+    return as_pixels(array), notes_on(file, key, array)
 
 
 def image_shape(file: Path, key: str = "images") -> tuple[int, tuple[int, int, int]]:
     """The number of images and their shape [C, H, W], by the header alone. Raises DataError."""
-    headers = _headers(file)
+    headers = read_headers(file)
     if key not in headers:
         raise DataError(f"{file}: {key} is missing, and the file has the keys {', '.join(headers) or 'none'}; {WANTED}")
     return headers[key][0][0], _check_images(file, key, headers[key])
@@ -76,7 +76,7 @@ def map_images(file: Path, key: str) -> tuple[InFile, tuple[str, ...]] | None:
         placed = Placed(*place)
     except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
         raise _unreadable(file, error) from error
-    return InFile(placed, as_pixels, np.arange(placed.shape[0])), _notes(file, key, placed)
+    return InFile(placed, as_pixels, np.arange(placed.shape[0])), notes_on(file, key, placed)
 
 
 def as_pixels(array: npt.NDArray[Any]) -> Array:
@@ -90,7 +90,7 @@ def as_pixels(array: npt.NDArray[Any]) -> Array:
     return array if array.ndim == 4 else array[:, None]
 
 
-def _notes(file: Path, key: str, array: npt.NDArray[Any] | Placed) -> tuple[str, ...]:
+def notes_on(file: Path, key: str, array: npt.NDArray[Any] | Placed) -> tuple[str, ...]:
     notes = []
     if array.dtype == np.bool_:
         notes.append(f"{key} of {file} are bool, read as the grey levels 0 and 255")
@@ -103,7 +103,7 @@ def _notes(file: Path, key: str, array: npt.NDArray[Any] | Placed) -> tuple[str,
 
 def read_labels(file: Path) -> tuple[tuple[int, int, int], Indices, Indices | None]:
     """The shape [C, H, W] of all images, the labels, and those of the test images if there are any."""
-    headers = _headers(file)
+    headers = read_headers(file)
     missing = [key for key in ("images", "labels") if key not in headers]
     if missing:
         has = ", ".join(headers) or "none"
@@ -176,7 +176,7 @@ def _check_labels(file: Path, key: str, header: Header, number: int, lowest: int
 
 def read_names(file: Path, num_classes: int) -> tuple[str, ...]:
     """The classes' names, if the file has them."""
-    headers = _headers(file)
+    headers = read_headers(file)
     if "class_names" not in headers:
         return ()
     shape, dtype = headers["class_names"]
@@ -198,7 +198,7 @@ def is_one(path: Path) -> bool:
     return (path / "images.npy").is_file()
 
 
-def _headers(file: Path) -> dict[str, Header]:
+def read_headers(file: Path) -> dict[str, Header]:
     """Shape and dtype of each array, whose data must be as long as its header tells."""
     found = {}
     try:
@@ -238,12 +238,12 @@ def _opened(file: Path, key: str) -> Iterator[IO[bytes]]:
 
 
 def is_bool(file: Path) -> bool:
-    return _headers(file)["images"][1] == np.bool_
+    return read_headers(file)["images"][1] == np.bool_
 
 
 def is_deep(file: Path) -> bool:
     """Whether the images have 16 bits."""
-    return _headers(file)["images"][1].itemsize == 2
+    return read_headers(file)["images"][1].itemsize == 2
 
 
 def _place(file: Path, key: str) -> tuple[Path, int, tuple[int, ...], np.dtype[Any]] | None:
