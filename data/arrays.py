@@ -267,10 +267,22 @@ def _listed(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], 
                 f"{path} must have pictures in a format that Pillow reads, as each sub-folder is a class, got none"
                 + (f" ({rest})" if rest else "")
             )
+        if path in classes:
+            _check_labelled(path, own)
         left_out.update(of_this)
         files += own
         labels += [classes.index(path) if path in classes else -1] * len(own)
     return files, np.array(labels, dtype=np.int64)
+
+
+def _check_labelled(folder: Path, files: list[Path]) -> None:
+    """Raises DataError where a class has a folder within that is called as images without a label are."""
+    for place in sorted({above for file in files for above in file.parents if folder in above.parents}):
+        if _means_unlabelled(place):
+            raise DataError(
+                f"{place} is within the class {folder.name}, whose label its pictures would have; move it beside the "
+                "class folders, or call it something else"
+            )
 
 
 def _names(folder: Path) -> tuple[str, ...]:
@@ -301,6 +313,9 @@ def _sub_folders(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path
             f"{folder} must have a sub-folder of pictures for each class, got {names}, which are names of parts; give "
             f"the folder that has the classes, such as data.path={classes[0]}"
         )
+    twice = [path for path in classes if any(path.samefile(other) for other in classes if other < path)]
+    if twice:
+        raise DataError(f"{twice[0]} is a link to another class of {folder}; remove one of the two")
     if len(classes) < 2:
         got = ", ".join(path.name for path in classes) or "none"
         raise DataError(f"{folder} must have a sub-folder of pictures for each of 2 or more classes, got {got}")
@@ -312,7 +327,8 @@ def _means_unlabelled(path: Path) -> bool:
     name = re.sub("[^a-z]", "", path.name.casefold())
     if name in SPELLINGS:
         return True
-    if name.startswith("un") and difflib.get_close_matches(name, SPELLINGS, cutoff=0.85):
+    has_the_word = re.search("unlabel|nolabel|notlabel|withoutlabel", name)
+    if has_the_word or (name.startswith("un") and difflib.get_close_matches(name, SPELLINGS, cutoff=0.85)):
         raise DataError(
             f"{path} may be a class, or the images without a label; call it {UNLABELLED} for these, or give the class "
             "a name that is less like it"

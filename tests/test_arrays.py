@@ -775,3 +775,21 @@ def test_a_changed_picture_changes_the_digest(tmp_path: Path) -> None:
 def test_data_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"mine\.npz: labels is missing"):
         arrays.facts(str(stored(tmp_path, labels=None)))
+
+
+def test_folders_whose_label_is_in_doubt_are_refused(tmp_path: Path) -> None:
+    doubtful = {
+        "unlabelled (copy)": "may be a class, or the images without a label",
+        "my_unlabeled_ones": "may be a class, or the images without a label",
+        "cats/unlabelled": "is within the class cats",
+        "cats/2021/no label": "is within the class cats",
+    }
+    for number, (place, words) in enumerate(doubtful.items()):
+        source = folder_of_files(tmp_path / str(number) / "mine")
+        shutil.move(source / "unlabelled", source / "aside")
+        (source / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source / "aside", source / place)
+        assert words in refusal(source).err
+    source = folder_of_files(tmp_path / "linked" / "mine")
+    (source / "lions").symlink_to(source / "cats")
+    assert "lions is a link to another class" in refusal(source).err
