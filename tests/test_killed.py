@@ -306,7 +306,7 @@ def test_ten_runs_in_the_same_second_get_ten_folders(tmp_path: Path) -> None:
         assert process.returncode == 0, err
     folders = list((tmp_path / "outputs" / "2026-01-02").iterdir())
     assert len(folders) == 10
-    assert all(folder.name.startswith("03-04-05-gumbel_softmax-") for folder in folders)
+    assert all(folder.name.startswith("03-04-05-sum_and_sample-") for folder in folders)
     assert sorted(json.loads((folder / "result.json").read_text())["seed"] for folder in folders) == list(range(10))
     assert {checkpoint(folder)["step"] for folder in folders} == {2}
 

@@ -244,7 +244,8 @@ def two_classes(path: Path) -> Path:
 @pytest.mark.slow
 def test_training_with_classes_of_15_to_1_is_better_with_their_prior(tmp_path: Path) -> None:
     path = two_classes(tmp_path / "two.npz")
-    line = f"data=arrays data.path={path} data.num_labelled=20 data.num_validation=400 model=mlp model.hidden=64 "
+    line = f"data=arrays data.path={path} data.num_labelled=20 data.balanced=true data.num_validation=400 "
+    line += "data.stratified=false model=mlp model.hidden=64 "
     line += "train.steps=600 train.validate_every=600 evaluation.importance_samples=1 "
 
     def results(prior: str) -> list[dict[str, float]]:
