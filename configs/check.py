@@ -34,10 +34,10 @@ from configs.resume import resume_command
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, has_a_comma, keys, printable, shown, unknown_key
-from data.datasets import facts, load
+from data.datasets import load
 from data.facts import DataError
 from data.folders import made
-from data.splits import Indices, class_prior, draw_split
+from data.splits import Indices, class_prior
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
 COMPOSING_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
@@ -80,8 +80,7 @@ def check(config: Config) -> None:
     from estimators.contract import Estimator
     from models.networks import ImageShape, Networks
 
-    data = config.data
-    known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
+    known = config.data.known()
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
     _check_kind(config.model, "model", model, Networks)
     estimator = build(config.estimator, "estimator")
@@ -173,16 +172,7 @@ def check_machine(config: Config) -> None:
         labels, num_classes = _labels(
             data.name, data.root, data.checksum, data.path, data.random_classes, data.num_test, data.resize
         )
-        split = draw_split(
-            labels,
-            num_classes,
-            num_labelled=data.num_labelled,
-            num_validation=data.num_validation,
-            split_seed=data.split_seed,
-            labelled_in_unlabelled=data.labelled_in_unlabelled,
-            balanced=data.balanced,
-            stratified=data.stratified,
-        )
+        split = data.split(labels, num_classes)
         class_prior(config.prior, labels[split.labelled], num_classes)
     except ValueError as error:
         raise ConfigError(str(error)) from error

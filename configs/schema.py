@@ -10,10 +10,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from data.datasets import NAMES, OWN, facts
+from data.datasets import NAMES, OWN, facts, load
 from data.facts import DatasetFacts
 from data.pictures import size_of
-from data.splits import check_sizes, count_of
+from data.splits import Indices, Split, check_sizes, count_of, draw_split
+from data.stored import Images
 
 
 class ConfigError(Exception):
@@ -96,9 +97,8 @@ class DataConfig:
             size_of(self.resize)
         if self.random_classes is not None:
             _at_least(2, data__random_classes=self.random_classes)
-        known = facts(self.name, self.path, self.random_classes, num_test=self.num_test, resize=self.resize)
         check_sizes(
-            known,
+            self.known(),
             num_labelled=self.num_labelled,
             num_validation=self.num_validation,
             balanced=self.balanced,
@@ -106,6 +106,39 @@ class DataConfig:
             labelled_in_unlabelled=self.labelled_in_unlabelled,
         )
         _at_least(0, data__split_seed=self.split_seed)
+
+    def known(self) -> DatasetFacts:
+        """What is known of the dataset without reading pixels. Raises DataError."""
+        return facts(self.name, self.path, self.random_classes, num_test=self.num_test, resize=self.resize)
+
+    def load(self, part: str, mapped: bool = False) -> Images:
+        """The `train` or `test` part, as data.datasets.load gives it. Raises DataError."""
+        return load(
+            self.name,
+            self.root,
+            part,
+            self.checksum,
+            self.path,
+            self.random_classes,
+            num_test=self.num_test,
+            resize=self.resize,
+            mapped=mapped,
+        )
+
+    def split(self, labels: Indices, num_classes: int, class_names: tuple[str, ...] = (), digest: str = "") -> Split:
+        """The split that is drawn of the training part's labels. Raises ValueError."""
+        return draw_split(
+            labels,
+            num_classes,
+            num_labelled=self.num_labelled,
+            num_validation=self.num_validation,
+            split_seed=self.split_seed,
+            labelled_in_unlabelled=self.labelled_in_unlabelled,
+            balanced=self.balanced,
+            stratified=self.stratified,
+            class_names=class_names,
+            digest=digest,
+        )
 
 
 @dataclass
@@ -188,13 +221,11 @@ class Config:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
         data = self.data
-        if data.name == OWN and self.likelihood is Likelihood.auto and facts(data.name, data.path).is_binary:
+        if self.likelihood is Likelihood.auto and data.known().is_binary:
             self.likelihood = Likelihood.bernoulli
         self.likelihood = resolved_likelihood(self.likelihood, data.binarization)
         if self.prior not in ("uniform", "labelled"):
-            data = self.data
-            known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
-            self.prior = _probabilities(self.prior, known)
+            self.prior = _probabilities(self.prior, data.known())
 
 
 def resolved_likelihood(likelihood: Likelihood, binarization: Binarization) -> Likelihood:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from data import npz
-from data.facts import Array, DataError, DatasetFacts, Images
+from data.facts import Array, DataError, DatasetFacts
 from data.pictures import LeftOut, picture_files, read_pictures, resized, shape_of_all, size_of, stamped, suffixes
 from data.splits import Indices, by_class, count_of
-from data.stored import InFile
+from data.stored import Images, InFile
 
 TEST_SHARE = 6  # without test images, every sixth labelled one of a class is held out as the test part
 UNLABELLED = "unlabelled"  # the sub-folder of images without a label, and how others write it

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.facts import Array, Images
+from data.facts import Array
 from data.pictures import memory
 from data.randomness import keyed_generator, random_int16
 from data.splits import Indices, Split
-from data.stored import InFile
+from data.stored import Images, InFile
 
 Binarization = Literal["dynamic", "threshold", "none"]
 AHEAD = 2  # minibatches that are read before they are asked for

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from data.facts import Array, DataError, DatasetFacts, Images
+from data.facts import Array, DataError, DatasetFacts
 from data.folders import made
+from data.stored import Images
 
 # as their publishers name them (Xiao et al. 2017; Clanuwat et al. 2018)
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"

@@ -1,15 +1,11 @@
-"""What is known of a dataset: before its pixels are read, and after; below all that reads one."""
+"""What is known of a dataset before its pixels are read; below all that reads one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from data.stored import InFile
 
 Array = npt.NDArray[np.uint8]
 
@@ -32,27 +28,6 @@ class DatasetFacts:
     class_sizes: tuple[int, ...] = ()  # training images of each class, where that is known without reading them
     is_binary: bool = False  # whether the pixels are known to be black or white
     held_out: int = 0  # labelled images that are the test part, of those of a dataset without one
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known.
-
-    Of images that stay in their file, those come to memory that are asked for by images[rows].
-    """
-
-    images: Array | InFile
-    labels: npt.NDArray[np.int64]
-    num_classes: int
-    digest: str = ""  # of the whole dataset, where it is not a published one
-    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
-    notes: tuple[str, ...] = ()  # sentences for the log: what was left out, and what was made of the rest
-    contents: dict[str, str] = field(default_factory=dict)  # a digest of each file that train and test come from
-    files: tuple[str, ...] = ()  # each image's, below the folder that they were read from
-    rows: npt.NDArray[np.int64] | None = None  # each image's, in the array of a file that has more
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))

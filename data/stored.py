@@ -1,11 +1,11 @@
-"""Images that stay in their file, for data larger than memory: read row by row."""
+"""Images of a dataset with their labels: in memory, or, larger than that, in their file and read row by row."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.facts import Array, DataError
+from data.facts import Array, DataError, numbered
 
 BLOCK = 2**26  # bytes that are looked at in one go
 
@@ -92,3 +92,24 @@ class InFile:
         size = max(1, BLOCK // int(np.prod(self.shape[1:])))
         for start in range(0, len(self), size):
             yield self[start : start + size]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known.
+
+    Of images that stay in their file, those come to memory that are asked for by images[rows].
+    """
+
+    images: Array | InFile
+    labels: npt.NDArray[np.int64]
+    num_classes: int
+    digest: str = ""  # of the whole dataset, where it is not a published one
+    class_names: tuple[str, ...] = ()  # in the order of the labels; the numbers where nothing names them
+    notes: tuple[str, ...] = ()  # sentences for the log: what was left out, and what was made of the rest
+    contents: dict[str, str] = field(default_factory=dict)  # a digest of each file that train and test come from
+    files: tuple[str, ...] = ()  # each image's, below the folder that they were read from
+    rows: npt.NDArray[np.int64] | None = None  # each image's, in the array of a file that has more
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))

@@ -38,8 +38,8 @@ from scripts.command import refusing_bad_input
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
     from data.batches import Binarization
-    from data.facts import Images
     from data.splits import Split
+    from data.stored import Images
     from scripts.baseline_methods import Chosen, Known, Pixels
 
 CLASSIFIER = "classifier"  # trained by train.py
@@ -269,10 +269,9 @@ def train_classifier(job: Job, folder: Path) -> int:
 def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
     """Chooses each method's settings, measures it on test images, and writes its folder."""
     from scripts.baseline_methods import METHODS, choose
-    from training.run import split_of
 
-    source = load_part("train", job.config)
-    split = split_of(source, job.config)
+    source = job.config.data.load("train")
+    split = job.config.data.split(source.labels, source.num_classes, source.class_names, source.digest)
     known = known_of(source, split, job.config)
     for name in names:
         import_module(METHODS[name].target.rpartition(".")[0])  # seconds that are not the method's
@@ -280,26 +279,10 @@ def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
         chosen = choose(name, known)
         seconds = time.perf_counter() - start
         measured = scores("val", *chosen.predict(known.x_validation), known.y_validation)
-        test = load_part("test", job.config)
+        test = job.config.data.load("test")
         measured |= scores("test", *chosen.predict(as_evaluated(test.images, job.config)), test.labels)
         write(job, folder / name, split, name, chosen, {"seconds": seconds, **measured})
         say(folder / name)
-
-
-def load_part(part: str, config: Config) -> Images:
-    from data.datasets import load
-
-    data = config.data
-    return load(
-        data.name,
-        data.root,
-        part,
-        data.checksum,
-        data.path,
-        data.random_classes,
-        num_test=data.num_test,
-        resize=data.resize,
-    )
 
 
 def known_of(source: Images, split: Split, config: Config) -> Known:

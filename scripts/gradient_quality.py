@@ -155,15 +155,13 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
     import torch
 
     from configs.targets import build
-    from data.datasets import facts
 
     names = split_names(settings.estimators) or all_names()
     nodes = {name: compose_estimator(name, run.config) for name in names if name != OWN}
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
     if not settings.estimators and own == OWN:
         names.append(OWN)
-    data = run.config.data
-    known = facts(data.name, data.path, data.random_classes, num_test=data.num_test, resize=data.resize)
+    known = run.config.data.known()
     made = {}
     for name in names:
         if name == own:

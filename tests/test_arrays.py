@@ -793,3 +793,12 @@ def test_folders_whose_label_is_in_doubt_are_refused(tmp_path: Path) -> None:
     source = folder_of_files(tmp_path / "linked" / "mine")
     (source / "lions").symlink_to(source / "cats")
     assert "lions is a link to another class" in refusal(source).err
+
+
+def test_pictures_of_several_sizes_train_with_every_likelihood(tmp_path: Path) -> None:
+    """data.resize and data.num_test count wherever the data are asked about, which `auto` does too."""
+    source = messy(tmp_path / "mine")
+    for likelihood in ("auto", "gaussian"):
+        one = f"{DEFAULTS} data.path={source} data.resize=8x8 data.num_test=3 data.num_validation=3"
+        run(f"{one} likelihood={likelihood} 'prior=[0.4,0.4,0.2]'", tmp_path / likelihood)
+    assert checkpoint(tmp_path / "auto")["facts"]["likelihood"] == "discretized_logistic"

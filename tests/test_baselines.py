@@ -23,12 +23,13 @@ from configs.schema import Binarization, Config
 from configs.wording import CONFIGS
 from data.batches import binarize
 from data.datasets import load
-from data.facts import Images
+from data.splits import Split
+from data.stored import Images
 from models import evaluation
 from scripts import baseline_methods, baselines, compare
 from scripts.baseline_methods import GRIDS, METHODS, Known, choose, grid, predict, usable
 from tests.runs import Ended, command
-from training.run import split_of, stored_run
+from training.run import stored_run
 
 SKLEARN = [name for name in baselines.NAMES if name != baselines.CLASSIFIER]
 # one nearest neighbour on the 50 labels of draws 0 to 4 of digits, test accuracy in %, as it was found by hand
@@ -66,6 +67,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("baselines") / "out put"
     run(f"{QUICK} --draws 1 --output '{output}'")
     return output / "data.split_seed=1"
+
+
+def split_of(source: Images, config: Config) -> Split:
+    return config.data.split(source.labels, source.num_classes)
 
 
 @pytest.fixture

@@ -30,9 +30,10 @@ from data.batches import (
     training_data,
 )
 from data.datasets import load
-from data.facts import Array, DataError, Images
+from data.facts import Array, DataError
 from data.randomness import random_int16
 from data.splits import ALL, Split, draw_split
+from data.stored import Images
 from tests.runs import SMALL, checkpoint, command, resume
 
 CPU = torch.device("cpu")

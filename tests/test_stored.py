@@ -17,9 +17,8 @@ import torch
 
 from data import arrays
 from data.batches import Ahead, Batches, fit, training_data
-from data.facts import Images
 from data.splits import Split
-from data.stored import InFile
+from data.stored import Images, InFile
 from tests.runs import checkpoint, equal, resume, run
 from tests.test_arrays import contents, line, stored
 

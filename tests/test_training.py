@@ -34,8 +34,8 @@ import train
 from configs import schema
 from configs.check import typed
 from data import datasets
-from data.facts import Images
 from data.splits import Split
+from data.stored import Images
 from estimators.contract import Estimator
 from estimators.schedules import cosine, exponential
 from scripts import evaluate, generate

@@ -23,10 +23,10 @@ from configs.check import build_optimizer, check, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
-from data.datasets import load
-from data.facts import DataError, Images
+from data.facts import DataError
 from data.randomness import keyed_generator
-from data.splits import Indices, Split, class_prior, draw_split
+from data.splits import Indices, class_prior
+from data.stored import Images
 from estimators.contract import Estimator, Schedule
 from models.evaluation import Evaluation, evaluate
 from models.gradient_quality import Measurement, gradient_quality
@@ -98,7 +98,7 @@ class Run:
         self.contents: dict[str, str] = {}  # digests of the files that images came from
         source = self.load_images("train")
         self.notes = source.notes
-        self.split = split_of(source, config)
+        self.split = config.data.split(source.labels, source.num_classes, source.class_names, source.digest)
         channels, height, width = source.images.shape[1:]
         self.facts = Facts(
             shape=(channels, height, width),
@@ -133,18 +133,7 @@ class Run:
         self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
 
     def load_images(self, part: str) -> Images:
-        data = self.config.data
-        source = load(
-            data.name,
-            data.root,
-            part,
-            data.checksum,
-            data.path,
-            data.random_classes,
-            num_test=data.num_test,
-            resize=data.resize,
-            mapped=True,
-        )
+        source = self.config.data.load(part, mapped=True)
         self._check_contents(source.contents)
         return source
 
@@ -370,23 +359,6 @@ class Run:
             "; effective weight per image: "
             f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         )
-
-
-def split_of(source: Images, config: Config) -> Split:
-    """The split that the configuration draws of the training part."""
-    data = config.data
-    return draw_split(
-        source.labels,
-        source.num_classes,
-        num_labelled=data.num_labelled,
-        num_validation=data.num_validation,
-        split_seed=data.split_seed,
-        labelled_in_unlabelled=data.labelled_in_unlabelled,
-        balanced=data.balanced,
-        stratified=data.stratified,
-        class_names=source.class_names,
-        digest=source.digest,
-    )
 
 
 def tune_process() -> None:
