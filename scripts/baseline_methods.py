@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,21 +31,18 @@ LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
 class Known:
     """All that a method may see. Labels are int64 [N] in 0..K-1, and each class has some."""
 
-    x_labelled: Pixels
-    y_labelled: Indices
-    x_unlabelled: Pixels  # without those that are labelled
+    x: Pixels  # of all training images, in an order that does not tell the labelled ones
+    y: Indices  # of all training images; -1 is scikit-learn's sign for an unlabelled one
     x_validation: Pixels
     y_validation: Indices
 
     @cached_property
-    def x(self) -> Pixels:
-        """All training images, the labelled ones first."""
-        return np.concatenate([self.x_labelled, self.x_unlabelled])
+    def x_labelled(self) -> Pixels:
+        return self.x[self.y >= 0]
 
     @cached_property
-    def y(self) -> Indices:
-        """Of all training images; -1 is scikit-learn's sign for an unlabelled one."""
-        return np.concatenate([self.y_labelled, np.full(len(self.x_unlabelled), -1)])
+    def y_labelled(self) -> Indices:
+        return self.y[self.y >= 0]
 
     @cached_property
     def gamma_unit(self) -> float:
@@ -133,23 +131,24 @@ class Neighbours:
     LabelSpreading(kernel="knn") would look for them once for each of its settings: minutes with MNIST.
     """
 
+    found: ClassVar[dict[bytes, Indices]] = {}  # by the images' digest: other labels of a split's images find them here
+
     def __init__(self, x: Pixels, most: int) -> None:
         self.x = x
         self.most = min(most, len(x))
-        self.found: list[tuple[Pixels, Indices]] = []
+        self.digest = hashlib.sha256(x.data).digest()
 
     def of(self, x: Pixels) -> Indices:
         """The `most` nearest training images of each image, [N, most], nearest first; one is its own nearest."""
         from sklearn.neighbors import NearestNeighbors
 
-        for before, rows in self.found:
-            if before is x:
-                return rows
-        search = NearestNeighbors(n_neighbors=self.most, algorithm="brute").fit(self.x)
-        blocks = np.array_split(x, -(-len(x) // 1000))
-        rows = np.concatenate([search.kneighbors(b, return_distance=False) for b in progress(blocks, "neighbours")])
-        self.found.append((x, rows))
-        return rows
+        key = self.digest + hashlib.sha256(x.data).digest()
+        if key not in self.found:
+            search = NearestNeighbors(n_neighbors=self.most, algorithm="brute").fit(self.x)
+            blocks = np.array_split(x, -(-len(x) // 1000))
+            near = [search.kneighbors(block, return_distance=False) for block in progress(blocks, "neighbours")]
+            self.found[key] = np.concatenate(near)
+        return self.found[key]
 
     def graph(self, x: Pixels, k: int) -> Any:
         """1 where a training image is one of the `k` nearest, sparse [N, training images]."""
@@ -226,7 +225,7 @@ def _be_quiet() -> None:
 
 def usable(name: str, known: Known) -> tuple[list[Settings], list[str]]:
     """The settings of a method's grid, gamma in numbers, and a sentence for what these data are too many or few for."""
-    images = len(known.x_labelled) + len(known.x_unlabelled)
+    images = len(known.x)
     settings, skipped = [], []
     for setting in GRIDS[name]:
         if setting.get("kernel") == "rbf" and images > MOST_DENSE:

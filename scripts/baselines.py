@@ -293,16 +293,13 @@ def known_of(source: Images, split: Split, config: Config) -> Known:
     from data.batches import binarize
     from scripts.baseline_methods import Known
 
-    labelled = split.labelled
     how: Binarization = config.data.binarization.value
     kept: Binarization = "none" if how == "dynamic" else how
-    rows = np.concatenate([labelled, np.setdiff1d(split.unlabelled, labelled)])
-    images = torch.from_numpy(source.images[rows])
-    x = binarize(images, kept, torch.Generator()).flatten(1).numpy()  # nothing is drawn
+    rows = np.union1d(split.labelled, split.unlabelled)
+    x = binarize(torch.from_numpy(source.images[rows]), kept, torch.Generator()).flatten(1).numpy()  # nothing is drawn
     return Known(
-        x[: len(labelled)],
-        source.labels[labelled],
-        x[len(labelled) :],
+        x,
+        np.where(np.isin(rows, split.labelled), source.labels[rows], -1),
         as_evaluated(source.images[split.validation], config),
         source.labels[split.validation],
     )

@@ -146,8 +146,7 @@ def test_labelled_images_are_not_unlabelled_ones_as_well(digits: tuple[Images, C
     source, config = digits
     assert config.data.labelled_in_unlabelled
     known = baselines.known_of(source, split_of(source, config), config)
-    assert (len(known.x_labelled), len(known.x_unlabelled), len(known.x_validation)) == (50, 1187, 200)
-    assert (known.y >= 0).sum() == 50
+    assert (len(known.x_labelled), len(known.x), len(known.x_validation)) == (50, 1237, 200)
 
 
 # ---- the methods ----
@@ -190,10 +189,21 @@ def test_what_does_not_fit_into_memory_is_left_out_and_said(known: Known, capsys
 
 
 def test_an_image_that_no_label_reaches_has_no_class_more_than_another(known: Known) -> None:
-    far = replace(known, x_unlabelled=known.x_unlabelled[:20] + 100)  # each other's neighbours alone
-    fitted = METHODS["label_spreading"].prepare(far)({"kernel": "knn", "n_neighbors": 7, "alpha": 0.2})
-    _, q = predict(METHODS["label_spreading"], fitted, far.x_unlabelled)
+    far = known.x[known.y < 0][:20] + 100  # each other's neighbours alone
+    both = replace(known, x=np.concatenate([known.x_labelled, far]), y=np.append(known.y_labelled, [-1] * 20))
+    fitted = METHODS["label_spreading"].prepare(both)({"kernel": "knn", "n_neighbors": 7, "alpha": 0.2})
+    _, q = predict(METHODS["label_spreading"], fitted, far)
     assert q == pytest.approx(0.1)
+
+
+def test_neighbours_are_looked_for_once_for_all_numbers_of_labels(digits: tuple[Images, Config]) -> None:
+    source, config = digits
+    few = replace(config, data=replace(config.data, num_labelled=20))
+    baseline_methods.Neighbours.found.clear()
+    for each in (config, few):
+        known = baselines.known_of(source, split_of(source, each), each)
+        METHODS["label_spreading"].prepare(known)({"kernel": "knn", "n_neighbors": 7, "alpha": 0.2})
+    assert len(baseline_methods.Neighbours.found) == 1
 
 
 # ---- its folders ----
