@@ -212,6 +212,7 @@ def way_to_resume(config: DictConfig, folder: Path) -> str:
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def hydra_main(config: DictConfig) -> float | None:
     """Runs a job; returns its validation accuracy in a sweep, for a search, and exits with its code elsewhere."""
+    errors.disabled = False  # hydra/job_logging=disabled is about what a run logs, not about what ends it
     folder = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return job_of_sweep(config, folder)

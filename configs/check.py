@@ -200,6 +200,7 @@ class CheckBeforeWork(Callback):
         with _refusing():
             checked = _check_job(config, _same_experiment)
             folder = Path(config.hydra.run.dir)
+            _check_utf8(folder, "hydra.run.dir")
             _check_folder(config, folder)
             check_machine(checked)
             _hold_folder(config, folder)
@@ -215,7 +216,8 @@ class CheckBeforeWork(Callback):
             with _refusing(job):
                 job_config = _compose_job(config, number, job)
                 job_checked = _check_job(job_config)
-                checked.append((job, _job_folder(job_config), job_checked))
+                checked.append((job, folder := _job_folder(job_config), job_checked))
+                _check_utf8(folder, "hydra.sweep.dir")
         with _refusing():
             _check_apart([(job, folder) for job, folder, _ in checked])
             if config.hydra.runtime.choices["hydra/sweeper"] != "basic" and jobs:  # it may try the same values twice
@@ -332,6 +334,18 @@ def _check_folder(config: DictConfig, folder: Path) -> None:
         raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by: {way_on}")
 
 
+def _check_utf8(folder: Path, key: str) -> None:
+    """Under another name TensorBoard cannot write, or writes elsewhere. Raises ConfigError."""
+    place = str(folder.absolute())
+    with suppress(UnicodeEncodeError):
+        if os.fsencode(place) == place.encode():
+            return
+    raise ConfigError(
+        f"{key} must be a folder whose path is in UTF-8, which TensorBoard needs, got {place}; give it another, such "
+        f"as {key}=/tmp/run"
+    )
+
+
 def _hold_folder(config: DictConfig, folder: Path) -> None:
     """Makes a run's folder this process's own before Hydra writes there.
 
@@ -345,7 +359,7 @@ def _hold_folder(config: DictConfig, folder: Path) -> None:
                 hold(folder / LOCK)
             _check_folder(config, folder)  # another process may have had it meanwhile
     except OSError as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(f"{explain(error)}; hydra.run.dir=FOLDER names another place for a run") from error
 
 
 @contextmanager

@@ -86,6 +86,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
     if isinstance(error.__cause__, OSError):  # such as a log file that logging cannot open
         error = error.__cause__
     if isinstance(error, OverrideParseException):
+        if not str(error.override).isascii() and str(error.override) != printable(str(error.override)):
+            return f"an argument must be in UTF-8 and without control characters, got {error.override}"
         return f"{ARGUMENT}, got {error.override}{_in_quotes(str(error.override))}"
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")

@@ -313,6 +313,8 @@ def _sub_folders(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path
             f"{folder} must have a sub-folder of pictures for each class, got {names}, which are names of parts; give "
             f"the folder that has the classes, such as data.path={classes[0]}"
         )
+    if foreign := [path for path in classes if any("\ud800" <= letter <= "\udfff" for letter in path.name)]:
+        raise DataError(f"{foreign[0]} must have a name in UTF-8, which names its class; give that folder another")
     twice = [path for path in classes if any(path.samefile(other) for other in classes if other < path)]
     if twice:
         raise DataError(f"{twice[0]} is a link to another class of {folder}; remove one of the two")

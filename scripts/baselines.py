@@ -80,7 +80,12 @@ def main() -> None:
         now = f"{datetime.now():%Y-%m-%d/%H-%M-%S}-{secrets.token_hex(3)}"
         output = arguments.output or Path("outputs", "baselines", now)
         check_output(output, jobs, methods)
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--output must be a folder that can be written to, got {output}: {error.strerror}"
+            ) from error
         try:
             code = run(output, jobs, methods)
         except KeyboardInterrupt:

@@ -51,7 +51,7 @@ def main() -> None:
         contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": page(comparison)}
         with made(output):
             for suffix, content in contents.items():
-                write_atomically(output / f"{OUTPUT}.{suffix}", content.encode())
+                write_atomically(output / f"{OUTPUT}.{suffix}", content.encode(errors="replace"))
         print(printable(as_text(comparison)), end="\n\n")
         for suffix in contents:
             print(output / f"{OUTPUT}.{suffix}")

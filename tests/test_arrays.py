@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -695,6 +696,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "one class": (only_owls, ("a sub-folder of pictures for each of 2 or more classes, got owls",)),
     "parts": (parts, ("got test, train, which are names of parts", "such as data.path=")),
+    "a name that is not UTF-8": (
+        lambda folder: (folder / "cats").rename(folder / os.fsdecode(b"caf\xe9")),
+        ("must have a name in UTF-8, which names its class",),
+    ),
     "a part": (a_part, ("got labelled, which are names of parts",)),
 }
 

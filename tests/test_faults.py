@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,3 +284,80 @@ sys.argv = ["train.py", "data=digits", "train.steps=1"]
 import train
 train.main()
 """
+
+
+# ---- names, other people's folders, no log ----
+
+
+@pytest.mark.parametrize("line", ["", "-m "])
+def test_a_path_that_is_not_utf8_is_refused(line: str, tmp_path: Path) -> None:
+    """TensorBoard's own error for it is a traceback after the folder was made."""
+    foreign = tmp_path / os.fsdecode(b"caf\xe9")
+    foreign.mkdir()
+    done = train(line + FEW, foreign)
+    assert done.returncode == 2
+    assert "must be a folder whose path is in UTF-8" in one_line(done.stderr)
+    assert not list(foreign.iterdir())
+
+
+def test_an_argument_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    done = train(FEW + os.fsdecode(b"hydra.run.dir=caf\xe9"), tmp_path)
+    assert done.returncode == 2
+    assert "must be in UTF-8" in one_line(done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_comparison_of_folders_with_names_of_another_encoding(roomy: Path, tmp_path: Path) -> None:
+    shutil.copytree(roomy, tmp_path / os.fsdecode(b"caf\xe9"))
+    done = script("compare .", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "caf" in (tmp_path / "compare" / "compare.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("train.py", "hydra.run.dir=FOLDER"),
+        ("train.py -m", "hydra.sweep.dir"),
+        ("-m scripts.baselines data=digits --methods svm", "--output"),
+    ],
+)
+def test_a_second_user_in_one_checkout_learns_where_else_to_write(line: str, key: str, tmp_path: Path) -> None:
+    """Root without its privileges is anybody: a folder that nobody may write to stands for somebody else's."""
+    (tmp_path / "outputs").mkdir(mode=0o555)
+    anybody = ["setpriv", "--bounding-set=-dac_override,-fowner"] if os.getuid() == 0 else []
+    command = [sys.executable, *line.replace("train.py", f"{ROOT}/train.py").split()]
+    overrides = [] if "scripts" in line else FEW.split()
+    done = subprocess.run([*anybody, *command, *overrides], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    said = one_line(done.stderr)
+    assert key in said
+    assert "Permission denied" in said
+
+
+def test_what_ends_a_run_is_said_with_logging_off(tmp_path: Path) -> None:
+    done = train(FEW + "hydra/job_logging=disabled optimizer=sgd optimizer.lr=1e30", tmp_path)
+    assert done.returncode == 3
+    assert "labelled_bound is" in one_line(done.stderr)
+    assert not done.stdout
+
+
+def test_scripts_run_from_any_folder(tmp_path: Path) -> None:
+    """Also from one that has folders of the names of ours."""
+    for name in ("scripts", "data", "models"):
+        (tmp_path / name).mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for module in sorted((ROOT / "scripts").glob("*.py")):
+        if "__main__" in module.read_text():
+            done = script(f"{module.stem} --help", tmp_path, environment)
+            assert done.returncode == 0, done.stderr
+
+
+def train(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, ROOT / "train.py", *line.split()], cwd=cwd, capture_output=True, text=True)
+
+
+def script(line: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *f"scripts.{line}".split()]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
