@@ -177,6 +177,7 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
 
 def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
     """Says in one sentence what ended a job, if a person can mend it, and returns the exit code."""
+    from estimators.contract import ContractError
     from models.evaluation import OutOfMemoryError
     from training.checkpoints import CheckpointError
     from training.divergence import Diverged
@@ -185,7 +186,7 @@ def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
         way_on = f"go on with: {way_to_resume(config, folder)} evaluation.batch_size=NUMBER"
         errors.error("catvae: %s; nothing is lost, %s", error, way_on)
         return 2
-    if isinstance(error, (ConfigError, DataError, CheckpointError, Diverged)):
+    if isinstance(error, (ConfigError, DataError, CheckpointError, ContractError, Diverged)):
         errors.error("catvae: %s", error)
         return 3 if isinstance(error, Diverged) else 2
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to any more

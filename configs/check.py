@@ -108,14 +108,16 @@ def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None
     """Somebody's own estimator may know of no p(y): its KL, and so J, would be those of a uniform one."""
     import torch
 
-    logits = torch.zeros(1, num_classes, requires_grad=True)
+    logits = torch.zeros(1, 1, num_classes, requires_grad=True)
     prior = torch.arange(1.0, num_classes + 1).log_softmax(dim=0)
     kls = []
     with torch.random.fork_rng([]), suppress(Exception):  # what it fails by, training will say
-        estimator.prepare(1, num_classes)
+        estimator.prepare(1, 1, num_classes)
         for estimator.log_prior in (None, prior):
             generator, context = torch.Generator().manual_seed(0), torch.zeros(1, 1, 1, 1)
-            estimate = estimator(lambda y: y.square().sum(dim=-1), logits, step=0, context=context, generator=generator)
+            estimate = estimator(
+                lambda y: y.square().sum(dim=(-2, -1)), logits, step=0, context=context, generator=generator
+            )
             kls.append(estimate.kl.detach())
     if len(kls) == 2 and torch.equal(*kls):
         raise ConfigError(

@@ -2,8 +2,9 @@
 
     estimator(f, logits, step=..., context=..., generator=...) -> Estimate
 
-`f` maps class vectors y [S, B, K] to costs [S, B]; it is deterministic in y and does not close over `logits`.
-The estimator estimates E_{q(y|x)}[f(y)] and its gradient, for q(y|x) = Categorical(logits). Gradients must be enabled.
+y is N categorical variables of K classes each; the semi-supervised model has N = 1. `f` maps class vectors
+y [S, B, N, K] to costs [S, B]; it is deterministic in y and does not close over `logits` [B, N, K]. The estimator
+estimates E_{q(y|x)}[f(y)] and its gradient, for q(y|x) = prod_n Categorical(logits_n). Gradients must be enabled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Estimate:
     """What an estimator returns for a minibatch of B images.
 
     value      [B]  estimates E_q[f] as a number; its gradient is the estimator's gradient
-    kl         [B]  KL(q(y|x) || p(y)), in nats per image; p(y) is the estimator's `log_prior`
+    kl         [B]  KL(q(y|x) || p(y)), summed over variables, in nats per image; p(y) is the estimator's `log_prior`
     auxiliary  []   a loss for the estimator's own parameters alone
     metrics         scalars to log; `evaluations`, the calls of f per image, is always there
     """
@@ -41,7 +42,8 @@ class Estimator(nn.Module):
     """A gradient estimator: parameters and buffers are its own state, and travel in checkpoints.
 
     State changes in training mode alone. Whatever needs the sizes of the data is made in `prepare`.
-    `log_prior` is log p(y) [K], None where p(y) is uniform; it is set before the first call.
+    `log_prior` is log p(y) [K], or [N, K] where variables differ; None where p(y) is uniform. It is set before the
+    first call.
     An estimator sets `calls_once` if it calls f once and leaves the gradient through f to the loss: f then takes other
     work along in the same pass.
     """
@@ -57,20 +59,36 @@ class Estimator(nn.Module):
         """
         return step
 
-    def prepare(self, context_size: int, num_classes: int) -> None:
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
         """Called once, before parameters are counted: makes networks of the estimator's own, if it has any.
 
-        `context_size` is the number of pixels of an image.
+        `context_size` is the number of pixels of an image. Raises ValueError for an N and K that it cannot do.
         """
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        """Estimates E_q[f] for q = Categorical(logits [B, K]); `context` [B, ...] is the images.
+        """Estimates E_q[f] for q = prod_n Categorical(logits_n [B, K]); `context` [B, ...] is the images.
 
         `generator` is the only source of randomness; `step` drives schedules.
         """
         raise TypeError(f"{type(self).__name__} must define forward(f, logits, *, step, context, generator)")
+
+
+class ContractError(ValueError):
+    """An estimator, perhaps somebody's own, gave something else than the contract says."""
+
+
+def check_estimate(estimate: Estimate, batch: int) -> None:
+    """Raises ContractError unless an estimate of `batch` images has the shapes that it must have."""
+    wanted = {"value": (batch,), "kl": (batch,), "auxiliary": ()}
+    for name, shape in wanted.items():
+        got = getattr(estimate, name)
+        if not isinstance(got, Tensor) or got.shape != shape:
+            found = list(got.shape) if isinstance(got, Tensor) else type(got).__name__
+            raise ContractError(f"an estimate's {name} must be a tensor {list(shape)}, got {found}")
+    if "evaluations" not in estimate.metrics:
+        raise ContractError("an estimate's metrics must have evaluations, the calls of f per image")
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -79,11 +97,11 @@ def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
 
 
 def at_logits(logits: Tensor, gradient: Tensor) -> Tensor:
-    """A surrogate [B] whose gradient at logits [B, K] is `gradient` [B, K], which must sum to zero over K.
+    """A surrogate [B] whose gradient at logits [B, N, K] is `gradient` [B, N, K], which must sum to zero over K.
 
     A gradient through a softmax does. The surrogate is finite also for logits of -inf.
     """
-    return (log_probabilities(logits) * gradient.detach()).sum(dim=-1)
+    return (log_probabilities(logits) * gradient.detach()).sum(dim=(-2, -1))
 
 
 def slope(costs: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:
@@ -124,13 +142,16 @@ def temperature_at(schedule: Schedule, step: int) -> float:
 
 
 def categorical_kl(logits: Tensor, log_prior: Tensor | None = None) -> Tensor:
-    """KL(q(y|x) || p(y)) = -H(q(y|x)) - E_q[log p(y)] [B], in nats, from logits [B, K]; log_prior as an estimator's."""
+    """KL(q(y|x) || p(y)) = sum_n -H(q(y_n|x)) - E_q[log p(y_n)] [B], in nats, from logits [B, N, K].
+
+    `log_prior` is as an estimator's.
+    """
     if log_prior is None:
-        return math.log(logits.shape[-1]) - entropy(logits)
-    return -entropy(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)
+        return (math.log(logits.shape[-1]) - entropy(logits)).sum(dim=-1)
+    return (-entropy(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)).sum(dim=-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(q) = -sum_k q_k log q_k [B] in nats, from logits [B, K]; 0 log 0 = 0."""
+    """H(q) = -sum_k q_k log q_k [...] in nats, of each variable, from logits [..., K]; 0 log 0 = 0."""
     log_q = log_probabilities(logits)
     return -(log_q.exp() * log_q).sum(dim=-1)

@@ -60,7 +60,7 @@ class GumbelSoftmax(Estimator):
         return self.temperature(step)
 
     def draw(self, log_y: Tensor) -> Tensor:
-        """The class vectors [S, B, K] that f sees, from relaxed log y [S, B, K]."""
+        """The class vectors [S, B, N, K] that f sees, from relaxed log y [S, B, N, K]."""
         return log_y.exp()
 
     def forward(
@@ -83,11 +83,11 @@ class GumbelSoftmax(Estimator):
         if self.kl == "sampled":
             log_p = -math.log(logits.shape[-1]) if self.log_prior is None else self.log_prior
             log_ratio = log_probabilities(logits) - log_p
-            return (y * log_ratio).sum(dim=-1).mean(dim=0)
+            return (y * log_ratio).sum(dim=(-2, -1)).mean(dim=0)
         posterior = exp_concrete_log_density(log_y, logits, temperature)
         prior_logits = torch.zeros_like(logits) if self.log_prior is None else self.log_prior
         prior = exp_concrete_log_density(log_y, prior_logits, self.prior_temperature)
-        return (posterior - prior).mean(dim=0)
+        return (posterior - prior).sum(dim=-1).mean(dim=0)
 
 
 class StraightThroughGumbelSoftmax(GumbelSoftmax):

@@ -1,4 +1,7 @@
-"""Between enumeration and sampling: a few classes exactly, and at most one draw for the rest."""
+"""Between enumeration and sampling: a few classes exactly, and at most one draw for the rest.
+
+With N variables the classes are their K^N joint ones, 4,096 at most.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 
 from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, with_gradient_of
+from estimators.joint import check_joint, classes_of, outer
 from estimators.relaxations import LOG_ZERO, TINY, gumbel, log_probabilities, one_hot
 
 
@@ -29,23 +33,27 @@ class SumAndSample(Estimator):
         super().__init__()
         self.num_exact = at_least("num_exact", num_exact, 1)
 
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
+        check_joint(num_variables, num_classes)
+
     def depends_on(self, step: int) -> object:
         return None
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        num_classes = logits.shape[-1]
+        log_q = outer(log_probabilities(logits))
+        num_classes = log_q.shape[-1]
         num_exact = min(self.num_exact, num_classes)
-        log_q = log_probabilities(logits)
-        summed = log_q.detach().topk(num_exact, dim=-1).indices.T
-        classes = one_hot(summed, num_classes)
+        joint = log_q.detach().topk(num_exact, dim=-1).indices.T
+        classes = one_hot(joint, num_classes)
         rest = 1 - classes.sum(dim=0)
         if num_exact < num_classes:
-            noise = gumbel(tuple(logits.shape), generator=generator)
+            noise = gumbel(tuple(log_q.shape), generator=generator)
             drawn = (log_q.detach() + noise).masked_fill(rest == 0, -math.inf).argmax(dim=-1)
+            joint = torch.cat([joint, drawn.unsqueeze(0)])
             classes = torch.cat([classes, one_hot(drawn, num_classes).unsqueeze(0)])
-        costs = f(classes)
+        costs = f(classes_of(joint, *logits.shape[1:]))
         q = (classes * log_q.exp()).sum(dim=-1)
         weight = q.detach().clone()
         weight[num_exact:] = (rest * log_q.detach().exp()).sum(dim=-1)
@@ -77,19 +85,21 @@ class UnorderedSet(Estimator):
         super().__init__()
         self.num_samples = at_least("num_samples", num_samples, 2)
 
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
+        check_joint(num_variables, num_classes)
+
     def depends_on(self, step: int) -> object:
         return None
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        num_classes = logits.shape[-1]
-        size = min(self.num_samples, num_classes)
-        log_q = log_probabilities(logits)
+        log_q = outer(log_probabilities(logits))
+        size = min(self.num_samples, log_q.shape[-1])
         fixed = log_q.detach().double()
-        noise = gumbel(tuple(logits.shape), generator=generator)
+        noise = gumbel(tuple(log_q.shape), generator=generator)
         drawn = (log_q.detach() + noise).topk(size, dim=-1).indices
-        costs = f(one_hot(drawn.T, num_classes))
+        costs = f(classes_of(drawn.T, *logits.shape[1:]))
         members = fixed.gather(-1, drawn).T
         first, second = ratios(members, fixed.scatter(-1, drawn, -math.inf).logsumexp(dim=-1))
         log_weight = members + first
@@ -126,23 +136,28 @@ def ratios(members: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:
 class SparsemaxSum(Estimator):
     """E_p[f] for p = sparsemax(logits), summed over p's support alone (Correia et al. 2020, section 3).
 
+    With N variables p is the sparsemax of their joint classes' logits, sum_n logits_n.
+
     Exact for p, whose KL it reports; but evaluation takes softmax(logits) for q(y|x), and against that it is biased.
     f is called as often as the largest support among the images has classes; `support` is the mean size.
     """
 
     calls_once = True
 
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
+        check_joint(num_variables, num_classes)
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        p = sparsemax(logits)
+        p = sparsemax(outer(logits.float()))
         support = (p > 0).sum(dim=-1)
         calls = max(1, int(support.max()))  # the one place where an estimator waits for the device
         weight, order = p.sort(dim=-1, descending=True)
-        costs = f(one_hot(order[:, :calls].T, logits.shape[-1]))
-        kl = (p * p.clamp(min=TINY).log()).sum(dim=-1) + math.log(logits.shape[-1])
+        costs = f(classes_of(order[:, :calls].T, *logits.shape[1:]))
+        kl = (p * p.clamp(min=TINY).log()).sum(dim=-1) + math.log(p.shape[-1])
         if self.log_prior is not None:
-            kl = kl - (p * (self.log_prior + math.log(logits.shape[-1]))).sum(dim=-1)
+            kl = kl - (p * (outer(self.log_prior.expand(logits.shape[1:])) + math.log(p.shape[-1]))).sum(dim=-1)
         metrics: dict[str, Tensor | float] = {"evaluations": float(calls), "support": support.float().mean()}
         return Estimate((weight[:, :calls].T * costs).sum(dim=0), kl, logits.new_zeros(()), metrics)
 

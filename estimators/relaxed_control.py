@@ -49,7 +49,7 @@ class REBAR(Estimator):
         return None
 
     def control(self, relaxed_costs: Tensor, relaxed: Tensor, context: Tensor) -> Tensor:
-        """c [S, B] at relaxed y [S, B, K], given f there [S, B]."""
+        """c [S, B] at relaxed y [S, B, N, K], given f there [S, B]."""
         return self.scale * relaxed_costs
 
     def forward(
@@ -69,12 +69,12 @@ class REBAR(Estimator):
         path = slope(control - conditional_control, leaf, create_graph=self.training)
         score = y - log_q.detach().exp()  # grad log q(y) at the logits
         signal = costs.detach() - conditional_control
-        gradient = ((signal.unsqueeze(-1) * score).sum(dim=0) + path) / self.num_samples
+        gradient = ((signal[..., None, None] * score).sum(dim=0) + path) / self.num_samples
 
         value = with_gradient_of(costs.mean(dim=0), at_logits(logits, gradient))
         auxiliary = logits.new_zeros(())
         if self.training:
-            auxiliary = only_to(list(self.parameters()), gradient.square().sum(dim=-1).mean())
+            auxiliary = only_to(list(self.parameters()), gradient.square().sum(dim=(-2, -1)).mean())
         metrics: dict[str, Tensor | float] = {
             "evaluations": 3.0 * self.num_samples,
             "control_temperature": temperature.detach(),
@@ -95,13 +95,13 @@ class RELAX(REBAR):
         super().__init__(temperature, scale, num_samples)
         self.hidden = at_least("hidden", hidden, 1)
 
-    def prepare(self, context_size: int, num_classes: int) -> None:
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
         self.from_context = nn.Linear(context_size, self.hidden)
-        self.from_class = nn.Linear(num_classes, self.hidden, bias=False)
+        self.from_class = nn.Linear(num_variables * num_classes, self.hidden, bias=False)
         self.output = nn.Linear(self.hidden, 1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def control(self, relaxed_costs: Tensor, relaxed: Tensor, context: Tensor) -> Tensor:
-        hidden = (self.from_context(context.flatten(1)) + self.from_class(relaxed)).tanh()
+        hidden = (self.from_context(context.flatten(1)) + self.from_class(relaxed.flatten(-2))).tanh()
         return super().control(relaxed_costs, relaxed, context) + self.output(hidden).float().squeeze(-1)

@@ -14,7 +14,7 @@ class Baseline(nn.Module):
 
     minimum_samples = 1
 
-    def prepare(self, context_size: int, num_classes: int) -> None:
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
         """Makes networks of its own, if it has any."""
 
     def forward(self, costs: Tensor, context: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class LearnedBaseline(MovingAverage):
         super().__init__(decay)
         self.hidden = at_least("hidden", hidden, 1)
 
-    def prepare(self, context_size: int, num_classes: int) -> None:
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
         self.network = nn.Sequential(
             nn.Flatten(), nn.Linear(context_size, self.hidden), nn.Tanh(), nn.Linear(self.hidden, 1)
         )
@@ -106,8 +106,8 @@ class ScoreFunction(Estimator):
         self.baseline = baseline
         self.num_samples = num_samples
 
-    def prepare(self, context_size: int, num_classes: int) -> None:
-        self.baseline.prepare(context_size, num_classes)
+    def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
+        self.baseline.prepare(context_size, num_variables, num_classes)
 
     def depends_on(self, step: int) -> object:
         return None
@@ -120,7 +120,7 @@ class ScoreFunction(Estimator):
         costs = f(y)
         baseline = self.baseline(costs.detach(), context)
         signal = costs.detach() - baseline.detach()
-        value = with_gradient_of(costs.mean(dim=0), (signal * (y * log_q).sum(dim=-1)).mean(dim=0))
+        value = with_gradient_of(costs.mean(dim=0), (signal * (y * log_q).sum(dim=(-2, -1))).mean(dim=0))
         squared_error = (costs.detach() - baseline).square().mean()
         auxiliary = squared_error if baseline.requires_grad else logits.new_zeros(())
         metrics: dict[str, Tensor | float] = {
@@ -153,9 +153,10 @@ class MuProp(Estimator):
         y = gumbel_max(log_q.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
         costs, at_mean = f(y), f(mean.unsqueeze(0)).squeeze(0)
         slope_at_mean = slope(at_mean, mean)
-        taylor = at_mean.detach() + (slope_at_mean * (y - mean.detach())).sum(dim=-1)
+        taylor = at_mean.detach() + (slope_at_mean * (y - mean.detach())).sum(dim=(-2, -1))
         signal = costs.detach() - taylor
-        surrogate = (signal * (y * log_q).sum(dim=-1)).mean(dim=0) + (slope_at_mean * log_q.exp()).sum(dim=-1)
+        score = (signal * (y * log_q).sum(dim=(-2, -1))).mean(dim=0)
+        surrogate = score + (slope_at_mean * log_q.exp()).sum(dim=(-2, -1))
         metrics: dict[str, Tensor | float] = {
             "evaluations": float(self.num_samples + 1),
             "signal_variance": signal.var(correction=0),

@@ -31,7 +31,7 @@ class StraightThrough(Estimator):
         return self.temperature(step)
 
     def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        """What y [S, B, K] has its gradient from, broadcastable to y, given log q [B, K]."""
+        """What y [S, B, N, K] has its gradient from, broadcastable to y, given log q [B, N, K]."""
         return (log_q / temperature).softmax(dim=-1)
 
     def forward(

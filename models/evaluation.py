@@ -180,7 +180,7 @@ def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[Ten
         torch.cat(parts) for parts in zip(*((b.reconstruction, b.kl_z) for b in bounds), strict=True)
     )
     reconstruction, kl_z = (q.T * reconstructions).sum(dim=0), (q.T * kls).sum(dim=0)
-    kl_y = categorical_kl(logits, model.log_prior)
+    kl_y = categorical_kl(logits.unsqueeze(-2), model.log_prior)
     return (
         q,
         (reconstructions - kls).std(dim=0, correction=0),

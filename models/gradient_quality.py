@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.randomness import keyed_generator
-from estimators.contract import CostFunction, Estimator
-from models.evaluation import one_hot_classes
+from estimators.contract import CostFunction, Estimator, check_estimate
+from estimators.joint import all_classes, outer
 from models.vae import SemiSupervisedVAE
 
 NETWORKS = ("classifier", "inference", "generator")
-PARTS = ("logits", *NETWORKS)  # of the gradient: at the classifier's logits [B, K], and at each network's parameters
+PARTS = ("logits", *NETWORKS)  # of the gradient: at the classifier's logits [B, N, K], and at each network's parameters
 GROUPS = 10  # of draws, whose means are stored; the draws themselves are not
 MINIMUM_DRAWS = 3  # a group each, which the jackknife needs
 WARM_UP_RATE = 1e-2
@@ -86,8 +86,8 @@ def gradient_quality(
         def gradients(value: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(value.mean(), inputs, retain_graph=True, materialize_grads=True)
 
-        classes = one_hot_classes(logits.shape[-1], len(x), x.device)
-        exact = _joined(gradients((logits.softmax(dim=-1).T * cost(classes)).sum(dim=0)))
+        q = outer(logits.softmax(dim=-1), torch.mul)
+        exact = _joined(gradients((q.T * cost(all_classes(logits))).sum(dim=0)))
         groups = min(GROUPS, draws)
         sums = exact.new_zeros(groups, len(exact))
         squares, cosines = exact.new_zeros(draws, len(PARTS)), exact.new_zeros(draws, len(PARTS))
@@ -97,6 +97,7 @@ def gradient_quality(
             generator = keyed_generator(x.device, seed, f"gradient quality at step {step}", draw)
             started = _clock(x.device)
             estimate = estimator(cost, logits, step=step, context=x, generator=generator)
+            check_estimate(estimate, len(x))
             drawn = gradients(estimate.value)
             seconds.append(_clock(x.device) - started)
             evaluations.append(float(estimate.metrics["evaluations"]))
@@ -160,13 +161,13 @@ def _evaluating(model: SemiSupervisedVAE, estimator: Estimator, device: torch.de
 
 
 def _categorical_term(model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator) -> tuple[Tensor, CostFunction]:
-    """logits [B, K] of q(y|x), and f = y [S, B, K] -> b(x, y) [S, B] by one draw of z's noise."""
+    """logits [B, 1, K] of q(y|x), and f = y [S, B, 1, K] -> b(x, y) [S, B] by one draw of z's noise."""
     features, noise = model.inference.features(x), model.draw_noise(x, generator)
 
     def cost(y: Tensor) -> Tensor:
-        return model.bound(x, features, y, noise).value
+        return model.bound(x, features, y.squeeze(-2), noise).value
 
-    return model.classifier(x), cost
+    return model.classifier(x).unsqueeze(-2), cost
 
 
 def _joined(gradients: Iterable[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from estimators.contract import Estimator, entropy
+from estimators.contract import Estimator, check_estimate, entropy
 from models.vae import Bound, SemiSupervisedVAE
 
 
@@ -46,6 +46,7 @@ def objective(
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
     its first term by the estimator. The loss is -J plus the estimator's auxiliary loss. Where both bounds have no
     weight, the control of the classifier alone, they are not computed. The model and the estimator have the same p(y).
+    Raises ContractError for an estimate of other shapes.
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
@@ -62,6 +63,7 @@ def objective(
 
     def cost(y: Tensor) -> Tensor:
         nonlocal bound
+        y = y.squeeze(-2)  # of one variable
         if estimator.calls_once:  # the labelled images share the pass, which saves one (docs/performance.md)
             samples, batch, _ = y.shape
 
@@ -77,7 +79,8 @@ def objective(
             return both.of_images(slice(labelled, None)).value.view(samples, batch)
         return model.bound(x[labelled:], features[labelled:], y, noise[labelled:]).value
 
-    estimate = estimator(cost, logits_unlabelled, step=step, context=x[labelled:], generator=generator)
+    estimate = estimator(cost, logits_unlabelled.unsqueeze(-2), step=step, context=x[labelled:], generator=generator)
+    check_estimate(estimate, len(logits_unlabelled))
     if bound is None:
         bound = model.bound(x[:labelled], features[:labelled], y_labelled.unsqueeze(0), noise[:labelled])
     log_prior = -math.log(num_classes) if model.log_prior is None else (y_labelled * model.log_prior).sum(dim=-1).mean()

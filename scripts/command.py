@@ -33,12 +33,13 @@ def composed(*overrides: str) -> Any:
 @contextmanager
 def refusing_bad_input() -> Iterator[None]:
     """Says in one sentence what is wrong with a run folder, its data or its settings, and exits with status 2."""
+    from estimators.contract import ContractError
     from training.checkpoints import CheckpointError
 
     print_anywhere()
     try:
         yield
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, ContractError) as error:
         refuse(str(error))
     except OSError as error:
         refuse(explain(error))

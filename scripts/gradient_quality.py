@@ -170,7 +170,7 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
         torch.manual_seed(settings.seed)  # so that its parameters do not depend on the other names
         with run.device:
             made[name] = build(nodes[name], "estimator")
-            made[name].prepare(math.prod(known.shape), known.num_classes)
+            made[name].prepare(math.prod(known.shape), 1, known.num_classes)
     return made, own
 
 

@@ -305,7 +305,8 @@ def test_log_weights_give_pyro_s_bound_at_any_noise() -> None:
     noise = torch.randn(len(x), Z, generator=seeded(5))
     classes = torch.eye(K).unsqueeze(1).expand(-1, len(x), -1)
     weights = model.log_weight(x, model.inference.features(x), classes, noise)
-    estimate = Marginalization()(lambda y: weights, model.classifier(x), step=0, context=x, generator=seeded(0))
+    logits = model.classifier(x).unsqueeze(1)
+    estimate = Marginalization()(lambda y: weights, logits, step=0, context=x, generator=seeded(0))
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
     expected = pyro_bound(elbo, unlabelled_program, unlabelled_guide, model, x, noise=(noise,))
     assert_same((estimate.value - estimate.kl).sum(), expected, model)
@@ -339,7 +340,7 @@ def gradient_z(case: Case, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     model, batch, estimator = make_mlp(), BATCH.copies(COPIES), case.make()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        estimator.prepare(SHAPE.size, K)
+        estimator.prepare(SHAPE.size, 1, K)
         with torch.no_grad():
             for parameter in estimator.parameters():  # away from zero, where a wrong term could hide
                 parameter.add_(0.5 * torch.randn_like(parameter))

@@ -102,7 +102,7 @@ def prepared(estimator: Estimator, num_classes: int = 6) -> Estimator:
     """With networks of its own as they start."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        estimator.prepare(CONTEXT_SIZE, num_classes)
+        estimator.prepare(CONTEXT_SIZE, 1, num_classes)
     return estimator
 
 

@@ -47,12 +47,12 @@ class Case:
     random: bool = True
     softmax: bool = True  # q(y|x) is softmax(logits), and kl its KL
 
-    def build(self, num_classes: int, *, seed: int = 0) -> Estimator:
+    def build(self, num_classes: int, *, num_variables: int = 1, seed: int = 0) -> Estimator:
         """With parameters of its own away from where they start, where a wrong term could hide behind a zero."""
         estimator = self.make()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            estimator.prepare(CONTEXT_SIZE, num_classes)
+            estimator.prepare(CONTEXT_SIZE, num_variables, num_classes)
         generator = seeded(4 + seed)
         with torch.no_grad():
             for parameter in estimator.parameters():
@@ -140,8 +140,11 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def estimate(estimator: Estimator, f: CostFunction, logits: Tensor, *, seed: int = 0, step: int = 0) -> Estimate:
+    """Of one variable, whose axis neither f's y [S, B, K] nor the logits [B, K] have here."""
     context = torch.linspace(-1, 1, len(logits)).unsqueeze(-1).expand(-1, CONTEXT_SIZE)
-    result = estimator(f, logits, step=step, context=context, generator=seeded(seed))
+    result = estimator(
+        lambda y: f(y.squeeze(-2)), logits.unsqueeze(-2), step=step, context=context, generator=seeded(seed)
+    )
     assert isinstance(result, Estimate)
     return result
 
@@ -370,12 +373,12 @@ def test_f_sees_valid_class_vectors(case: Case) -> None:
 @each(CASES)
 def test_calls_once_is_said_of_those_that_do(case: Case) -> None:
     """f then takes other work along: it must be called so, and its gradient left to the loss."""
-    estimator, logits = case.build(4), torch.zeros(3, 4, requires_grad=True)
+    estimator, logits = case.build(4), torch.zeros(3, 1, 4, requires_grad=True)
     weight, called = torch.randn(4, generator=seeded(0)).requires_grad_(), []
 
     def f(y: Tensor) -> Tensor:
         called.append(y.shape[0])
-        return (y * weight).sum(dim=-1).square()
+        return (y * weight).sum(dim=(-2, -1)).square()
 
     value = estimator(f, logits, step=0, context=torch.zeros(3, CONTEXT_SIZE), generator=seeded(0)).value
     assert not estimator.calls_once or len(called) == 1

@@ -75,7 +75,7 @@ class Scaled(Marginalization):
 
 
 class Shifted(Marginalization):
-    """The exact gradient at the logits [B, K], plus `shift` [B, K], plus `spread` [B, K] with a random sign."""
+    """The exact gradient at the logits, plus `shift`, plus `spread` with a random sign, all [B, 1, K]."""
 
     def __init__(self, shift: Tensor, spread: Tensor, normal: float = 0.0) -> None:
         super().__init__()
@@ -85,14 +85,15 @@ class Shifted(Marginalization):
         estimate = super().forward(f, logits, generator=generator, **keywords)
         sign = 2 * torch.randint(2, (), generator=generator) - 1
         noise = self.normal * torch.randn(logits.shape, generator=generator)
-        added = len(logits) * (logits * (self.shift + sign * self.spread + noise)).sum(dim=-1)  # value is averaged
+        # value is averaged
+        added = len(logits) * (logits * (self.shift + sign * self.spread + noise)).sum(dim=(-2, -1))
         estimate.value = with_gradient_of(estimate.value, added)
         return estimate
 
 
 @pytest.fixture(scope="module")
 def exact(model: SemiSupervisedVAE) -> Tensor:
-    """The exact gradient at the logits [B, K], as an estimator is asked for it."""
+    """The exact gradient at the logits [B, 1, K], as an estimator is asked for it."""
     found = []
 
     class Spy(Marginalization):
@@ -106,8 +107,8 @@ def exact(model: SemiSupervisedVAE) -> Tensor:
 
 
 def jacobian_products(model: SemiSupervisedVAE, vectors: Tensor) -> Tensor:
-    """J'v [N, P] for vectors v [N, B, K], J the derivative of the logits by the classifier's parameters."""
-    logits = model.classifier(images())
+    """J'v [N, P] for vectors v [N, B, 1, K], J the derivative of the logits by the classifier's parameters."""
+    logits = model.classifier(images()).unsqueeze(1)
     parameters = list(model.classifier.parameters())  # type: ignore[attr-defined]
     products = [torch.autograd.grad(logits, parameters, v, retain_graph=True) for v in vectors]
     return torch.stack([torch.cat([g.flatten() for g in product]) for product in products])
@@ -316,7 +317,7 @@ def test_measuring_leaves_everything_as_it_was(name: str, trained_run: Run) -> N
     torch.manual_seed(0)
     model = SemiSupervisedVAE(conv(SHAPE, CLASSES, latent_size=2, channels=2, hidden=4, dropout=0.5, scale="softplus"))
     estimator = build(script.compose_estimator(name, trained_run.config), "estimator")
-    estimator.prepare(SHAPE.size, CLASSES)
+    estimator.prepare(SHAPE.size, 1, CLASSES)
     modules: list[nn.Module] = [model, estimator]
     model.inference.eval()  # type: ignore[attr-defined]
     modes = [part.training for module in modules for part in module.modules()]
@@ -346,7 +347,7 @@ class Learner(Marginalization):
 def test_warm_up_fits_the_estimator_and_leaves_the_model(model: SemiSupervisedVAE) -> None:
     torch.manual_seed(0)
     estimator = ScoreFunction(LearnedBaseline(hidden=4, decay=0.9))
-    estimator.prepare(SHAPE.size, CLASSES)
+    estimator.prepare(SHAPE.size, 1, CLASSES)
     before = measure(model, estimator)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     warm_up(model, estimator, [images()] * 60, step=0, seed=0)

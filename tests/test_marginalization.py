@@ -36,7 +36,7 @@ def gradient(vae: SemiSupervisedVAE, estimator: Marginalization, precision: str 
     x = torch.rand(2 * BATCH, 1, 8, 8, generator=random).round()
     y = torch.eye(vae.num_classes)[:BATCH]
     vae.zero_grad()
-    estimator.prepare(SHAPE.size, vae.num_classes)
+    estimator.prepare(SHAPE.size, 1, vae.num_classes)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         result = objective(vae, estimator, Weights(1, 1, 1), x, y, step=0, generator=random)
     result.loss.backward()
@@ -52,7 +52,7 @@ def test_labelled_images_share_the_pass_of_few_classes_in_one_chunk(
 ) -> None:
     """Beyond, a row of x for every class would be memory that chunks are there to bound."""
     estimator = Marginalization(chunk)
-    estimator.prepare(SHAPE.size, num_classes)
+    estimator.prepare(SHAPE.size, 1, num_classes)
     assert estimator.calls_once == expected
 
 
@@ -103,14 +103,14 @@ def test_chosen_chunks_are_used_and_f_is_kept_for_none_of_them() -> None:
 
     def f(y: Tensor) -> Tensor:
         sizes.append(len(y))
-        return vae.bound(x, features, y, noise).value
+        return vae.bound(x, features, y.squeeze(-2), noise).value
 
     with mock.patch.object(marginalization, "KEPT_BYTES", 20_000):
-        chunk = affordable_chunk(f, torch.eye(50).unsqueeze(1).expand(-1, BATCH, -1))
+        chunk = affordable_chunk(f, torch.eye(50).view(50, 1, 1, 50).expand(-1, BATCH, -1, -1))
         assert 1 <= chunk < 25
         sizes.clear()
         random = torch.Generator().manual_seed(0)
-        logits = torch.zeros(BATCH, 50, requires_grad=True)
+        logits = torch.zeros(BATCH, 1, 50, requires_grad=True)
         value = Marginalization()(f, logits, step=0, context=x, generator=random).value
         value.sum().backward()
     assert max(sizes) == chunk

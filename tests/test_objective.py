@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, distributions
 from torch.distributions import kl_divergence
 
 from data.batches import EvaluationData
-from estimators.contract import CostFunction, Estimate, Estimator, categorical_kl, entropy
+from estimators.contract import ContractError, CostFunction, Estimate, Estimator, categorical_kl, entropy
 from estimators.gumbel_softmax import GumbelSoftmax
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, SumAndSample, UnorderedSet
@@ -338,16 +339,35 @@ def test_estimate_enters_j_and_the_auxiliary_loss_does_not(monkeypatch: pytest.M
     assert result.metrics == {"evaluations": 7.0}
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"value": torch.zeros(2)}, r"value must be a tensor \[3\], got \[2\]"),
+        ({"kl": torch.zeros(3, 1)}, r"kl must be a tensor \[3\], got \[3, 1\]"),
+        ({"kl": 0.5}, r"kl must be a tensor \[3\], got float"),
+        ({"auxiliary": torch.zeros(3)}, r"auxiliary must be a tensor \[\], got \[3\]"),
+        ({"metrics": {}}, "metrics must have evaluations"),
+    ],
+)
+def test_an_estimate_of_other_shapes_is_refused(change: dict[str, Any], sentence: str) -> None:
+    class Wrong(Recorder):
+        def forward(self, *arguments: Any, **named: Any) -> Estimate:
+            return replace(super().forward(*arguments, **named), **change)
+
+    with pytest.raises(ContractError, match=sentence):
+        run(small_model(), Wrong())
+
+
 def test_estimator_is_called_by_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     model, estimator = small_model(), Recorder()
     fix_noise(model, NOISE, monkeypatch)
     run(model, estimator)
     called: dict[str, Any] = estimator.called_with
-    torch.testing.assert_close(called["logits"], model.classifier(X_UNLABELLED))
+    torch.testing.assert_close(called["logits"], model.classifier(X_UNLABELLED).unsqueeze(1))
     assert called["step"] == 17
     assert torch.equal(called["context"], X_UNLABELLED)
     assert isinstance(called["generator"], torch.Generator)
-    classes = torch.eye(K).unsqueeze(1).expand(-1, 3, -1)
+    classes = torch.eye(K).view(K, 1, 1, K).expand(-1, 3, -1, -1)
     cost = called["f"](classes)
     torch.testing.assert_close(cost, expected_bound(model, X_UNLABELLED, NOISE[2:]))
     through_f = torch.autograd.grad(cost.sum(), called["logits"], allow_unused=True)
@@ -372,7 +392,7 @@ def test_a_pass_shared_with_the_labelled_images_changes_no_number(make: Callable
     found = []
     for calls_once in (True, False):
         estimator = make()
-        estimator.prepare(SHAPE.size, K)
+        estimator.prepare(SHAPE.size, 1, K)
         assert estimator.calls_once
         estimator.calls_once = calls_once
         result = run(model, estimator)
@@ -418,11 +438,12 @@ def test_certain_classifier_makes_the_unlabelled_bound_the_labelled_one(
 
 def test_kl_of_y_is_log_k_minus_entropy() -> None:
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
-    kl = categorical_kl(probabilities.log())
+    kl = categorical_kl(probabilities.log().unsqueeze(1))
     torch.testing.assert_close(kl, torch.tensor([math.log(3) - 1.5 * math.log(2), 0.0, math.log(3)]))
     logits = 3 * torch.randn(200, 10, generator=generator())
     q, p = Categorical(logits=logits), Categorical(probs=torch.full((200, 10), 0.1))
-    torch.testing.assert_close(categorical_kl(logits), kl_divergence(q, p))
+    torch.testing.assert_close(categorical_kl(logits.unsqueeze(1)), kl_divergence(q, p))
+    torch.testing.assert_close(categorical_kl(logits.view(50, 4, 10)), kl_divergence(q, p).view(50, 4).sum(dim=1))
     torch.testing.assert_close(entropy(logits), q.entropy())
 
 

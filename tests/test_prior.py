@@ -223,7 +223,7 @@ def test_with_classes_of_15_to_1_it_is_worth_log_k_minus_their_entropy() -> None
     """In a bound whose classifier is sure and right: E[log p(y)] + log K = 0.459 nats."""
     labels = torch.tensor([0] * 15 + [1])
     p = torch.tensor([15 / 16, 1 / 16])
-    logits = torch.nn.functional.one_hot(labels, 2) * 60.0
+    logits = torch.nn.functional.one_hot(labels, 2).unsqueeze(1) * 60.0
     gain = (categorical_kl(logits) - categorical_kl(logits, p.log())).mean()
     assert gain.item() == pytest.approx(math.log(2) - distributions.Categorical(probs=p).entropy().item(), abs=1e-6)
     assert gain.item() == pytest.approx(0.459, abs=1e-3)

@@ -826,7 +826,7 @@ class Learned(Estimator):
         assert context.shape[0] == logits.shape[0]
         y = gumbel_max(logits.detach(), gumbel((1, *logits.shape), generator=generator))
         costs = f(y)
-        log_q = (y * log_probabilities(logits)).sum(dim=-1)
+        log_q = (y * log_probabilities(logits)).sum(dim=(-2, -1))
         signal = (costs - self.baseline).detach()
         value = with_gradient_of(costs.mean(dim=0), (signal * log_q).mean(dim=0))
         noise = torch.randn(())  # from no generator: no estimator should, and yet a run with it can be resumed

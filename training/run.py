@@ -113,7 +113,7 @@ class Run:
         with self.device:
             self.model = build_model(config.model, self.facts)
             self.estimator: Estimator = build(config.estimator, "estimator")
-            self.estimator.prepare(shape.size, source.num_classes)
+            self.estimator.prepare(shape.size, 1, source.num_classes)
             self.estimator.log_prior = self.model.log_prior
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
