@@ -57,6 +57,7 @@ ESTIMATORS = {
     "gapped_straight_through": "estimator=gapped_straight_through estimator.gap=1.0" + ONE + ANNEALED,
     "sum_and_sample": "estimator=sum_and_sample estimator.num_exact=1",
     "unordered_set": "estimator=unordered_set estimator.num_samples=2",
+    "indecater": "estimator=indecater",
     "sparsemax": "estimator=sparsemax",
     "muprop": "estimator=muprop" + ONE,
     "rebar": "estimator=rebar" + CONTROL,

@@ -17,6 +17,7 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from estimators.contract import CostFunction, Estimate, Estimator, Schedule
 from estimators.gumbel_softmax import KL, GumbelSoftmax, StraightThroughGumbelSoftmax
+from estimators.local_expectations import IndeCateR
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, SumAndSample, UnorderedSet
 from estimators.relaxed_control import REBAR, RELAX
@@ -85,6 +86,8 @@ CASES = [
     Case("unordered_set_2", lambda: UnorderedSet(num_samples=2), True, True, 2),
     Case("unordered_set_3", lambda: UnorderedSet(num_samples=3), True, True, 3),
     Case("unordered_set_4", lambda: UnorderedSet(num_samples=4), True, True, 4),
+    Case("indecater", IndeCateR, True, True, 6, random=False),  # of one variable
+    Case("indecater_2", lambda: IndeCateR(num_samples=2), True, True, 12, random=False),
     Case("sparsemax", SparsemaxSum, False, True, 2, random=False, softmax=False),
 ]
 

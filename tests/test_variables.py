@@ -12,9 +12,11 @@ from torch.distributions import Categorical, kl_divergence
 from estimators.contract import CostFunction, Estimator
 from estimators.gumbel_softmax import KL, GumbelSoftmax
 from estimators.joint import MOST, all_classes, classes_of, outer
+from estimators.local_expectations import IndeCateR
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, SumAndSample, UnorderedSet
 from estimators.relaxations import exp_concrete_log_density
+from estimators.score_function import LeaveOneOut, ScoreFunction
 from tests.test_estimators import (
     BIASED,
     CASES,
@@ -120,6 +122,14 @@ def test_shapes_classes_and_kl(case: Case, num_variables: int, num_classes: int)
         q = Categorical(logits=logits)
         uniform = Categorical(logits=torch.zeros(5, num_variables, num_classes))
         torch.testing.assert_close(result.kl, kl_divergence(q, uniform).sum(dim=-1))
+
+
+@sizes
+def test_indecater_varies_less_than_the_score_function(num_variables: int, num_classes: int) -> None:
+    logits, weight = problem(num_variables, num_classes)
+    local = drawn(IndeCateR(), logits, weight).logits.var(dim=0).sum()
+    several = ScoreFunction(LeaveOneOut(), num_samples=num_variables * num_classes)  # at as many calls of f
+    assert local < drawn(several, logits, weight).logits.var(dim=0).sum()
 
 
 @pytest.mark.parametrize("kl", ["sampled", "relaxed"])
