@@ -12,6 +12,7 @@ running state are warmed up first, on training images and with the model fixed (
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import shlex
@@ -176,15 +177,14 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
 
 def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> dict[str, Measurement]:
     """The measurements by name."""
-    from tqdm import tqdm
-
+    from data.progress import progress, telling
     from data.randomness import keyed_generator
     from models.gradient_quality import gradient_quality, warm_up
 
     x, measured = run.unlabelled_minibatch(settings.batch_size, settings.seed), {}
 
     def training_images(name: str) -> Iterator[Tensor]:
-        for index in tqdm(range(settings.warmup), f"{name}, warm-up", disable=None, leave=False):
+        for index in progress(range(settings.warmup), f"{name}, warm-up", "steps"):
             generator = keyed_generator(run.device, settings.seed, "warm-up images", index)
             x, y_labelled = run.batches(index, generator)
             yield x[len(y_labelled) :]
@@ -192,7 +192,7 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
     for name, estimator in estimators.items():
         if needs_warm_up(estimator, run):
             warm_up(run.model, estimator, training_images(name), step=run.step, seed=settings.seed)
-        with tqdm(total=settings.draws, desc=name, unit="draw", disable=None, leave=False) as bar:
+        with telling(name, "draws", settings.draws) as tell:
             measured[name] = gradient_quality(
                 run.model,
                 estimator,
@@ -200,7 +200,7 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
                 step=run.step,
                 draws=settings.draws,
                 seed=settings.seed,
-                after_draw=bar.update,
+                after_draw=functools.partial(tell, 1),
             )
     return measured
 
