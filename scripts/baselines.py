@@ -279,8 +279,9 @@ def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
         chosen = choose(name, known)
         seconds = time.perf_counter() - start
         measured = scores("val", *chosen.predict(known.x_validation), known.y_validation)
-        test = job.config.data.load("test")
-        measured |= scores("test", *chosen.predict(as_evaluated(test.images, job.config)), test.labels)
+        if job.config.evaluation.test:
+            test = job.config.data.load("test")
+            measured |= scores("test", *chosen.predict(as_evaluated(test.images, job.config)), test.labels)
         write(job, folder / name, split, name, chosen, {"seconds": seconds, **measured})
         say(folder / name)
 
@@ -378,7 +379,9 @@ def say(folder: Path) -> None:
 
     result = read_json(folder / RESULT)
     settings = "".join(f" {key}={value}" for key, value in result.get("settings", {}).items())
-    accuracy = f"test accuracy {result['test_accuracy']:.4f} (val {result['val_accuracy']:.4f})"
+    accuracy = f"val accuracy {result['val_accuracy']:.4f}"
+    if result.get("test_accuracy") is not None:
+        accuracy = f"test accuracy {result['test_accuracy']:.4f} (val {result['val_accuracy']:.4f})"
     print(f"{folder}: {accuracy}, {result['seconds']:.1f} s{settings}", flush=True)
 
 
