@@ -42,7 +42,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with refusing_bad_input():
         from scripts.comparison.groups import compare
-        from scripts.comparison.report import as_csv, as_markdown, as_text, page
+        from scripts.comparison.page import page
+        from scripts.comparison.report import as_csv, as_markdown, as_text
         from training.checkpoints import write_atomically
 
         records, notes = read_all(arguments.folders)

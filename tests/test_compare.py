@@ -23,7 +23,8 @@ from scripts import compare
 from scripts.comparison import figures
 from scripts.comparison.groups import Comparison
 from scripts.comparison.groups import compare as compared
-from scripts.comparison.report import COSTS, as_csv, as_markdown, page
+from scripts.comparison.page import page
+from scripts.comparison.report import COSTS, as_csv, as_markdown
 from scripts.comparison.runs import METRICS, read_all
 from scripts.comparison.statistics import holm, paired, summarize, t_quantile, t_two_sided
 from tests.runs import MLP, Ended, command, run

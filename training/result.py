@@ -13,7 +13,6 @@ from training.report import Report
 from training.run import Run, flat, plain
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
 
-
 LEFT = "test data are left for later (evaluation.test=false)"
 
 
