@@ -78,7 +78,7 @@ def write_events(folder: Path) -> None:
         writer.add_image("generated", torch.zeros(1, 8, 8, dtype=torch.uint8), 100)
 
 
-def comparison(*folders: Path, metric: str = "test_accuracy", baseline: str | None = None) -> Comparison:
+def comparison(*folders: Path, metric: str | None = None, baseline: str | None = None) -> Comparison:
     records, notes = read_all(folders)
     return compared(records, notes, metric, baseline)
 
@@ -529,7 +529,7 @@ def test_the_terminals_table_is_aligned_and_best_first(two_groups: Path) -> None
     assert first.split()[:3] == ["1", "marginalization", "4"]
     assert second.split()[:3] == ["2", "gumbel_softmax", "4"]
     assert first.split()[3:7] == ["0.9325", "±", "0.0272", "0.0171"]
-    assert head.index("test accuracy") + len("test accuracy") == first.index("0.0272") + 6
+    assert head.index("val accuracy") + len("val accuracy") == first.index("0.0272") + 6
     assert len({len(line) for line in (head, first, second)}) == 1
 
 
@@ -537,7 +537,7 @@ def test_markdown_has_a_row_a_group(two_groups: Path) -> None:
     run_compare(two_groups)
     lines = (two_groups / "compare" / "compare.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| 1 ")]
-    assert rows[0].startswith("| 1 | `marginalization` | 4 | 0.9325 ± 0.0272 (0.0171) | -22.50 ± 2.05 (1.29) |")
+    assert rows[0].startswith("| 1 | `marginalization` | 4 | 0.9325 ± 0.0272 (0.0171) | 0.9325 ± 0.0272 (0.0171) |")
     head = next(line for line in lines if "test accuracy" in line and line.startswith("|"))
     assert head.count("|") == rows[0].count("|")
 

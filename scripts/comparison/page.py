@@ -17,9 +17,9 @@ from scripts.comparison.report import (
     UNFINISHED_SAID,
     about_pixels,
     about_test,
+    choice,
     command,
     conditions,
-    counted,
     explained,
     headline,
     part_title,
@@ -30,6 +30,7 @@ from scripts.comparison.report import (
 )
 from scripts.comparison.runs import METRICS, Metric, Record
 from scripts.comparison.statistics import Summary
+from scripts.comparison.swept import swept_section
 
 
 def best_run(comparison: Comparison) -> Record | None:
@@ -77,6 +78,7 @@ def page(comparison: Comparison) -> str:
 def results_sections(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("Groups", groups_section(comparison)),
+        ("Against what was swept", against_section(comparison)),
         ("Learning curves", curves_section(comparison)),
         ("What it costs", cost_section(comparison)),
         ("Differences over the same draws", test_section(comparison)),
@@ -94,15 +96,10 @@ def bounds_section(whole: Comparison, part: Comparison) -> str:
 def headline_of_page(comparison: Comparison) -> str:
     if not comparison.groups:
         return "No run is finished."
-    best = comparison.groups[0]
-    metric, summary = METRICS[comparison.metric], best.summaries.get(comparison.metric)
     said = f"{headline(comparison)}."
     if comparison.parts and comparison.ranks_pixels:
         return f"{said} They are ranked apart for each kind of pixels."
-    if summary is None or len(comparison.groups) < 2:
-        return said
-    half = "" if summary.half is None else f" ± {number(summary.half, metric.form)}"
-    return f"{said} On top: {best.name}, with {number(summary.mean, metric.form)}{half} ({counted(summary.n, 'run')})."
+    return f"{said} {choice(comparison).replace('-', '−')}" if len(comparison.groups) > 1 else said
 
 
 def paragraph(words: str, class_: str = "") -> str:
@@ -174,6 +171,12 @@ def curves_section(comparison: Comparison) -> str:
     return content + (key(comparison) if in_one_figure else "") + paragraph(said, "caption")
 
 
+def against_section(comparison: Comparison) -> str:
+    content = swept_section(comparison)
+    said = "Means of groups that differ in nothing but that number, with their 95 % intervals (Student's t)."
+    return content + paragraph(said, "caption") if content else ""
+
+
 def cost_section(comparison: Comparison) -> str:
     figures = [figure for cost in ("evaluations", "seconds") if (figure := against(comparison, cost))]
     costs = quality_and_cost(comparison)[1]
@@ -199,7 +202,7 @@ def test_section(comparison: Comparison) -> str:
         for group, row in zip(others, rows, strict=True)
     ]
     drawn = forest(comparison)
-    better = "right" if METRICS[comparison.metric].higher_is_better else "left"
+    better = "right" if METRICS[comparison.reported].higher_is_better else "left"
     figure = tag("figure", drawn) + paragraph(
         f"To the {better} of the line is better than the baseline. An arrowhead: the interval goes further. "
         "p is adjusted for the number of tests.",
@@ -216,12 +219,13 @@ def pictures_section(comparison: Comparison) -> str:
             found = read_pictures(best.folder)
     if best is None or not found:
         return ""
-    metric = METRICS[comparison.metric]
+    shown = dict.fromkeys((comparison.metric, comparison.reported))
+    values = [f"{METRICS[n].title} {number(best.values[n], METRICS[n].form)}" for n in shown if n in best.values]
     said = {
         "reconstructions": "Held-out images, and below each what the model makes of it.",
         "generated": "Generated images: a row is a class, a column a style.",
     }
-    parts = [paragraph(f"{best.folder}: {metric.title} {number(best.values[comparison.metric], metric.form)}")]
+    parts = [paragraph(f"{best.folder}: {', '.join(values)}")]
     for name, (png, step) in found.items():
         words = f"{said.get(name, name)} Step {step}."
         picture = f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'

@@ -19,8 +19,9 @@ COSTS = ("evaluations", "seconds", "steps_per_second")
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """The metrics to show: the one that sorts, and the others that any group has."""
-    wanted = [comparison.metric, *(name for name in METRICS if name not in (comparison.metric, "val_bound"))]
+    """The metrics to show: the one that sorts, what is reported of it, and the others that any group has."""
+    first = [comparison.metric, comparison.reported]
+    wanted = [*dict.fromkeys(first), *(name for name in METRICS if name not in (*first, "val_bound"))]
     if comparison.parts:
         wanted = [name for name in wanted if not METRICS[name].of_pixels]
     return [name for name in wanted if any(name in group.summaries for group in comparison.groups)]
@@ -88,6 +89,24 @@ def part_title(part: Comparison) -> str:
     return f"Bounds of {part.pixels}" if part.pixels else "Without a bound"
 
 
+def choice(comparison: Comparison) -> str:
+    """Which group is best, by what, and what is reported of it."""
+    best = comparison.groups[0]
+    by, reported = METRICS[comparison.metric], METRICS[comparison.reported]
+    chosen, measured = best.summaries.get(comparison.metric), best.summaries.get(comparison.reported)
+    if chosen is None or measured is None:
+        return ""
+    if by is not reported:
+        return (
+            f"Chosen by {by.title}: {best.name}; its {reported.title}, on which nothing was chosen, is "
+            f"{plus_minus(measured, reported, measured.n)} ({counted(measured.n, 'run')})."
+        )
+    said = f"On top: {best.name}, with {by.title} {plus_minus(chosen, by, chosen.n)} ({counted(chosen.n, 'run')})."
+    if comparison.metric.startswith("test_"):
+        said += " It was chosen on that very number, which flatters it: val accuracy, the default, does not."
+    return said
+
+
 def about_test(comparison: Comparison) -> list[str]:
     """What the paired differences are, and what they are not."""
     if comparison.baseline is None or len(comparison.groups) < 2:
@@ -98,13 +117,13 @@ def about_test(comparison: Comparison) -> list[str]:
             f"No group has a draw (same split, same seed) in common with {comparison.baseline.name}: none is tested."
         ]
     tests = sum(test.p is not None for test in compared)
-    title = METRICS[comparison.metric].title
+    title = METRICS[comparison.reported].title
     said = [
         f"Difference in {title} from {comparison.baseline.name}, over pairs of runs with the same split and seed: "
         "mean ± half of its 95 % interval, and the p-value of Student's paired test, then adjusted for "
         f"{counted(tests, 'test')} (Holm); the intervals are not adjusted."
     ]
-    if not comparison.baseline_is_chosen:
+    if not comparison.baseline_is_chosen and comparison.reported == comparison.metric:
         said.append(
             "The baseline is the best of these groups on the same numbers, which flatters it: differences look larger, "
             "and p-values smaller, than for a baseline named beforehand with --baseline."
@@ -150,16 +169,17 @@ UNFINISHED_SAID = "Without result.json (killed, failed, or still running), and i
 def quality_table(
     comparison: Comparison, names: Sequence[str], groups: Sequence[Group] | None = None
 ) -> list[list[str]]:
-    """A row a group, of all or of `groups`, with the standard deviation of the metric that sorts."""
+    """A row a group, of all or of `groups`, with standard deviations of what sorts and what is reported."""
+    with_sd = (comparison.metric, comparison.reported)
     rows = [["", "group", "n"]]
     for name in names:
-        rows[0] += [METRICS[name].title, *(["sd"] if name == comparison.metric else [])]
+        rows[0] += [METRICS[name].title, *(["sd"] if name in with_sd else [])]
     for group in comparison.groups if groups is None else groups:
         row = [str(comparison.groups.index(group) + 1), group.name, str(len(group.runs))]
         for name in names:
             summary = group.summaries.get(name)
             row.append(plus_minus(summary, METRICS[name], len(group.runs)))
-            if name == comparison.metric:
+            if name in with_sd:
                 row.append(optional(summary.sd if summary else None, METRICS[name]))
         rows.append(row)
     return rows
@@ -167,13 +187,13 @@ def quality_table(
 
 def test_table(comparison: Comparison) -> list[list[str]]:
     rows = [["", "group", "pairs", "difference", "p", "p, Holm"]]
-    metric = METRICS[comparison.metric]
+    metric = METRICS[comparison.reported]
     for place, group in enumerate(comparison.groups, 1):
         test = group.against_baseline
         if group is comparison.baseline:
             continue
         if test is None:
-            reason = "no shared draws" if comparison.metric in group.summaries else f"no {metric.title}"
+            reason = "no shared draws" if comparison.reported in group.summaries else f"no {metric.title}"
             rows.append([str(place), group.name, "0", reason, DASH, DASH])
             continue
         mean, half = f"{test.difference.mean:+{metric.form}}", optional(test.difference.half, metric)
@@ -199,7 +219,7 @@ def text_tables(comparison: Comparison) -> list[str]:
     blocks = [headline(comparison), aligned(quality_table(comparison, quality))]
     if cost:
         blocks.append(aligned(quality_table(comparison, cost)))
-    blocks.append(fill(explained(comparison), 118))
+    blocks += [fill(explained(comparison), 118), *([fill(chosen, 118)] if (chosen := choice(comparison)) else [])]
     if said := about_test(comparison):
         blocks += ["\n".join(fill(sentence, 118) for sentence in said), aligned(test_table(comparison))]
     return blocks
@@ -245,6 +265,7 @@ def markdown_tables(comparison: Comparison) -> list[str]:
     said = explained(comparison)
     blocks = [f"{headline(comparison)}. {said[0].upper()}{said[1:]}; sd in brackets."]
     blocks.append(markdown_groups(comparison, columns(comparison), comparison.groups))
+    blocks += [chosen] if (chosen := choice(comparison)) else []
     if tested := about_test(comparison):
         blocks += [" ".join(tested), markdown_table(test_table(comparison))]
     if any(len(group.runs) > 1 for group in comparison.groups):
