@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -205,9 +205,14 @@ class CheckBeforeWork(Callback):
             _hold_folder(config, folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        is_search = _is_search(config)
         with _refusing():
             if config.get("resume") is not None:
                 raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
+            if is_search:
+                from training import search
+
+                search.prepare(config)
             jobs = sweep_jobs(config)
             _ = config.hydra.sweep.dir  # the jobs' configurations take over what its time and number came to
         checked = []
@@ -218,11 +223,10 @@ class CheckBeforeWork(Callback):
                 checked.append((job, _job_folder(job_config), job_checked))
         with _refusing():
             _check_apart([(job, folder) for job, folder, _ in checked])
-            if config.hydra.runtime.choices["hydra/sweeper"] != "basic" and jobs:  # it may try the same values twice
+            if is_search and jobs:  # it may try the same values twice
                 _check_apart([(jobs[0], _job_folder(_compose_job(config, number, jobs[0]))) for number in (0, 1)])
         from training import sweep
 
-        is_search = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
         for job, _, job_checked in checked:
             if is_search and job_checked.data.num_validation == 0:
                 with _refusing(job):
@@ -231,8 +235,11 @@ class CheckBeforeWork(Callback):
                 if sweep.launcher(config.hydra) in sweep.ON_THIS_MACHINE:
                     check_machine(job_checked)
         with _refusing(), sweep.begun(config):
+            varied = [override.get_key_element() for override in _given(config) if override.is_sweep_override()]
+            sweep.tell_number(config.hydra.sweeper.get("n_trials") if is_search else len(jobs), varied)
             if is_search:
                 sweep.check_search(config)
+                search.round_numbers(config)
                 return
             for job, folder, job_checked in checked:
                 with _refusing(job):
@@ -241,7 +248,24 @@ class CheckBeforeWork(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from training import sweep
 
-        if code := sweep.end():
+        code = sweep.end()
+        if _is_search(config):
+            from training import search
+
+            fixed = {
+                override.get_key_element(): override.get_value_element_as_str()
+                for override in _given(config)
+                if not override.is_sweep_override()
+            }
+
+            def composed(values: Mapping[str, Any]) -> Any:
+                job = _compose_job(config, 0, [f"{key}={value}" for key, value in {**fixed, **values}.items()])
+                own = OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+                return OmegaConf.to_container(own, resolve=True)
+
+            if code < 128:  # not stopped by a signal
+                code = max(code, search.end(config, fixed, composed))
+        if code:
             sys.exit(code)
 
 
@@ -264,11 +288,8 @@ def _job_folder(job: DictConfig) -> Path:
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep; of a search, which makes up its jobs as it goes, the ends of its ranges."""
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*params, *given])
-    if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+    overrides = _given(config)
+    if _is_search(config):
         return [_end_of_search(overrides, end) for end in (0, -1)]
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -278,6 +299,17 @@ def sweep_jobs(config: DictConfig) -> list[list[str]]:
         if override.is_sweep_override() and "," in text and Path(text).exists():
             raise ConfigError(has_a_comma(str(override.input_line)))
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _given(config: DictConfig) -> list[Override]:
+    """What a sweep or search was asked for, its preset before its command line."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([*params, *given])
+
+
+def _is_search(config: DictConfig) -> bool:
+    return config.hydra.runtime.choices["hydra/sweeper"] != "basic"
 
 
 def _end_of_search(overrides: Sequence[Override], end: int) -> list[str]:
