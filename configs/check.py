@@ -82,13 +82,13 @@ def check(config: Config) -> None:
 
     known = config.data.known()
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
-    _check_kind(config.model, "model", model, Networks)
+    check_kind(config.model, "model", model, Networks)
     estimator = build(config.estimator, "estimator")
-    _check_kind(config.estimator, "estimator", estimator, Estimator)
+    check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
     optimizer = build_optimizer(config, [parameter])
-    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
+    check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     factor = build(config.lr_factor, "lr_factor")(0)
     if not isinstance(factor, (int, float)):
         got = f"{config.lr_factor['_target_']}: it gives a {type(factor).__name__}"
@@ -134,7 +134,7 @@ def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:
         raise ConfigError(f"optimizer must be able to take a step, got {got}: {reason}") from error
 
 
-def _check_kind(node: Any, key: str, built: Any, kind: type) -> None:
+def check_kind(node: Any, key: str, built: Any, kind: type) -> None:
     if not isinstance(built, kind):
         name = f"{kind.__module__}.{kind.__name__}"
         target, made, article = node["_target_"], type(built).__name__, "an" if name[0] in "aeiou" else "a"

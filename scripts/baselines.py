@@ -34,7 +34,7 @@ from urllib.parse import quote
 
 from configs.schema import Config, ConfigError
 from configs.wording import CONFIGS
-from scripts.command import refusing_bad_input
+from scripts.command import refusing_bad_input, searchpath
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
     from data.batches import Binarization
@@ -121,9 +121,7 @@ def made_jobs(
         raise ConfigError(f"{key} must be left to train.py; --output names the folder here")
     if draws is not None and "data.split_seed" in keys:
         raise ConfigError("data.split_seed must be left out with --draws, which sets it")
-    if config_dir is not None and not config_dir.is_dir():
-        raise ConfigError(f"--config-dir must be a folder, got {config_dir}")
-    found = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.resolve()}']"]
+    found = searchpath(config_dir)
     flags = [] if config_dir is None else ["--config-dir", str(config_dir.resolve())]
     jobs = []
     for varied, combined in combinations(overrides):

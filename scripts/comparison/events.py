@@ -49,7 +49,7 @@ def read_pictures(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def _events(folder: Path, names: Collection[bytes], most: int | None = None) -> Iterator[Any]:
     """The events with one of `names` in them, and those that tell of a resume; none of more than `most` bytes."""
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
     wanted = re.compile(b"|".join(map(re.escape, names)))
