@@ -113,16 +113,17 @@ def split_names(text: str, config_dir: Path | None = None) -> list[str]:
     names = [name.strip() for name in re.findall(r"[^,(]+(?:\([^)]*\))?", text)]
     known = [OWN, *all_names(config_dir)]
     for name in names:
-        choice = name.partition("(")[0]
+        choice, more = name.partition("(")[0], "" if config_dir else "; --config-dir DIR has it find your own"
         if choice not in {*known, *(other.partition("/")[0] for other in known)}:
-            raise ConfigError(f"estimators must be names out of {', '.join(known)}, got {choice}")
+            raise ConfigError(f"estimators must be names out of {', '.join(known)}, got {choice}{more}")
     return list(dict.fromkeys(names))
 
 
 def compose_estimator(name: str, config: Any, config_dir: Path | None = None) -> Any:
     """The section that estimator=NAME and its further arguments give, with what it refers to from the run's `config`.
 
-    NAME may be that of a file in the `estimator` folder of a person's own `config_dir`, as for train.py. A baseline gets as many samples as it needs. Raises ConfigError.
+    NAME may be that of a file in `config_dir`/estimator/, as for train.py. A baseline gets as many samples as it
+    needs. Raises ConfigError.
     """
     from hydra.utils import get_class
     from omegaconf import OmegaConf

@@ -52,7 +52,7 @@ def save_png(sheet: Tensor, path: Path | IO[bytes], zoom: int) -> None:
 
 
 def save_figure(panels: Sequence[tuple[str, Tensor]], path: Path, width: float = 7) -> None:
-    """Writes captioned pictures uint8 [C, H, W] side by side, about `width` inches wide, as .png of 300 dpi, .pdf or .svg.
+    """Writes captioned pictures uint8 [C, H, W] side by side, about `width` inches wide, .png of 300 dpi, .pdf or .svg.
 
     A pixel takes a whole number of dots, so that none is blurred or wider than another.
     """
