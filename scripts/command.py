@@ -61,7 +61,8 @@ def refusing_bad_input() -> Iterator[None]:
 def writable(output: Path, suffixes: tuple[str, ...], option: str = "--output") -> None:
     """Refuses, before any work, a file that cannot be written or whose format is unknown. Raises ConfigError."""
     if output.suffix.lower() not in suffixes:
-        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {output}")
+        allowed = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
+        raise ConfigError(f"{option} must end in {allowed}, got {output}")
     if not output.parent.is_dir():
         raise ConfigError(f"{option} must be in a folder that exists, got {output}")
     if output.is_dir():

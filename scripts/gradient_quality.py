@@ -261,7 +261,8 @@ def main() -> None:
         from training.run import stored_run
 
         settings = parsed(arguments.settings)
-        split_names(settings.estimators, arguments.config_dir)  # refused before any work
+        searchpath(arguments.config_dir)  # refused before any work, and so names
+        split_names(settings.estimators, arguments.config_dir)
         run = stored_run(arguments.folder, trusted=arguments.trust)
         estimators, own = make_estimators(run, settings, arguments.config_dir)
         output = Path(settings.output or arguments.folder / "gradient_quality")

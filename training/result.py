@@ -38,7 +38,8 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     path = folder / RESULT
     before = read_json(path) if path.exists() else {}
     if is_left(before) and before["steps"] == run.step == report.start:
-        result = before | measure(run, "test") | {"config": flat(plain(run.config))}
+        how = {key: value for key, value in flat(plain(run.config)).items() if key.startswith("evaluation.")}
+        result = before | measure(run, "test") | {"config": before["config"] | how}
     else:
         result = whole_result(run, report)
     # the last step's validation is logged already

@@ -356,7 +356,8 @@ def forest(comparison: Comparison) -> str:
             parts.append(text(words, width - 4, above, "end", "small"))
         return "".join(parts), height
 
-    return both(draw, f"differences in {METRICS[comparison.reported].title} from the baseline")
+    baseline = f", {comparison.baseline.name}" if comparison.baseline else ""
+    return both(draw, f"differences in {METRICS[comparison.reported].title} from the baseline{baseline}")
 
 
 def interval(x: Axis, y: float, mean: float, half: float | None, class_: str) -> str:
