@@ -158,12 +158,14 @@ def sweep_command(arguments: Sequence[str], folder: Path) -> str:
 
 def best_command(arguments: Sequence[str], values: Mapping[str, Any]) -> str:
     """The command of one trial, with these values, of a search that was started with `arguments`."""
-    given = {key.lstrip("+") for key in values}
+    given, parser = {key.lstrip("+") for key in values}, OverridesParser.create()
 
     def stays(argument: str) -> bool:
         key = argument.lstrip("+").partition("=")[0]
+        if not _is_override(argument):
+            return argument not in ("-m", "--multirun")
         of_search = key.startswith(("hydra/", "hydra.")) and key != "hydra.searchpath"
-        return argument not in ("-m", "--multirun") and key not in given and not of_search
+        return not (of_search or key in given or parser.parse_override(argument).is_sweep_override())
 
     kept = [argument for argument in arguments if stays(argument)]
     found = [f"{key}={value}" for key, value in values.items()]
