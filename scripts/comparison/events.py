@@ -47,35 +47,37 @@ def read_pictures(folder: Path) -> dict[str, tuple[bytes, int]]:
     return found
 
 
-def _events(folder: Path, names: Collection[bytes], most: int | None = None) -> Iterator[Any]:
+def _events(folder: Path, names: Collection[bytes], most: int = 2**63) -> Iterator[Any]:
     """The events with one of `names` in them, and those that tell of a resume; none of more than `most` bytes."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.compat.proto.event_pb2 import Event
 
     wanted = re.compile(b"|".join(map(re.escape, names)))
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        for data in _records(path, most):
-            if not wanted.search(data) and (len(data) > SHORT or RESTART not in data):
-                continue
-            try:
-                yield Event.FromString(data)
-            except DecodeError as error:
-                raise DamagedEvents(f"{path.name}: {error}") from error
+        if not path.stat().st_size:
+            continue
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            for start, end in _records(whole, path):
+                length = end - start
+                if length > most or not (
+                    wanted.search(whole, start, end) or (length <= SHORT and whole.find(RESTART, start, end) >= 0)
+                ):
+                    continue
+                try:
+                    yield Event.FromString(whole[start:end])
+                except DecodeError as error:
+                    raise DamagedEvents(f"{path.name}: {error}") from error
 
 
-def _records(path: Path, most: int | None) -> Iterator[bytes]:
-    """A file's records of `most` bytes; one that is not whole, as a run that is killed leaves it, is the last."""
-    with path.open("rb") as file:
-        if not (size := path.stat().st_size):
+def _records(whole: mmap.mmap, path: Path) -> Iterator[tuple[int, int]]:
+    """Where a file's records are; one that is not whole, as a run that is killed leaves it, is left out."""
+    unpack, skipped, place, size = HEADER.unpack_from, HEADER.size, 0, len(whole)
+    while place + skipped <= size:
+        start = place + skipped
+        end = start + unpack(whole, place)[0]
+        place = end + FOOTER.size
+        if start == skipped and (place > size or whole.find(MARK, start, start + SHORT) < 0):
+            raise DamagedEvents(f"{path.name} does not begin as an event file")
+        if place > size:
             return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            place = 0
-            while place + HEADER.size <= size:
-                length, _ = HEADER.unpack_from(whole, place)
-                start, place = place + HEADER.size, place + HEADER.size + length + FOOTER.size
-                if start == HEADER.size and (place > size or MARK not in whole[start : start + min(length, SHORT)]):
-                    raise DamagedEvents(f"{path.name} does not begin as an event file")
-                if place > size:
-                    return
-                if most is None or length <= most:
-                    yield whole[start : start + length]
+        yield start, end
