@@ -79,7 +79,7 @@ def against_number(comparison: Comparison, swept: Swept, metric: str) -> str:
 
     def draw(width: float) -> tuple[str, float]:
         height = 340.0
-        x, y = Axis(*ends, 58, width - 14, log=swept.is_log), Axis(*limits, height - 44, 12)
+        x, y = Axis(*ends, 58, width - 24, log=swept.is_log), Axis(*limits, height - 44, 12)
         label = swept.key + (", logarithmic" if swept.is_log else "")
         parts = [axes(x, y, label, most=int(width / 75))]
         for place, (_, points) in enumerate(lines):
