@@ -247,6 +247,7 @@ def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
     if is_saved(folder):  # the sweep was started again, and CheckBeforeWork has compared the configurations
         config.resume = str(folder)
     (folder / sweep.FAILED).unlink(missing_ok=True)
+    sweep.announce(hydra_config)
     with sweep.beside_others(hydra_config):
         try:
             code, reason = ending(config, folder)

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,13 +82,13 @@ def check(config: Config) -> None:
 
     known = config.data.known()
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
-    _check_kind(config.model, "model", model, Networks)
+    check_kind(config.model, "model", model, Networks)
     estimator = build(config.estimator, "estimator")
-    _check_kind(config.estimator, "estimator", estimator, Estimator)
+    check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
     optimizer = build_optimizer(config, [parameter])
-    _check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
+    check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
     factor = build(config.lr_factor, "lr_factor")(0)
     if not isinstance(factor, (int, float)):
         got = f"{config.lr_factor['_target_']}: it gives a {type(factor).__name__}"
@@ -136,7 +136,7 @@ def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:
         raise ConfigError(f"optimizer must be able to take a step, got {got}: {reason}") from error
 
 
-def _check_kind(node: Any, key: str, built: Any, kind: type) -> None:
+def check_kind(node: Any, key: str, built: Any, kind: type) -> None:
     if not isinstance(built, kind):
         name = f"{kind.__module__}.{kind.__name__}"
         target, made, article = node["_target_"], type(built).__name__, "an" if name[0] in "aeiou" else "a"
@@ -208,9 +208,14 @@ class CheckBeforeWork(Callback):
             _hold_folder(config, folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        is_search = _is_search(config)
         with _refusing():
             if config.get("resume") is not None:
                 raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
+            if is_search:
+                from training import search
+
+                search.prepare(config)
             jobs = sweep_jobs(config)
             _ = config.hydra.sweep.dir  # the jobs' configurations take over what its time and number came to
         checked = []
@@ -222,11 +227,10 @@ class CheckBeforeWork(Callback):
                 _check_utf8(folder, "hydra.sweep.dir")
         with _refusing():
             _check_apart([(job, folder) for job, folder, _ in checked])
-            if config.hydra.runtime.choices["hydra/sweeper"] != "basic" and jobs:  # it may try the same values twice
+            if is_search and jobs:  # it may try the same values twice
                 _check_apart([(jobs[0], _job_folder(_compose_job(config, number, jobs[0]))) for number in (0, 1)])
         from training import sweep
 
-        is_search = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
         for job, _, job_checked in checked:
             if is_search and job_checked.data.num_validation == 0:
                 with _refusing(job):
@@ -235,8 +239,11 @@ class CheckBeforeWork(Callback):
                 if sweep.launcher(config.hydra) in sweep.ON_THIS_MACHINE:
                     check_machine(job_checked)
         with _refusing(), sweep.begun(config):
+            varied = [override.get_key_element() for override in _given(config) if override.is_sweep_override()]
+            sweep.tell_number(config.hydra.sweeper.get("n_trials") if is_search else len(jobs), varied)
             if is_search:
                 sweep.check_search(config)
+                search.round_numbers(config)
                 return
             for job, folder, job_checked in checked:
                 with _refusing(job):
@@ -245,7 +252,24 @@ class CheckBeforeWork(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from training import sweep
 
-        if code := sweep.end():
+        code = sweep.end()
+        if _is_search(config):
+            from training import search
+
+            fixed = {
+                override.get_key_element(): override.get_value_element_as_str()
+                for override in _given(config)
+                if not override.is_sweep_override()
+            }
+
+            def composed(values: Mapping[str, Any]) -> Any:
+                job = _compose_job(config, 0, [f"{key}={value}" for key, value in {**fixed, **values}.items()])
+                own = OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+                return OmegaConf.to_container(own, resolve=True)
+
+            if code < 128:  # not stopped by a signal
+                code = max(code, search.end(config, fixed, composed))
+        if code:
             sys.exit(code)
 
 
@@ -268,11 +292,8 @@ def _job_folder(job: DictConfig) -> Path:
 
 def sweep_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep; of a search, which makes up its jobs as it goes, the ends of its ranges."""
-    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*params, *given])
-    if config.hydra.runtime.choices["hydra/sweeper"] != "basic":
+    overrides = _given(config)
+    if _is_search(config):
         return [_end_of_search(overrides, end) for end in (0, -1)]
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -282,6 +303,17 @@ def sweep_jobs(config: DictConfig) -> list[list[str]]:
         if override.is_sweep_override() and "," in text and Path(text).exists():
             raise ConfigError(has_a_comma(str(override.input_line)))
     return BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+
+
+def _given(config: DictConfig) -> list[Override]:
+    """What a sweep or search was asked for, its preset before its command line."""
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([*params, *given])
+
+
+def _is_search(config: DictConfig) -> bool:
+    return config.hydra.runtime.choices["hydra/sweeper"] != "basic"
 
 
 def _end_of_search(overrides: Sequence[Override], end: int) -> list[str]:

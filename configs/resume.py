@@ -139,16 +139,41 @@ def _is_override(argument: str) -> bool:
 
 def resume_command(folder: Path, config: Any) -> str:
     """The command that goes on with a run of this process in `folder`, from any working directory."""
-    modules = foreign_modules(config)
-    trust = [word for module in modules for word in ("--trust", module)]
-    return command([f"resume={folder.resolve()}", *trust], bool(modules))  # resume_arguments needs no quotes
+    return command(resume_words(folder, config), bool(foreign_modules(config)))
+
+
+def resume_words(folder: Path, config: Any) -> list[str]:
+    """The arguments of that command."""
+    trust = [word for module in foreign_modules(config) for word in ("--trust", module)]
+    return [f"resume={folder.resolve()}", *trust]  # resume_arguments needs no quotes
 
 
 def sweep_command(arguments: Sequence[str], folder: Path) -> str:
     """The command that goes on with a sweep in `folder` that was started with `arguments`."""
     before = [argument for argument in arguments if not argument.lstrip("+").startswith("hydra.sweep.dir=")]
-    has_own_code = any(word in argument for argument in before for word in ("_target_=", "config-dir", "searchpath"))
-    return command([*_from_anywhere(before), f"hydra.sweep.dir={as_argument(folder.absolute())}"], has_own_code)
+    return command(
+        [*_from_anywhere(before), f"hydra.sweep.dir={as_argument(folder.absolute())}"], _has_own_code(before)
+    )
+
+
+def best_command(arguments: Sequence[str], values: Mapping[str, Any]) -> str:
+    """The command of one trial, with these values, of a search that was started with `arguments`."""
+    given, parser = {key.lstrip("+") for key in values}, OverridesParser.create()
+
+    def stays(argument: str) -> bool:
+        key = argument.lstrip("+").partition("=")[0]
+        if not _is_override(argument):
+            return argument not in ("-m", "--multirun")
+        of_search = key.startswith(("hydra/", "hydra.")) and key != "hydra.searchpath"
+        return not (of_search or key in given or parser.parse_override(argument).is_sweep_override())
+
+    kept = [argument for argument in arguments if stays(argument)]
+    found = [f"{key}={value}" for key, value in values.items()]
+    return command([*_from_anywhere(kept), *found], _has_own_code(kept))
+
+
+def _has_own_code(arguments: Sequence[str]) -> bool:
+    return any(word in argument for argument in arguments for word in ("_target_=", "config-dir", "searchpath"))
 
 
 def _from_anywhere(arguments: Sequence[str]) -> Iterator[str]:

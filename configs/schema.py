@@ -174,10 +174,10 @@ class TrainConfig:
 class EvaluationConfig:
     batch_size: int = MISSING
     importance_samples: int = MISSING  # draws of z per class in the estimate of log p(x)
+    test: bool = True  # at the end of the run; a default, so that runs from before have it
 
     def __post_init__(self) -> None:
-        for key, value in vars(self).items():
-            _at_least(1, **{f"evaluation__{key}": value})
+        _at_least(1, evaluation__batch_size=self.batch_size, evaluation__importance_samples=self.importance_samples)
 
 
 @dataclass

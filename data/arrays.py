@@ -15,6 +15,7 @@ import numpy as np
 from data import npz
 from data.facts import Array, DataError, DatasetFacts
 from data.pictures import LeftOut, picture_files, read_pictures, resized, shape_of_all, size_of, stamped, suffixes
+from data.progress import telling
 from data.splits import Indices, by_class, count_of
 from data.stored import Images, InFile
 
@@ -216,13 +217,11 @@ _digests: dict[tuple[object, ...], str] = {}
 
 
 def _shown(images: InFile, what: str) -> Iterator[Array]:
-    """All images block by block, with a progress bar on a terminal where that takes longer than a second."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(images), desc=what, unit="image", delay=1, leave=False, disable=None) as bar:
+    """All images block by block, and how far that is where it takes long."""
+    with telling(what, "images", len(images)) as tell:
         for block in images.blocks():
             yield block
-            bar.update(len(block))
+            tell(len(block))
 
 
 def _read_through(file: Path, key: str, images: Array | InFile, are_deep: bool, digest: Any) -> None:

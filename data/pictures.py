@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from data.facts import Array, DataError
+from data.progress import progress
 
 if TYPE_CHECKING:  # --help does not need it
     from PIL.Image import Image
@@ -276,7 +277,6 @@ def read_pictures(files: list[Path], shape: tuple[int, int, int], resize: bool) 
 
 def _each(do: Callable[[int], Result], files: Sequence[Path], what: str) -> list[Result]:
     """What `do` gives for the index of each file, on all cores. Raises DataError that names all that are damaged."""
-    from tqdm import tqdm
 
     def attempt(index: int) -> Result | DataError:
         try:
@@ -285,7 +285,7 @@ def _each(do: Callable[[int], Result], files: Sequence[Path], what: str) -> list
             return error
 
     with ThreadPoolExecutor() as pool:
-        done = list(tqdm(pool.map(attempt, range(len(files))), what, len(files), disable=None, leave=False, delay=1))
+        done = list(progress(pool.map(attempt, range(len(files))), what, "pictures", len(files)))
     if errors := [(file, one) for file, one in zip(files, done, strict=True) if isinstance(one, DataError)]:
         more = ", ".join(str(file) for file, _ in errors[1:NAMED]) + (" and others" if len(errors) > NAMED else "")
         raise DataError(str(errors[0][1]) + (f"; so must {more}, {len(errors)} in all" if more else ""))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, asdict, dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.batches import Binarization, EvaluationData, binarize
+from data.progress import telling
 from data.randomness import keyed_generator
 from estimators.contract import categorical_kl
 from models.vae import SemiSupervisedVAE
@@ -22,9 +21,6 @@ CALIBRATION_BINS = 15
 ROWS = 8192  # of images and classes that go through the generator at once, at most
 BYTES = ROWS * 28 * 28 * 4  # of those rows as float32: larger images go in fewer rows, see `rows_at_once`
 EVALUATION_SEED = 0  # the same binarization and noise for every run of one batch size, so that runs can be compared
-
-
-Item = TypeVar("Item")
 
 
 class OutOfMemoryError(Exception):
@@ -86,12 +82,6 @@ def class_chunks(num_classes: int, x: Tensor) -> tuple[Tensor, ...]:
     return one_hot_classes(num_classes, len(x), x.device).split(max(1, at_once // len(x)))
 
 
-def progress(parts: Iterable[Item], total: int, doing: str) -> Iterable[Item]:
-    """The same parts, with a bar where they take more than a second; quiet where the output is not a terminal."""
-    disable = bool(os.environ.get("TQDM_DISABLE")) or None
-    return tqdm(parts, total=total, desc=doing, unit="batch", delay=1, leave=False, dynamic_ncols=True, disable=disable)
-
-
 @contextmanager
 def naming_memory(batch: int, key: str) -> Iterator[None]:
     """Raises OutOfMemoryError where PyTorch finds no memory for `batch` images at once, which `key` sets."""
@@ -127,25 +117,28 @@ def evaluate(
     batch_size: int,
     importance_samples: int = 0,
     after_batch: Callable[[], None] = lambda: None,
+    doing: str = "evaluation",
 ) -> Evaluation:
     """Accuracy, exact bound and calibration in float32; with `importance_samples` > 0 also log p(x).
 
     The bound is U(x) = sum_y q(y|x) b(x, y) - KL(q(y|x) || p(y)), exact in y, with one draw of z an image.
-    An exception of `after_batch` ends it.
+    An exception of `after_batch` ends it. How far `doing` it is, is told in passes of a batch through the networks.
     """
     sums: dict[str, Tensor] = {}
     probabilities, spreads, bounds = [], [], []
     size = min(batch_size, len(data.x), rows_at_once(math.prod(data.x.shape[1:])))
-    batches = progress(
-        (data.x[i : i + size] for i in range(0, len(data.x), size)), -(-len(data.x) // size), "evaluation"
-    )
-    with evaluating(model), naming_memory(size, "evaluation.batch_size"):
-        for index, images in enumerate(batches):
+    batches = range(0, len(data.x), size)
+    passes = telling(doing, "passes", len(batches) * (1 + importance_samples))
+    with evaluating(model), naming_memory(size, "evaluation.batch_size"), passes as tell:
+        for index, first in enumerate(batches):
+            images = data.x[first : first + size]
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
             q, spread, measured = exact_terms(model, x, model.draw_noise(x, generator))
+            tell(1)
             if importance_samples > 0:
-                measured["log_likelihood"] = importance_weighted(model, x, importance_samples, generator)
+                after_draw = functools.partial(tell, 1)
+                measured["log_likelihood"] = importance_weighted(model, x, importance_samples, generator, after_draw)
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             probabilities.append(q)
@@ -193,12 +186,24 @@ def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[Ten
     )
 
 
-def importance_weighted(model: SemiSupervisedVAE, x: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def importance_weighted(
+    model: SemiSupervisedVAE,
+    x: Tensor,
+    samples: int,
+    generator: torch.Generator,
+    after_draw: Callable[[], None] = lambda: None,
+) -> Tensor:
     """log p(x) ~ log sum_y p(y) (1/S) sum_s p(x|y,z_ys) p(z_ys) / q(z_ys|x,y), [B], nats; y enumerated.
 
     A lower bound in expectation that tightens with S (Burda et al. 2016, eq. 8).
     """
-    return importance_weighted_by(model, x, (model.draw_noise(x, generator) for _ in range(samples)))
+
+    def draws() -> Iterator[Tensor]:
+        for _ in range(samples):
+            yield model.draw_noise(x, generator)
+            after_draw()
+
+    return importance_weighted_by(model, x, draws())
 
 
 def importance_weighted_by(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Tensor]) -> Tensor:

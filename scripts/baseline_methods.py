@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from data.progress import progress
 from data.splits import Indices
 
 Pixels = npt.NDArray[np.float32]  # [N, D], in [0, 1]
 Probabilities = npt.NDArray[np.floating[Any]]  # [N, K]
 Settings = dict[str, Any]
-Item = TypeVar("Item")
 Fitted = Any  # has predict(x) -> labels [N], and predict_proba(x) -> [N, K] where the method has probabilities
 
 MOST_DENSE = 10_000  # training images with a kernel between all of them: 0.8 GB, and two copies while it is made
-LINE_EVERY = 30.0  # seconds, where there is no terminal for a bar
 
 
 @dataclass(frozen=True)
@@ -145,8 +142,8 @@ class Neighbours:
         key = self.digest + hashlib.sha256(x.data).digest()
         if key not in self.found:
             search = NearestNeighbors(n_neighbors=self.most, algorithm="brute").fit(self.x)
-            blocks = np.array_split(x, -(-len(x) // 1000))
-            near = [search.kneighbors(block, return_distance=False) for block in progress(blocks, "neighbours")]
+            blocks = progress(np.array_split(x, -(-len(x) // 1000)), "neighbours", "blocks")
+            near = [search.kneighbors(block, return_distance=False) for block in blocks]
             self.found[key] = np.concatenate(near)
         return self.found[key]
 
@@ -203,7 +200,7 @@ def choose(name: str, known: Known) -> Chosen:
     fit = method.prepare(known)
     tried: list[Settings] = []
     best: tuple[Settings, Fitted] = ({}, None)
-    for setting in progress(settings, method.title):
+    for setting in progress(settings, method.title, "settings"):
         with warnings.catch_warnings():
             _be_quiet()
             fitted = fit(setting)
@@ -248,15 +245,3 @@ def predict(method: Method, fitted: Fitted, x: Pixels) -> tuple[Indices, Probabi
         q: Probabilities = fitted.predict_proba(x)
     q = np.where(np.isfinite(q).all(axis=1, keepdims=True), q, 1 / q.shape[1])  # no label has spread to its like
     return q.argmax(axis=1), q
-
-
-def progress(items: Sequence[Item], title: str) -> Iterator[Item]:
-    """A bar on a terminal; elsewhere a line every half minute."""
-    from tqdm import tqdm
-
-    said = time.monotonic()
-    for done, item in enumerate(tqdm(items, title, disable=None, leave=False), 1):
-        yield item
-        if not sys.stderr.isatty() and time.monotonic() - said > LINE_EVERY:
-            said = time.monotonic()
-            print(f"{title}: {done} of {len(items)}", flush=True)

@@ -34,7 +34,7 @@ from urllib.parse import quote
 
 from configs.schema import Config, ConfigError
 from configs.wording import CONFIGS
-from scripts.command import refusing_bad_input
+from scripts.command import refusing_bad_input, searchpath
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
     from data.batches import Binarization
@@ -126,9 +126,7 @@ def made_jobs(
         raise ConfigError(f"{key} must be left to train.py; --output names the folder here")
     if draws is not None and "data.split_seed" in keys:
         raise ConfigError("data.split_seed must be left out with --draws, which sets it")
-    if config_dir is not None and not config_dir.is_dir():
-        raise ConfigError(f"--config-dir must be a folder, got {config_dir}")
-    found = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir.resolve()}']"]
+    found = searchpath(config_dir)
     flags = [] if config_dir is None else ["--config-dir", str(config_dir.resolve())]
     jobs = []
     for varied, combined in combinations(overrides):
@@ -284,8 +282,9 @@ def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
         chosen = choose(name, known)
         seconds = time.perf_counter() - start
         measured = scores("val", *chosen.predict(known.x_validation), known.y_validation)
-        test = job.config.data.load("test")
-        measured |= scores("test", *chosen.predict(as_evaluated(test.images, job.config)), test.labels)
+        if job.config.evaluation.test:
+            test = job.config.data.load("test")
+            measured |= scores("test", *chosen.predict(as_evaluated(test.images, job.config)), test.labels)
         write(job, folder / name, split, name, chosen, {"seconds": seconds, **measured})
         say(folder / name)
 
@@ -383,7 +382,9 @@ def say(folder: Path) -> None:
 
     result = read_json(folder / RESULT)
     settings = "".join(f" {key}={value}" for key, value in result.get("settings", {}).items())
-    accuracy = f"test accuracy {result['test_accuracy']:.4f} (val {result['val_accuracy']:.4f})"
+    accuracy = f"val accuracy {result['val_accuracy']:.4f}"
+    if result.get("test_accuracy") is not None:
+        accuracy = f"test accuracy {result['test_accuracy']:.4f} (val {result['val_accuracy']:.4f})"
     print(f"{folder}: {accuracy}, {result['seconds']:.1f} s{settings}", flush=True)
 
 

@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--peer", choices=("none", "plain", "pyro"), default="none", help="time these as well")
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
     parser.add_argument("--classes", type=numbers_of_classes, help="time against the number of classes, random labels")
-    parser.add_argument("--picture", type=Path, help="of --classes: steps a second, as .png or .pdf")
+    parser.add_argument("--picture", type=Path, help="of --classes: steps a second, as .png, .pdf or .svg")
     parser.add_argument("--output", type=Path, help="a .json file for all figures")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--peers-of", help=argparse.SUPPRESS)
@@ -360,7 +360,7 @@ def main() -> None:
         if arguments.output:
             writable(arguments.output, (".json",))
         if arguments.picture:
-            writable(arguments.picture, (".png", ".pdf"), "--picture")
+            writable(arguments.picture, (".png", ".pdf", ".svg"), "--picture")
         if arguments.peer == "pyro":
             import_module("pyro")  # refused before any work
         if arguments.peak_of:

@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.check import refuse
 from configs.schema import ConfigError
-from configs.wording import CONFIGS, explain, print_anywhere
+from configs.wording import CONFIGS, explain, print_anywhere, quoted
 from data.facts import DataError
 
 COME_BY = {
@@ -28,6 +28,15 @@ def composed(*overrides: str) -> Any:
 
     with initialize_config_dir(str(CONFIGS), version_base=None):
         return compose("config", list(overrides))
+
+
+def searchpath(config_dir: Path | None) -> list[str]:
+    """The argument by which Hydra finds choices in a folder of a person's own. Raises ConfigError."""
+    if config_dir is None:
+        return []
+    if not config_dir.is_dir():
+        raise ConfigError(f"--config-dir must be a folder, got {config_dir}")
+    return [f"hydra.searchpath=[{quoted(f'file://{config_dir.resolve()}')}]"]
 
 
 @contextmanager
@@ -53,7 +62,8 @@ def refusing_bad_input() -> Iterator[None]:
 def writable(output: Path, suffixes: tuple[str, ...], option: str = "--output") -> None:
     """Refuses, before any work, a file that cannot be written or whose format is unknown. Raises ConfigError."""
     if output.suffix.lower() not in suffixes:
-        raise ConfigError(f"{option} must end in {' or '.join(suffixes)}, got {output}")
+        allowed = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
+        raise ConfigError(f"{option} must end in {allowed}, got {output}")
     if not output.parent.is_dir():
         raise ConfigError(f"{option} must be in a folder that exists, got {output}")
     if output.is_dir():

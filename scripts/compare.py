@@ -3,9 +3,10 @@
 uv run python -m scripts.compare outputs/sweeps/DATE/TIME-NAME
 
 A FOLDER is a run folder, a sweep's folder, or any folder above some. Runs that differ in nothing but seed and
-data.split_seed are draws of one group, with a mean, a standard deviation and a 95 % interval (Student's t). Groups are
-tested against a baseline group over the draws that both have: same split, same seed. Runs without result.json count in
-no mean, and are listed. Prints tables, and writes compare.html, compare.md and compare.csv.
+data.split_seed are draws of one group, with a mean, a standard deviation and a 95 % interval (Student's t). Validation
+accuracy sorts, and chooses what is best; differences from a baseline group are in test accuracy, on which nothing is
+chosen, over the draws that both have: same split, same seed. Runs without result.json count in no mean, and are listed.
+Prints tables, and writes compare.html, compare.md and compare.csv, and by --figures each figure for a paper.
 """
 
 from __future__ import annotations
@@ -34,27 +35,33 @@ def output_folder(folders: Sequence[Path], given: Path | None) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="runs, or folders that have some below")
-    parser.add_argument("--metric", choices=list(METRICS), default="test_accuracy", help="what to sort by and to test")
+    parser.add_argument("--metric", choices=list(METRICS), help="what to sort and choose by (default: val_accuracy)")
     parser.add_argument("--baseline", metavar="GROUP", help="a group's name in the table (default: the best group)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: compare/ in the first FOLDER, or next to it if it is a run"
     )
+    parser.add_argument("--figures", action="store_true", help="also write each figure of the page as an .svg file")
     arguments = parser.parse_args()
     with refusing_bad_input():
+        from scripts.comparison.figure_files import figure_files
         from scripts.comparison.groups import compare
-        from scripts.comparison.report import as_csv, as_markdown, as_text, page
+        from scripts.comparison.page import page
+        from scripts.comparison.report import as_csv, as_markdown, as_text
         from training.checkpoints import write_atomically
 
         records, notes = read_all(arguments.folders)
         comparison = compare(records, notes, arguments.metric, arguments.baseline)
         output = output_folder(arguments.folders, arguments.output)
-        contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": page(comparison)}
+        html = page(comparison)
+        contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": html}
+        files = {f"{OUTPUT}.{suffix}": content for suffix, content in contents.items()}
+        files |= figure_files(html) if arguments.figures else {}
         with made(output):
-            for suffix, content in contents.items():
-                write_atomically(output / f"{OUTPUT}.{suffix}", content.encode(errors="replace"))
+            for name, content in files.items():
+                write_atomically(output / name, content.encode(errors="replace"))
         print(printable(as_text(comparison)), end="\n\n")
-        for suffix in contents:
-            print(output / f"{OUTPUT}.{suffix}")
+        for name in files:
+            print(output / name)
 
 
 if __name__ == "__main__":

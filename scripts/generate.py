@@ -1,4 +1,4 @@
-"""Draws what the model of a run folder has learned, as .png or .pdf.
+"""Draws what the model of a run folder has learned, as .png, .pdf or .svg.
 
 classes          generated images, a row a class, a column a style (the same z down a column)
 interpolation    generated images, a row a class, along the columns the same walk through z between two styles: a
@@ -97,7 +97,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a run folder")
     parser.add_argument("--kind", choices=KINDS, default="classes", help="what to draw, see above")
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
-    parser.add_argument("--output", type=Path, default=Path("generated.png"), help="the picture to write, .png or .pdf")
+    parser.add_argument(
+        "--output", type=Path, default=Path("generated.png"), help="the picture to write, .png, .pdf or .svg"
+    )
     parser.add_argument("--columns", type=positive, default=10, help="how many styles, steps or validation images")
     parser.add_argument(
         "--pixels", choices=("mean", "drawn"), default="mean", help="of samples: the mean picture, or a draw of pixels"
@@ -108,7 +110,7 @@ def main() -> None:
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
-        writable(arguments.output, (".png", ".pdf"))
+        writable(arguments.output, (".png", ".pdf", ".svg"))
         if arguments.pixels == "drawn" and arguments.kind != "samples":
             raise ConfigError(
                 f"--pixels must be mean for --kind {arguments.kind}, got drawn; --kind samples draws them"
@@ -131,7 +133,7 @@ def main() -> None:
         else:
             pixels = arguments.pixels == "drawn"
             picture = drawn(model, arguments.kind, arguments.columns, arguments.seed, images, pixels)
-            if arguments.output.suffix.lower() == ".pdf":
+            if arguments.output.suffix.lower() != ".png":
                 save_figure([("", picture)], arguments.output, width=picture.shape[-1] * arguments.zoom / 72)
             else:
                 save_png(picture, arguments.output, arguments.zoom)

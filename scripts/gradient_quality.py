@@ -2,7 +2,7 @@
 
 uv run python -m scripts.gradient_quality outputs/DATE/TIME-NAME estimators=gumbel_softmax,rebar draws=1000
 
-Prints a table, and writes gradient_quality.csv and gradient_quality.png. The gradient is that of the mean over images
+Prints a table, and writes gradient_quality.csv and a picture. The gradient is that of the mean over images
 of E_q(y|x)[b(x, y)], for the classifier's logits and for each network's parameters apart, in float32 and evaluation
 mode. The images are the first of the run's unlabelled training images; they and the noise of z are the same for all
 estimators. The run's own estimator is measured as it was trained; others are made anew, and those with parameters or
@@ -12,6 +12,7 @@ running state are warmed up first, on training images and with the model fixed (
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import re
 import shlex
@@ -25,7 +26,7 @@ from configs.schema import ConfigError
 from configs.trust import add_trust
 from configs.wording import CONFIGS, unknown_key
 from data.folders import made
-from scripts.command import composed, refusing_bad_input
+from scripts.command import composed, refusing_bad_input, searchpath
 from scripts.gradient_report import picture, table, write_csv
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
     from models.gradient_quality import Measurement
     from training.run import Run
 
+FIGURES = ("png", "svg", "pdf")
 ESTIMATORS = CONFIGS / "estimator"
 OWN = "run"  # the name of the run's own estimator where no configuration is like it
 
@@ -57,6 +59,7 @@ class Settings:
     warmup: int = setting(200, "steps by which an estimator with state of its own is fitted to the model")
     seed: int = setting(0, "draws pixels, z, y, the estimators' parameters and their warm-up")
     output: str = setting("", "folder to write to (default: gradient_quality/ in the run folder)")
+    figure: str = setting("png", f"what the picture is written as: {', '.join(FIGURES)}")
 
 
 def parsed(arguments: list[str]) -> Settings:
@@ -76,40 +79,51 @@ def parsed(arguments: list[str]) -> Settings:
                 raise ConfigError(f"{name} must be an integer >= {minimum}, got {text or 'nothing'}")
             value = int(text)
         setattr(settings, name, value)
+    if settings.figure not in FIGURES:
+        raise ConfigError(f"figure must be one of {', '.join(FIGURES)}, got {settings.figure or 'nothing'}")
     return settings
 
 
 # ---- which estimators ----
 
 
-def all_names() -> list[str]:
-    """Every estimator in configs/estimator/, once for each baseline if it takes one."""
+def all_names(config_dir: Path | None = None) -> list[str]:
+    """Every estimator in configs/estimator/, and in the one of a person's own, once for each baseline if it takes one.
+
+    Raises ConfigError for a file that cannot be read.
+    """
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    baselines = sorted(path.stem for path in (ESTIMATORS / "baseline").glob("*.yaml"))
+    folders = [ESTIMATORS, *([config_dir / "estimator"] if config_dir else [])]
+    baselines = sorted({path.stem for folder in folders for path in (folder / "baseline").glob("*.yaml")})
     names = []
-    for path in sorted(ESTIMATORS.glob("*.yaml")):
-        defaults: Any = OmegaConf.to_container(OmegaConf.load(path))
-        has_baseline = any("baseline" in default for default in defaults.get("defaults", []))
+    for path in [path for folder in folders for path in sorted(folder.glob("*.yaml"))]:
+        try:
+            defaults: Any = OmegaConf.to_container(OmegaConf.load(path))
+            has_baseline = any("baseline" in default for default in defaults.get("defaults", []))
+        except (YAMLError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{path} is no configuration of an estimator: {error}") from error
         names += [f"{path.stem}/{baseline}" for baseline in baselines] if has_baseline else [path.stem]
-    return names
-
-
-def split_names(text: str) -> list[str]:
-    """The names between commas, other than commas in parentheses, each once. Raises ConfigError for an unknown one."""
-    names = [name.strip() for name in re.findall(r"[^,(]+(?:\([^)]*\))?", text)]
-    known = [OWN, *all_names()]
-    for name in names:
-        choice = name.partition("(")[0]
-        if choice not in {*known, *(other.partition("/")[0] for other in known)}:
-            raise ConfigError(f"estimators must be names out of {', '.join(known)}, got {choice}")
     return list(dict.fromkeys(names))
 
 
-def compose_estimator(name: str, config: Any) -> Any:
+def split_names(text: str, config_dir: Path | None = None) -> list[str]:
+    """The names between commas, other than commas in parentheses, each once. Raises ConfigError for an unknown one."""
+    names = [name.strip() for name in re.findall(r"[^,(]+(?:\([^)]*\))?", text)]
+    known = [OWN, *all_names(config_dir)]
+    for name in names:
+        choice, more = name.partition("(")[0], "" if config_dir else "; --config-dir DIR has it find your own"
+        if choice not in {*known, *(other.partition("/")[0] for other in known)}:
+            raise ConfigError(f"estimators must be names out of {', '.join(known)}, got {choice}{more}")
+    return list(dict.fromkeys(names))
+
+
+def compose_estimator(name: str, config: Any, config_dir: Path | None = None) -> Any:
     """The section that estimator=NAME and its further arguments give, with what it refers to from the run's `config`.
 
-    A baseline gets as many samples as it needs. Raises ConfigError.
+    NAME may be that of a file in `config_dir`/estimator/, as for train.py. A baseline gets as many samples as it
+    needs. Raises ConfigError.
     """
     from hydra.utils import get_class
     from omegaconf import OmegaConf
@@ -125,7 +139,7 @@ def compose_estimator(name: str, config: Any) -> Any:
     try:
         overrides += shlex.split(arguments)
         whole = OmegaConf.create(plain(config))
-        whole.estimator = composed(*overrides).estimator
+        whole.estimator = composed(*searchpath(config_dir), *overrides).estimator
         node: Any = OmegaConf.to_container(whole.estimator, resolve=True)
     except COMPOSING_ERRORS as error:
         raise ConfigError(explain(error, overrides)) from error
@@ -150,14 +164,16 @@ def own_name(nodes: dict[str, Any], own: Any) -> str:
     return min(alike, key=differences, default=OWN)
 
 
-def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator], str]:
+def make_estimators(run: Run, settings: Settings, config_dir: Path | None = None) -> tuple[dict[str, Estimator], str]:
     """The estimators by name, and which name is the run's own. Raises ConfigError."""
     import torch
 
+    from configs.check import check_kind
     from configs.targets import build
+    from estimators.contract import Estimator
 
-    names = split_names(settings.estimators) or all_names()
-    nodes = {name: compose_estimator(name, run.config) for name in names if name != OWN}
+    names = split_names(settings.estimators, config_dir) or all_names(config_dir)
+    nodes = {name: compose_estimator(name, run.config, config_dir) for name in names if name != OWN}
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
     if not settings.estimators and own == OWN:
         names.append(OWN)
@@ -169,22 +185,23 @@ def make_estimators(run: Run, settings: Settings) -> tuple[dict[str, Estimator],
             continue
         torch.manual_seed(settings.seed)  # so that its parameters do not depend on the other names
         with run.device:
-            made[name] = build(nodes[name], "estimator")
+            built = build(nodes[name], "estimator")
+            check_kind(nodes[name], "estimator", built, Estimator)
+            made[name] = built
             made[name].prepare(math.prod(known.shape), 1, known.num_classes)
     return made, own
 
 
 def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> dict[str, Measurement]:
     """The measurements by name."""
-    from tqdm import tqdm
-
+    from data.progress import progress, telling
     from data.randomness import keyed_generator
     from models.gradient_quality import gradient_quality, warm_up
 
     x, measured = run.unlabelled_minibatch(settings.batch_size, settings.seed), {}
 
     def training_images(name: str) -> Iterator[Tensor]:
-        for index in tqdm(range(settings.warmup), f"{name}, warm-up", disable=None, leave=False):
+        for index in progress(range(settings.warmup), f"{name}, warm-up", "steps"):
             generator = keyed_generator(run.device, settings.seed, "warm-up images", index)
             x, y_labelled = run.batches(index, generator)
             yield x[len(y_labelled) :]
@@ -192,7 +209,7 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
     for name, estimator in estimators.items():
         if needs_warm_up(estimator, run):
             warm_up(run.model, estimator, training_images(name), step=run.step, seed=settings.seed)
-        with tqdm(total=settings.draws, desc=name, unit="draw", disable=None, leave=False) as bar:
+        with telling(name, "draws", settings.draws) as tell:
             measured[name] = gradient_quality(
                 run.model,
                 estimator,
@@ -200,7 +217,7 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
                 step=run.step,
                 draws=settings.draws,
                 seed=settings.seed,
-                after_draw=bar.update,
+                after_draw=functools.partial(tell, 1),
             )
     return measured
 
@@ -235,22 +252,28 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="a run folder")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="see below")
+    parser.add_argument(
+        "--config-dir", type=Path, metavar="DIR", help="of train.py: a folder with choices of your own, in estimator/"
+    )
     add_trust(parser)
     arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
         from training.run import stored_run
 
         settings = parsed(arguments.settings)
+        searchpath(arguments.config_dir)  # refused before any work, and so names
+        split_names(settings.estimators, arguments.config_dir)
         run = stored_run(arguments.folder, trusted=arguments.trust)
-        estimators, own = make_estimators(run, settings)
+        estimators, own = make_estimators(run, settings, arguments.config_dir)
         output = Path(settings.output or arguments.folder / "gradient_quality")
         with made(output):
             measured, about = measure(run, estimators, settings), conditions(run, estimators, own, settings)
             print(table(measured, about), end="\n\n")
             write_csv(measured, output / "gradient_quality.csv")
-            picture(measured, about).savefig(output / "gradient_quality.png", dpi=130)
+            drawing = output / f"gradient_quality.{settings.figure}"
+            picture(measured, about).savefig(drawing, dpi=130)
     print(output / "gradient_quality.csv")
-    print(output / "gradient_quality.png")
+    print(drawing)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     """Predicts, writes the files, whole or not at all, and returns what a person should know."""
     from data.facts import DataError
     from data.inputs import inputs
-    from models.evaluation import progress
+    from data.progress import progress
     from training.checkpoints import written
     from training.trained import open_run
 
@@ -274,7 +274,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         table = Table(temporary(arguments.output), column, model.class_names)
         place, sheet = arguments.embeddings, Doubtful() if arguments.sheet else None
         embeddings = Embeddings(temporary(place), temporary(place)) if place else None
-        predict(model, iter(progress(chunks, -(-number // size), "prediction")), table, embeddings, sheet)
+        predict(model, progress(chunks, "prediction", "batches", -(-number // size)), table, embeddings, sheet)
         order = table.order(arguments.sort == "doubt")
         with written(arguments.output) as file:
             table.write(file, order)

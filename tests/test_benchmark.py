@@ -65,13 +65,13 @@ def test_growth_is_timed_and_drawn(tmp_path: Path) -> None:
     ended = command(
         benchmark.main,
         f"--classes 2,20 --rounds 1 --estimators marginalization,gumbel_softmax {line} "
-        f"--output {tmp_path / 'growth.json'} --picture {tmp_path / 'growth.png'}",
+        f"--output {tmp_path / 'growth.json'} --picture {tmp_path / 'growth.svg'}",
     )
     assert ended.code == 0, ended.said
     rows = json.loads((tmp_path / "growth.json").read_text())["growth"]
     assert [row["classes"] for row in rows] == [2, 20]
     assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
-    assert (tmp_path / "growth.png").stat().st_size > 1000
+    assert (tmp_path / "growth.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

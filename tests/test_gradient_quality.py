@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -525,6 +526,47 @@ def test_run_of_an_estimator_from_outside(trained_run: Run, monkeypatch: pytest.
     assert own == "run"
 
 
+MINE = """
+from dataclasses import replace
+from estimators.marginalization import Marginalization
+
+class Times(Marginalization):
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, *given, **named):
+        estimate = super().forward(*given, **named)
+        return replace(estimate, value=self.times * estimate.value)
+"""
+
+
+def test_an_estimator_from_outside_the_repository(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --config-dir and PYTHONPATH, as for train.py; nothing has to be trusted that this command line names."""
+    place = tmp_path / "mine, too"
+    (place / "estimator").mkdir(parents=True)
+    (place / "outside_of_it.py").write_text(MINE)
+    for name, yaml in (
+        ("twice", "_target_: outside_of_it.Times\ntimes: 2.0\n"),
+        ("no_estimator", "_target_: os.getcwd\n"),
+        ("no_module", "_target_: nowhere.X\n"),
+    ):
+        (place / "estimator" / f"{name}.yaml").write_text(yaml)
+    monkeypatch.syspath_prepend(place)
+    own = f"--config-dir {shlex.quote(str(place))}"
+    names = shlex.quote("estimators=twice,twice(estimator.times=4.0)")
+    ended = laboratory(trained, f"{own} {names} draws=3 batch_size=4 figure=svg output={tmp_path / 'out'}")
+    assert ended.code == 0, ended.said
+    rows = [row for row in read(tmp_path / "out" / "gradient_quality.csv") if row["part"] == "logits"]
+    bias = {row["estimator"]: float(row["bias_squared"]) for row in rows}
+    assert bias == pytest.approx({"twice": 1.0, "twice(estimator.times=4.0)": 9.0}, rel=1e-3)
+    assert ElementTree.parse(tmp_path / "out" / "gradient_quality.svg").getroot().tag.endswith("}svg")
+    for name, words in (("no_estimator", "must make an estimators.contract.Estimator"), ("no_module", "PYTHONPATH?")):
+        assert_one_sentence(laboratory(trained, f"{own} draws=3 estimators={name}"), "estimator._target_", words)
+
+
 def test_names_and_sections(trained_run: Run) -> None:
     config = trained_run.config
     for baseline, number in (("leave_one_out", 2), ("learned", 1)):  # as many as it needs
@@ -560,6 +602,9 @@ def test_names_and_sections(trained_run: Run) -> None:
         ("'estimators=rebar(estimator.scale=x)'", "estimator.scale must be a number, got x"),
         ("'estimators=muprop(estimator.num_samples=0)'", "estimator.num_samples must be >= 1, got 0"),
         ("output=FOLDER/train.log/x", "train.log/x"),
+        ("figure=gif", "figure must be one of png, svg, pdf, got gif"),
+        ("estimators=mine", "got mine; --config-dir DIR has it find your own"),
+        ("--config-dir nowhere estimators=mine", "--config-dir must be a folder, got nowhere"),
     ],
 )
 def test_script_refuses_in_one_sentence(line: str, words: str, trained: Path) -> None:

@@ -102,6 +102,31 @@ def test_sweep_with_a_job_that_failed(elsewhere: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Optuna 2 is written for another SQLAlchemy
+def test_best_of_a_search(elsewhere: Path, tmp_path: Path) -> None:
+    """Of an estimator of one's own, at random; from another directory it has the numbers that the trial had."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    sweeper = "hydra/sweeper=optuna hydra/sweeper/sampler=random hydra.sweeper.sampler.seed=1 hydra.sweeper.n_jobs=1"
+    space = shlex.quote("objective.alpha=interval(1.0,10.0)")
+    place = shlex.quote("""hydra.sweep.dir='a "run", größe=1 it\\'s $HOME'""")
+    few = FEW.replace("objective.alpha=1 ", "")
+    line = start(f"-m --config-dir mine {few} estimator=mine {sweeper} hydra.sweeper.n_trials=2 {space} {place}")
+    ended = shell(line, elsewhere, PYTHONPATH="mine")
+    assert ended.code == 0, ended.said
+    results = [json.loads((elsewhere / NASTY / str(job) / "result.json").read_text()) for job in (0, 1)]
+    assert [result["test_n"] is not None for result in results].count(True) == 1
+    (best,) = [result for result in results if result["test_n"] is not None]
+    assert best["val_accuracy"] == max(result["val_accuracy"] for result in results)
+    (tmp_path / "third").mkdir()
+    (found,) = re.findall(r"its command: (.*)", ended.err)
+    again = shell(f"{found} hydra.run.dir=again", tmp_path / "third")
+    assert again.code == 0, again.said
+    repeated = json.loads((tmp_path / "third" / "again" / "result.json").read_text())
+    assert all(repeated[name] == best[name] for name in repeated if name.startswith(("val_", "test_")))
+    assert repeated["config"]["objective.alpha"] == best["config"]["objective.alpha"]
+
+
+@pytest.mark.slow
 def test_data_by_a_relative_path_are_found_again(elsewhere: Path) -> None:
     """And what the refusals say is what to type."""
     import numpy as np

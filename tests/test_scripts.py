@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -142,15 +143,15 @@ def test_a_damaged_checkpoint_by_name(folder: Path, tmp_path: Path) -> None:
 # ---- generate ----
 
 
-@pytest.mark.parametrize("suffix", ["png", "pdf"])
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 @pytest.mark.parametrize("kind", generate.KINDS)
-def test_every_kind_in_both_formats(kind: str, suffix: str, folder: Path, tmp_path: Path) -> None:
+def test_every_kind_in_every_format(kind: str, suffix: str, folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / f"picture.{suffix}"
     ended = command(generate.main, f"{folder} --kind {kind} --columns 4 --output {picture}")
     assert (ended.code, ended.out) == (0, f"{picture}\n"), ended.said
-    if suffix == "pdf":
+    if suffix != "png":
         content = picture.read_bytes()
-        assert content.startswith(b"%PDF")
+        assert content.startswith(b"%PDF") if suffix == "pdf" else ElementTree.fromstring(content).tag.endswith("}svg")
         command(generate.main, f"{folder} --kind {kind} --columns 4 --output {picture}")
         assert picture.read_bytes() == content
         return
@@ -182,7 +183,7 @@ def test_a_checkpoint_and_a_seed_are_drawn(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["picture.jpg", "picture", "picture.tiff"])
 def test_generate_refuses_an_unknown_suffix(name: str, folder: Path, tmp_path: Path) -> None:
     ended = command(generate.main, f"{folder} --output {tmp_path}/{name}")
-    assert_refused(ended, "--output must end in .png or .pdf", name)
+    assert_refused(ended, "--output must end in .png, .pdf or .svg", name)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +23,13 @@ from omegaconf import OmegaConf
 import train
 from data.facts import DataError
 from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal
-from training import checkpoints, sweep
+from training import checkpoints, search, sweep
 from training.run_folder import hold, release
 
 EVERY = "train.checkpoint_every=20 train.log_every=20 train.validate_every=60"
 LINE = f"-m {MLP} {ESTIMATORS['marginalization']} {EVERY} "
 JOBS = LINE + "seed=1,2,3 train.steps=60 estimator._target_=told.Told"
+DRAWN = ("objective.alpha", "estimator.temperature.start", "estimator.temperature.end", "optimizer.lr")
 DIVERGES = LINE + "optimizer.lr=1e30,3e-3 train.steps=20"
 # Says how many threads a job has; with SLOW, jobs but that of seed=1 say when they are at work, and take their time
 TOLD = """
@@ -223,6 +226,16 @@ def test_interrupted_and_continued(
     assert_goes_on(line, folder, undisturbed)
 
 
+def test_each_job_says_which_it_is_and_how_many_are_done(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    ended = here(LINE + "train.steps=1 seed=7,8", folder)
+    told = [line for line in ended.err.splitlines() if line.startswith("job ")]
+    assert told == [
+        f"job 1 of 2: seed=7, 0 done; in {folder}/0",
+        f"job 2 of 2: seed=8, 1 done; in {folder}/1",
+    ]
+
+
 def test_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     folder, line = tmp_path / "sweep", LINE + "train.steps=2 seed="
     assert here(line + "1,2", folder).code == 0
@@ -307,6 +320,7 @@ def test_joblib_tells_of_a_failed_job_and_shares_the_cores(tmp_path: Path) -> No
     assert ended.code == 3, ended.said
     assert f"failed with exit code 3: {folder}/0: " in ended.err
     assert "job 1: test accuracy" in ended.out
+    assert f"; in {folder}/1" in next(line for line in ended.err.splitlines() if "job 2 of 2: optimizer.lr=" in line)
     assert "step/s" not in ended.said
     assert [path.name for path in tmp_path.glob("threads*")] == [f"threads{max(1, sweep.usable_cores() // 2)}"]
 
@@ -400,6 +414,7 @@ def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -
     assert len({result["config"]["optimizer.lr"] for result in results}) == 3
     best = OmegaConf.load(folder / "optimization_results.yaml")
     assert best.best_value == max(result["val_accuracy"] for result in results)
+    assert_round_and_repeatable(results, ended.err, tmp_path)
     before = times(folder)
     again = here(line + "4", folder)
     assert again.code == 0, again.said
@@ -410,19 +425,68 @@ def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -
     assert "that of the same search" in one_sentence(other.err)
 
 
+def assert_round_and_repeatable(results: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    """Numbers of three digits; test data looked at for the best alone; its command has its validation numbers."""
+    for result in results:
+        drawn = [word.partition("=")[2] for word in result["asked"]["overrides"] if word.split("=")[0] in DRAWN]
+        assert len(drawn) == len(DRAWN)
+        assert all(len(number.replace(".", "").strip("0")) <= 3 for number in drawn), drawn
+    best = max(results, key=lambda result: result["val_accuracy"])
+    assert [result["test_accuracy"] is not None for result in results] == [result is best for result in results]
+    (line,) = re.findall(r"its command: .*/train\.py (.*)|its command: .* train\.py (.*)", said)
+    again = command(train.main, f"{''.join(line)} hydra.run.dir={tmp_path / 'again'}")
+    assert again.code == 0, again.said
+    repeated = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert all(repeated[name] == best[name] for name in repeated if name.startswith(("val_", "test_")))
+
+
+def test_numbers_are_rounded_inside_their_interval() -> None:
+    def interval(low: float, high: float) -> Any:
+        return SimpleNamespace(low=low, high=high)
+
+    for value, low, high, expected in (
+        (0.0032345, 3e-4, 1e-2, 0.00323),
+        (543.21, 1.0, 1000.0, 543.0),
+        (1.37777, 0.5, 2.0, 1.38),
+        (1000.4567, 1000.0, 1001.0, 1000.46),  # of a narrow interval hundredths
+        (0.99996, 0.5, 1.0, 0.99996),  # whose upper end is no part of it
+        (0.123449, 0.12345 - 1e-5, 0.2, 0.12345),
+        (-0.51234, -1.0, 1.0, -0.512),
+        (0.0, -1.0, 1.0, 0.0),
+    ):
+        found = search.rounded(value, interval(low, high))
+        assert found == expected
+        assert low <= found < high
+    assert search.rounded(0.1 + 0.2, SimpleNamespace(low=0.0, high=1.0, q=0.1)) == 0.3
+    assert search.rounded(7, interval(1, 1000)) == 7
+    assert search.rounded("conv", SimpleNamespace(choices=("conv", "mlp"))) == "conv"
+
+
+@needs_optuna
+@old_sqlalchemy
+def test_search_for_the_lowest_accuracy_is_refused(tmp_path: Path) -> None:
+    line = "-m data=digits hydra/sweeper=optuna hydra.sweeper.direction=minimize objective.alpha=interval(1,2)"
+    refused = here(line, tmp_path / "sweep")
+    assert refused.code == 2
+    assert "hydra.sweeper.direction must be maximize, got minimize" in one_sentence(refused.err)
+    assert not (tmp_path / "sweep").exists()
+
+
 @needs_optuna
 @old_sqlalchemy
 def test_search_outlives_trials_that_diverge(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     line = LINE.replace("optimizer.lr=3e-3 ", "") + "train.steps=4 hydra/sweeper=optuna hydra.sweeper.n_trials=4 "
     line += "hydra.sweeper.direction=maximize hydra.sweeper.n_jobs=1 hydra.sweeper.sampler.seed=1 "
-    line += "optimizer.lr=1e30,1e-3"
+    line += "optimizer.lr=1e30,1e-3 evaluation.test=true"  # which overrules what searches do
     for _ in range(2):
         ended = here(line, folder)
         assert ended.code == 3, ended.said
         assert "Traceback" not in ended.said
         assert len(list(folder.glob("*/"))) == 4
         assert OmegaConf.load(folder / "optimization_results.yaml").best_params == {"optimizer.lr": 0.001}
+    done = [json.loads(path.read_text()) for path in folder.rglob("result.json")]
+    assert all(result["test_accuracy"] is not None for result in done)
 
 
 @needs_optuna

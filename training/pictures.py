@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +52,11 @@ def save_png(sheet: Tensor, path: Path | IO[bytes], zoom: int) -> None:
 
 
 def save_figure(panels: Sequence[tuple[str, Tensor]], path: Path, width: float = 7) -> None:
-    """Writes captioned pictures uint8 [C, H, W] side by side, about `width` inches wide, as .png of 300 dpi or .pdf.
+    """Writes captioned pictures uint8 [C, H, W] side by side, about `width` inches wide, .png of 300 dpi, .pdf or .svg.
 
     A pixel takes a whole number of dots, so that none is blurred or wider than another.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     dots = 300
@@ -74,8 +75,9 @@ def save_figure(panels: Sequence[tuple[str, Tensor]], path: Path, width: float =
         below = 1 - height - 0.6 * foot / total_height
         figure.text(middle, below, caption, ha="center", va="center", fontsize=8)
         left += zoom * columns + space
-    undated = {"CreationDate": None} if path.suffix.lower() == ".pdf" else None  # the same bytes each time
-    figure.savefig(path, dpi=dots, metadata=undated)
+    dates: dict[str, Any] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    with rc_context({"svg.hashsalt": "catvae"}):  # the same bytes each time
+        figure.savefig(path, dpi=dots, metadata=dates.get(path.suffix.lower()))
 
 
 def reconstructions(model: SemiSupervisedVAE, x: Tensor) -> Tensor:

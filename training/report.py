@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from data.progress import Line, is_silent
 from models.evaluation import Evaluation
 from models.gradient_quality import Measurement
 from models.objective import Objective
@@ -36,6 +37,7 @@ class Report:
         self.steps = 0  # timed since the last logging step
         self.metrics: dict[str, Tensor | float] = {}
         self.shown: dict[str, str] = {}
+        self.line = Line()
         self.raised: set[str] = set()
         self.seconds = 0.0  # spent training, without evaluation and writing
         self.logged_at = 0.0
@@ -55,7 +57,7 @@ class Report:
                 initial=self.start,
                 total=self.run.config.train.steps,
                 # quiet where the output is not a terminal, or is that of several jobs
-                disable=bool(os.environ.get("TQDM_DISABLE")) or None,
+                disable=is_silent() or None,
                 unit="step",
                 dynamic_ncols=True,
             )
@@ -81,6 +83,9 @@ class Report:
         self.steps += 1
         self.metrics = result.metrics
         self.bar.update()
+        if self.line.is_due():
+            shown = "".join(f", {name} {value}" for name, value in self.shown.items())
+            print(f"step {self.run.step} of {self.run.config.train.steps}{shown}", file=sys.stderr, flush=True)
 
     def log_step(self, step: int) -> None:
         """Writes the means since the last call."""

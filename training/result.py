@@ -1,10 +1,11 @@
-"""The end of a run: the one look at test data, and result.json."""
+"""The end of a run: the one look at test data, unless that is left for later, and result.json."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.schema import Config
 from models.evaluation import Evaluation
@@ -12,22 +13,63 @@ from training.report import Report
 from training.run import Run, flat, plain
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
 
+LEFT = "test data are left for later (evaluation.test=false)"
+
 
 def is_finished(folder: Path, config: Config) -> bool:
-    """Whether the run in `folder` has a result of at least as many steps as are asked for."""
+    """Whether the run in `folder` has a result of at least as many steps as are asked for, and of what is asked for."""
     path = folder / RESULT
-    return path.exists() and bool(read_json(path)["steps"] >= config.train.steps)
+    if not path.exists():
+        return False
+    result = read_json(path)
+    return bool(result["steps"] >= config.train.steps) and not (config.evaluation.test and is_left(result))
+
+
+def is_left(result: Mapping[str, Any]) -> bool:
+    """Whether a result has yet to be measured on test data."""
+    return result.get("test_n", 0) is None
 
 
 def finish(run: Run, report: Report, folder: Path) -> None:
-    """Measures on validation and test data, writes result.json and the final TensorBoard values."""
-    measured: dict[str, float | None] = {**run.measure("val"), **run.measure("test")}
-    for part in ("val", "test"):
-        if f"{part}_bound" not in measured:  # there are no such images
-            measured |= {f"{part}_{field.name}": None for field in fields(Evaluation)}
-            measured |= {f"{part}_n": 0, f"{part}_n_with_label": 0}
+    """Measures on validation and test data, writes result.json and the final TensorBoard values.
+
+    Of a finished run that has left test data for later it makes up for that, and nothing else.
+    """
+    path = folder / RESULT
+    before = read_json(path) if path.exists() else {}
+    if is_left(before) and before["steps"] == run.step == report.start:
+        how = {key: value for key, value in flat(plain(run.config)).items() if key.startswith("evaluation.")}
+        result = before | measure(run, "test") | {"config": before["config"] | how}
+    else:
+        result = whole_result(run, report)
+    # the last step's validation is logged already
+    test = {name: value for name, value in result.items() if name.startswith("test_") and "_n" not in name}
+    report.final({name.replace("_", "/", 1): value for name, value in test.items() if value is not None})
+    report.flush()  # a finished run is not resumed
+    write_json(path, result)
+    if result["test_accuracy"] is None:
+        reason = "data.num_test=0: nothing is measured on test images" if run.config.evaluation.test else LEFT
+        report.say(f"{reason}; {path}")
+        return
+    report.say(
+        f"test accuracy {result['test_accuracy']:.4f}, bound {result['test_bound']:.2f}, "
+        f"{run.log_likelihood_name} >= {result['test_log_likelihood']:.2f} nats ({result['test_n']} images); {path}"
+    )
+
+
+def measure(run: Run, part: Literal["val", "test"]) -> dict[str, float | None]:
+    """The numbers of a part, all None where there are no such images or test data are left for later."""
+    is_left = part == "test" and not run.config.evaluation.test
+    measured: dict[str, float | None] = {} if is_left else {**run.measure(part)}
+    if f"{part}_bound" not in measured:
+        measured |= {f"{part}_{field.name}": None for field in fields(Evaluation)}
+        measured |= dict.fromkeys((f"{part}_n", f"{part}_n_with_label"), None if is_left else 0)
+    return measured
+
+
+def whole_result(run: Run, report: Report) -> dict[str, Any]:
     steps_here = run.step - report.start
-    result: dict[str, Any] = {
+    return {
         "estimator": type(run.estimator).__name__,
         "seed": run.config.seed,
         "split_hash": run.split.hash,
@@ -38,7 +80,8 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "steps_per_second": steps_here / report.seconds if report.seconds else None,
         "device": run.device.type,
         "precision": run.precision,
-        **measured,
+        **measure(run, "val"),
+        **measure(run, "test"),
         "class_names": run.facts.class_names,
         "log_likelihood_of": run.log_likelihood_name.rstrip(","),  # what the bounds and log_likelihood are below
         "prior": run.model.prior,
@@ -47,16 +90,3 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         "config": flat(plain(run.config)),
         "asked": run.asked,
     }
-    # the last step's validation is logged already
-    test = {name: value for name, value in measured.items() if name.startswith("test_") and "_n" not in name}
-    report.final({name.replace("_", "/", 1): value for name, value in test.items() if value is not None})
-    report.flush()  # a finished run is not resumed
-    write_json(folder / RESULT, result)
-    if measured["test_accuracy"] is None:
-        report.say(f"data.num_test=0: nothing is measured on test images; {folder / RESULT}")
-        return
-    report.say(
-        f"test accuracy {measured['test_accuracy']:.4f}, bound {measured['test_bound']:.2f}, "
-        f"{run.log_likelihood_name} >= {measured['test_log_likelihood']:.2f} nats ({measured['test_n']} images); "
-        f"{folder / RESULT}"
-    )

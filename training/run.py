@@ -58,6 +58,7 @@ FREE_TO_CHANGE |= {
     "data.checksum",
     "evaluation.batch_size",
     "evaluation.importance_samples",
+    "evaluation.test",
 }
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 
@@ -160,7 +161,11 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def evaluate(
-        self, data: EvaluationData, importance_samples: int = 0, after_batch: Callable[[], None] = lambda: None
+        self,
+        data: EvaluationData,
+        importance_samples: int = 0,
+        after_batch: Callable[[], None] = lambda: None,
+        doing: str = "evaluation",
     ) -> Evaluation:
         return evaluate(
             self.model,
@@ -169,11 +174,12 @@ class Run:
             batch_size=self.config.evaluation.batch_size,
             importance_samples=importance_samples,
             after_batch=after_batch,
+            doing=doing,
         )
 
     def validate(self, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
         """Evaluation of the validation images, whose bounds are kept for the checkpoint."""
-        evaluation = self.evaluate(self.validation, after_batch=after_batch)
+        evaluation = self.evaluate(self.validation, after_batch=after_batch, doing="validation")
         if evaluation.per_image is not None:
             self.bounds = self.step, spread_out(evaluation.per_image.bound)
         return evaluation
@@ -202,7 +208,8 @@ class Run:
             data, samples = self.validation if part == "val" else self.load_training(part), 0
         if not len(data.labels):
             return {}
-        evaluation = self.evaluate(data, samples if importance_samples is None else importance_samples)
+        samples = samples if importance_samples is None else importance_samples
+        evaluation = self.evaluate(data, samples, doing=f"evaluation of {part}")
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from training.run_folder import LOCK, RESULT, held, holder, in_use, is_held, rea
 errors = logging.getLogger("catvae.errors")
 SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on
 THIS_LOCK, THIS_SWEEP = "CATVAE_SWEEP_LOCK", "CATVAE_SWEEP"  # tell a job's process which lock, and what is in it
+THESE_JOBS = "CATVAE_SWEEP_JOBS"  # how many there are, and the keys in which they differ
 FAILED = "failed.json"
 SEARCH = "search.json"
 BASIC, JOBLIB, LOCAL, SLURM = "BasicLauncher", "JoblibLauncher", "LocalLauncher", "SlurmLauncher"
@@ -104,12 +105,18 @@ def _stop_by_signal(lock: Path) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
+def tell_number(jobs: int, varied: Sequence[str]) -> None:
+    """Has the jobs know, in processes of their own too, how many they are and in which keys they differ."""
+    os.environ[THESE_JOBS] = " ".join(map(str, (jobs, *varied)))
+
+
 def check_search(config: DictConfig) -> None:
     """A search makes up the same trials again if it is the same. Raises ConfigError if its folder has another's."""
     folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
     search: dict[str, Any] = OmegaConf.to_container(sweeper, resolve=True, enum_to_str=True)  # type: ignore[assignment]
     del search["n_trials"]
     search["overrides"] = OmegaConf.to_container(config.hydra.overrides.task)
+    search["numbers"] = "rounded"  # a search from before drew others
     if any(folder.rglob("checkpoints")):
         of_this = (folder / SEARCH).exists() and read_json(folder / SEARCH) == search
         if not of_this or sweeper.storage or sweeper.sampler.get("seed") is None:
@@ -139,9 +146,6 @@ def end() -> int:
     """Says how the jobs ended, if not all are done; returns the sweep's exit code, the worst of theirs."""
     folder = _begun[0]
     release(folder / SWEEP_LOCK)
-    best = folder / "optimization_results.yaml"
-    if best.exists():
-        _say(f"the best trial is in {best}")
     failed = {path.parent: read_json(path) for path in sorted(folder.rglob(FAILED))}
     for job, outcome in failed.items():
         _say(f"failed with exit code {outcome['exit_code']}: {job}: {outcome['reason']}")
@@ -167,6 +171,16 @@ def broken(error: Exception) -> int | None:
 
 
 # ---- a job ----
+
+
+def announce(hydra: Any) -> None:
+    """Says which of how many jobs begins, what is its own, and how many are done."""
+    total, varied = os.environ.get(THESE_JOBS, " ").split(" ", 1)
+    own = [text for text in hydra.overrides.task if text.partition("=")[0] in varied.split()]
+    done = sum(1 for _ in Path(hydra.sweep.dir).rglob(RESULT))
+    of = f" of {total}" if total else ""
+    words = f"job {hydra.job.num + 1}{of}: {' '.join(own) or 'nothing of its own'}, {done} done"
+    print(f"{words}; in {hydra.runtime.output_dir}", file=sys.stderr, flush=True)
 
 
 def launcher(hydra: Any) -> str:

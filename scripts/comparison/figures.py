@@ -288,8 +288,8 @@ def side_by_side(centres: Sequence[tuple[float, float]], gap: float) -> list[flo
 
 
 def against(comparison: Comparison, cost: str) -> str:
-    """Mean test accuracy, or the chosen metric, against the mean of a cost on a logarithmic axis."""
-    metric = comparison.metric if comparison.metric != cost else "test_accuracy"
+    """The mean of what is reported against the mean of a cost on a logarithmic axis."""
+    metric = comparison.reported if comparison.metric != cost else "test_accuracy"
     shown = [
         (i, group, group.summaries[cost].mean, group.summaries[metric])
         for i, group in enumerate(comparison.groups, 1)
@@ -328,7 +328,7 @@ def forest(comparison: Comparison) -> str:
     rows = [(i, g, g.against_baseline) for i, g in enumerate(comparison.groups, 1) if g.against_baseline]
     if not rows:
         return ""
-    form = METRICS[comparison.metric].form
+    form = METRICS[comparison.reported].form
     means = [test.difference.mean for *_, test in rows]
     ends = interval_ends(means, [test.difference.half for *_, test in rows])
     low, high = padded([*ends, 0.0])
@@ -342,7 +342,7 @@ def forest(comparison: Comparison) -> str:
         parts = [line(x(value), 6, x(value), bottom, "grid") for value in x.ticks(int((x.end - x.start) / 48))]
         parts += [line(x(0), 6, x(0), bottom, "axis"), line(x.start, bottom, x.end, bottom, "axis")]
         parts += [text(tick(v), x(v), bottom + 17, "middle") for v in x.ticks(int((x.end - x.start) / 48))]
-        title = f"difference in {METRICS[comparison.metric].title}"
+        title = f"difference in {METRICS[comparison.reported].title}"
         parts.append(text(title, (x.start + x.end) / 2, bottom + 35, "middle"))
         for index, (rank, group, test) in enumerate(rows):
             y = 14 + height_of_row * (index + (0.5 if is_wide else 0.72))
@@ -356,7 +356,8 @@ def forest(comparison: Comparison) -> str:
             parts.append(text(words, width - 4, above, "end", "small"))
         return "".join(parts), height
 
-    return both(draw, f"differences in {METRICS[comparison.metric].title} from the baseline")
+    baseline = f", {comparison.baseline.name}" if comparison.baseline else ""
+    return both(draw, f"differences in {METRICS[comparison.reported].title} from the baseline{baseline}")
 
 
 def interval(x: Axis, y: float, mean: float, half: float | None, class_: str) -> str:

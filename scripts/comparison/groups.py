@@ -13,6 +13,7 @@ from scripts.comparison.runs import METRICS, Record
 from scripts.comparison.statistics import Paired, Summary, holm, paired, summarize
 
 REPLICATES = {"seed", "data.split_seed"}
+ON_TEST_DATA = {"val_accuracy": "test_accuracy", "val_bound": "test_bound"}
 
 
 @dataclass
@@ -49,6 +50,17 @@ class Comparison:
     def ranks_pixels(self) -> bool:
         return METRICS[self.metric].of_pixels
 
+    @property
+    def reported(self) -> str:
+        """The metric of what was chosen: where validation data choose, that of test data, on which nothing is chosen.
+
+        Not where the baseline, or all others, left test data for later.
+        """
+        test = ON_TEST_DATA.get(self.metric, self.metric)
+        measured = [group for group in self.groups if test in group.summaries]
+        has_enough = len(measured) >= min(2, len(self.groups)) and (self.baseline is None or self.baseline in measured)
+        return test if has_enough else self.metric
+
 
 # ---- grouping ----
 
@@ -70,7 +82,7 @@ def differing(records: Sequence[Record]) -> list[str]:
         for key in keys
         if key not in ignored
         and not all(key in record.derived for record in records if key in record.config)
-        and len({_shown(r, key) for r in records if _section(key) in sections[id(r)] and not _is_unknown(r, key)}) > 1
+        and len({value_of(r, key) for r in records if _section(key) in sections[id(r)] and not _is_unknown(r, key)}) > 1
     ]
 
 
@@ -84,7 +96,8 @@ def _is_unknown(record: Record, key: str) -> bool:
     return key in ("device", "precision") and record.config.get(key) == "auto"
 
 
-def _shown(record: Record, key: str) -> str:
+def value_of(record: Record, key: str) -> str:
+    """A value of a configuration as text: two runs with the same text do not differ in it."""
     value = record.config.get(key, "")
     return f"{value:.10g}" if isinstance(value, float) else shown(value)
 
@@ -94,7 +107,7 @@ def make_groups(records: Sequence[Record]) -> list[Group]:
     keys = differing(records)
     by_value: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        by_value.setdefault(tuple(_shown(record, key) for key in keys), []).append(record)
+        by_value.setdefault(tuple(value_of(record, key) for key in keys), []).append(record)
     naming = Naming(records, keys)
     return [Group(naming.name(runs[0]), runs) for runs in by_value.values()]
 
@@ -139,7 +152,7 @@ class Naming:
         return [g for g in self.groups if any(f"{package(g)}.".startswith(f"{package(a)}.") for a in above)]
 
     def _value(self, record: Record, aspect: str) -> str | None:
-        return choice(record, aspect) if aspect in self.groups else _shown(record, aspect)
+        return choice(record, aspect) if aspect in self.groups else value_of(record, aspect)
 
     def _is_named(self, record: Record, aspect: str) -> bool:
         covers = self._covers(aspect)
@@ -188,8 +201,13 @@ def choice(record: Record, group: str) -> str | None:
 # ---- comparing ----
 
 
-def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseline: str | None) -> Comparison:
-    """Groups with their summaries, best first, and their differences from the baseline. Raises ConfigError."""
+def compare(
+    records: Sequence[Record], notes: Sequence[str], metric: str | None = None, baseline: str | None = None
+) -> Comparison:
+    """Groups with their summaries, best first, and their differences from the baseline. Raises ConfigError.
+
+    By val accuracy, where no metric is given: test data are not what anything is chosen by.
+    """
     said = list(notes)
     groups = make_groups([record for record in records if record.finished])
     unfinished = [(name_beside(record, groups, records), record) for record in records if not record.finished]
@@ -200,6 +218,11 @@ def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseli
         values = {name: [run.counted[name] for run in group.runs if name in run.counted] for name in METRICS}
         group.summaries = {name: s for name, numbers in values.items() if (s := summarize(numbers))}
         group.runs.sort(key=lambda run: (run.config.get("data.split_seed", 0), run.config.get("seed", 0)))
+    if metric is None:
+        metric = "val_accuracy"
+        if groups and not any(metric in group.summaries for group in groups):
+            metric = "test_accuracy"
+            said.append("no run has validation images: test accuracy sorts, which flatters what is on top")
     if groups and not any(metric in group.summaries for group in groups):
         raise ConfigError(f"--metric must be one that a finished run has, got {metric}; none of these runs has it")
     groups.sort(key=lambda group: rank(group.summaries.get(metric), metric))
@@ -216,7 +239,7 @@ def compare(records: Sequence[Record], notes: Sequence[str], metric: str, baseli
     else:
         compared.pixels = max(kinds, default="")
     if base is not None and not (compared.parts and compared.ranks_pixels):
-        _test(groups, base, metric)
+        _test(compared)
     return compared
 
 
@@ -233,10 +256,9 @@ def _part(whole: Comparison, pixels: str) -> Comparison:
     if not whole.ranks_pixels:
         return Comparison(whole.metric, groups, None, False, [], [], [], pixels)
     chosen = whole.baseline_is_chosen and whole.baseline in groups
-    base = whole.baseline if chosen else groups[0]
-    assert base is not None
-    _test(groups, base, whole.metric)
-    return Comparison(whole.metric, groups, base, chosen, [], [], [], pixels)
+    part = Comparison(whole.metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [], pixels)
+    _test(part)
+    return part
 
 
 def rank(summary: Summary | None, metric: str) -> float:
@@ -254,7 +276,11 @@ def _named(name: str, groups: Sequence[Group]) -> Group:
     raise ConfigError(f"--baseline must be one of {names}; got '{name}'")
 
 
-def _test(groups: Sequence[Group], baseline: Group, metric: str) -> None:
+def _test(comparison: Comparison) -> None:
+    """The groups' differences from the baseline, in what is reported."""
+    metric, groups, baseline = comparison.reported, comparison.groups, comparison.baseline
+    assert baseline is not None
+
     def by_draw(group: Group) -> dict[object, float]:
         return {run.draw: run.counted[metric] for run in group.runs if metric in run.counted}
 
@@ -295,6 +321,11 @@ def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
             run.excluded.add("test_log_likelihood")
         said.append(
             f"log p(x) is of the {counts[most]} runs with {key}={most}; {len(others)} with another are left out"
+        )
+    if left := [run for run in runs if "test_n" in run.facts and run.facts["test_n"] is None]:
+        said.append(
+            f"{len(left)} of {len(runs)} runs have left test data for later (evaluation.test=false); of one that is "
+            "chosen, resume=FOLDER evaluation.test=true adds them to its result"
         )
     resumed = [run for run in runs if run.facts.get("start_step")]
     for run in resumed:

@@ -1,19 +1,16 @@
-"""What scripts.compare writes: tables for the terminal and in Markdown, a CSV file of runs, and a page."""
+"""What scripts.compare says: tables for the terminal and in Markdown, and a CSV file of runs."""
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
-from pathlib import Path
 from textwrap import fill
 
-from scripts.comparison.figures import COLOURS, against, both_curves, breakable, chip, forest, number, p_value, tag
-from scripts.comparison.groups import Comparison, Group, rank
+from scripts.comparison.figures import p_value
+from scripts.comparison.groups import Comparison, Group
 from scripts.comparison.runs import METRICS, Metric, Record
 from scripts.comparison.statistics import Summary
 
@@ -22,8 +19,9 @@ COSTS = ("evaluations", "seconds", "steps_per_second")
 
 
 def columns(comparison: Comparison) -> list[str]:
-    """The metrics to show: the one that sorts, and the others that any group has."""
-    wanted = [comparison.metric, *(name for name in METRICS if name not in (comparison.metric, "val_bound"))]
+    """The metrics to show: the one that sorts, what is reported of it, and the others that any group has."""
+    first = [comparison.metric, comparison.reported]
+    wanted = [*dict.fromkeys(first), *(name for name in METRICS if name not in (*first, "val_bound"))]
     if comparison.parts:
         wanted = [name for name in wanted if not METRICS[name].of_pixels]
     return [name for name in wanted if any(name in group.summaries for group in comparison.groups)]
@@ -91,6 +89,24 @@ def part_title(part: Comparison) -> str:
     return f"Bounds of {part.pixels}" if part.pixels else "Without a bound"
 
 
+def choice(comparison: Comparison) -> str:
+    """Which group is best, by what, and what is reported of it."""
+    best = comparison.groups[0]
+    by, reported = METRICS[comparison.metric], METRICS[comparison.reported]
+    chosen, measured = best.summaries.get(comparison.metric), best.summaries.get(comparison.reported)
+    if chosen is None or measured is None:
+        return ""
+    if by is not reported:
+        return (
+            f"Chosen by {by.title}: {best.name}; its {reported.title}, on which nothing was chosen, is "
+            f"{plus_minus(measured, reported, measured.n)} ({counted(measured.n, 'run')})."
+        )
+    said = f"On top: {best.name}, with {by.title} {plus_minus(chosen, by, chosen.n)} ({counted(chosen.n, 'run')})."
+    if comparison.metric.startswith("test_"):
+        said += " It was chosen on that very number, which flatters it: val accuracy, the default, does not."
+    return said
+
+
 def about_test(comparison: Comparison) -> list[str]:
     """What the paired differences are, and what they are not."""
     if comparison.baseline is None or len(comparison.groups) < 2:
@@ -101,13 +117,13 @@ def about_test(comparison: Comparison) -> list[str]:
             f"No group has a draw (same split, same seed) in common with {comparison.baseline.name}: none is tested."
         ]
     tests = sum(test.p is not None for test in compared)
-    title = METRICS[comparison.metric].title
+    title = METRICS[comparison.reported].title
     said = [
         f"Difference in {title} from {comparison.baseline.name}, over pairs of runs with the same split and seed: "
         "mean ± half of its 95 % interval, and the p-value of Student's paired test, then adjusted for "
         f"{counted(tests, 'test')} (Holm); the intervals are not adjusted."
     ]
-    if not comparison.baseline_is_chosen:
+    if not comparison.baseline_is_chosen and comparison.reported == comparison.metric:
         said.append(
             "The baseline is the best of these groups on the same numbers, which flatters it: differences look larger, "
             "and p-values smaller, than for a baseline named beforehand with --baseline."
@@ -153,16 +169,17 @@ UNFINISHED_SAID = "Without result.json (killed, failed, or still running), and i
 def quality_table(
     comparison: Comparison, names: Sequence[str], groups: Sequence[Group] | None = None
 ) -> list[list[str]]:
-    """A row a group, of all or of `groups`, with the standard deviation of the metric that sorts."""
+    """A row a group, of all or of `groups`, with standard deviations of what sorts and what is reported."""
+    with_sd = (comparison.metric, comparison.reported)
     rows = [["", "group", "n"]]
     for name in names:
-        rows[0] += [METRICS[name].title, *(["sd"] if name == comparison.metric else [])]
+        rows[0] += [METRICS[name].title, *(["sd"] if name in with_sd else [])]
     for group in comparison.groups if groups is None else groups:
         row = [str(comparison.groups.index(group) + 1), group.name, str(len(group.runs))]
         for name in names:
             summary = group.summaries.get(name)
             row.append(plus_minus(summary, METRICS[name], len(group.runs)))
-            if name == comparison.metric:
+            if name in with_sd:
                 row.append(optional(summary.sd if summary else None, METRICS[name]))
         rows.append(row)
     return rows
@@ -170,13 +187,13 @@ def quality_table(
 
 def test_table(comparison: Comparison) -> list[list[str]]:
     rows = [["", "group", "pairs", "difference", "p", "p, Holm"]]
-    metric = METRICS[comparison.metric]
+    metric = METRICS[comparison.reported]
     for place, group in enumerate(comparison.groups, 1):
         test = group.against_baseline
         if group is comparison.baseline:
             continue
         if test is None:
-            reason = "no shared draws" if comparison.metric in group.summaries else f"no {metric.title}"
+            reason = "no shared draws" if comparison.reported in group.summaries else f"no {metric.title}"
             rows.append([str(place), group.name, "0", reason, DASH, DASH])
             continue
         mean, half = f"{test.difference.mean:+{metric.form}}", optional(test.difference.half, metric)
@@ -202,7 +219,7 @@ def text_tables(comparison: Comparison) -> list[str]:
     blocks = [headline(comparison), aligned(quality_table(comparison, quality))]
     if cost:
         blocks.append(aligned(quality_table(comparison, cost)))
-    blocks.append(fill(explained(comparison), 118))
+    blocks += [fill(explained(comparison), 118), *([fill(chosen, 118)] if (chosen := choice(comparison)) else [])]
     if said := about_test(comparison):
         blocks += ["\n".join(fill(sentence, 118) for sentence in said), aligned(test_table(comparison))]
     return blocks
@@ -248,6 +265,7 @@ def markdown_tables(comparison: Comparison) -> list[str]:
     said = explained(comparison)
     blocks = [f"{headline(comparison)}. {said[0].upper()}{said[1:]}; sd in brackets."]
     blocks.append(markdown_groups(comparison, columns(comparison), comparison.groups))
+    blocks += [chosen] if (chosen := choice(comparison)) else []
     if tested := about_test(comparison):
         blocks += [" ".join(tested), markdown_table(test_table(comparison))]
     if any(len(group.runs) > 1 for group in comparison.groups):
@@ -320,241 +338,3 @@ def command(run: Record) -> str:
     script = ["python", "-m", "scripts.baselines", "--methods", str(method)] if method else ["train.py"]
     flags = [word for path in run.config_dir for word in ("--config-dir", path)]
     return shlex.join(["uv", "run", *script, *flags, *run.overrides])
-
-
-# ---- the page ----
-
-
-def best_run(comparison: Comparison) -> Record | None:
-    runs = [run for group in comparison.groups for run in group.runs if comparison.metric in run.counted]
-    return min(runs, key=lambda run: rank(Summary(1, run.values[comparison.metric]), comparison.metric), default=None)
-
-
-def pictures(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """The last picture under each tag, as a PNG, with its step; none where the events cannot be read."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1, "tensors": 1})
-    try:
-        events.Reload()
-        last = {tag_: events.Images(tag_)[-1] for tag_ in events.Tags()["images"]}
-    except Exception:  # said already, when its scalars were read
-        return {}
-    return {tag_: (image.encoded_image_string, image.step) for tag_, image in last.items()}
-
-
-ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing is loaded
-
-
-def page(comparison: Comparison) -> str:
-    """A page that loads nothing: style, figures and pictures are in it. It is well-formed XML besides."""
-    style = (Path(__file__).parent / "page.css").read_text()
-    head = (
-        '<meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        '<meta name="color-scheme" content="light dark"/>'
-        f'<meta http-equiv="Content-Security-Policy" content="{ALLOWED}"/>'
-        f"<title>Comparison of runs</title><style>{style}</style>"
-    )
-    ranked = comparison.parts if comparison.parts and comparison.ranks_pixels else [comparison]
-    if ranked is comparison.parts:
-        results = [(part.pixels or part_title(part), results_sections(part)) for part in ranked]
-    else:
-        bounds = [(part_title(part), bounds_section(comparison, part)) for part in comparison.parts]
-        first, *others = results_sections(comparison)
-        results = [("", [first, *bounds, *others])]
-    sections = [
-        tag("header", tag("h1", "Comparison of runs") + paragraph(headline_of_page(comparison), "lede")),
-        *(
-            tag("section", tag("h2", escape(title)) + content)
-            for title, content in (
-                *((f"{title}: {of}" if of else title, content) for of, found in results for title, content in found),
-                ("Unfinished and failed runs", unfinished_section(comparison)),
-                ("Notes", items(comparison.notes)),
-                ("Commands", "".join(map(commands_section, ranked))),
-                ("Made with", items(conditions(comparison))),
-            )
-            if content
-        ),
-    ]
-    body = tag("main", "".join(sections))
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
-
-
-def results_sections(comparison: Comparison) -> list[tuple[str, str]]:
-    return [
-        ("Groups", groups_section(comparison)),
-        ("Learning curves", curves_section(comparison)),
-        ("What it costs", cost_section(comparison)),
-        ("Differences over the same draws", test_section(comparison)),
-        ("What the best run draws", pictures_section(comparison)),
-    ]
-
-
-def bounds_section(whole: Comparison, part: Comparison) -> str:
-    """The bounds of one kind of pixels, in the order of the whole, which is not theirs."""
-    said = about_pixels(part)
-    table = summary_table(whole, pixel_columns(part), part.groups)
-    return table + paragraph(f"Not ranked; {said}.", "caption")
-
-
-def headline_of_page(comparison: Comparison) -> str:
-    if not comparison.groups:
-        return "No run is finished."
-    best = comparison.groups[0]
-    metric, summary = METRICS[comparison.metric], best.summaries.get(comparison.metric)
-    said = f"{headline(comparison)}."
-    if comparison.parts and comparison.ranks_pixels:
-        return f"{said} They are ranked apart for each kind of pixels."
-    if summary is None or len(comparison.groups) < 2:
-        return said
-    half = "" if summary.half is None else f" ± {number(summary.half, metric.form)}"
-    return f"{said} On top: {best.name}, with {number(summary.mean, metric.form)}{half} ({counted(summary.n, 'run')})."
-
-
-def paragraph(words: str, class_: str = "") -> str:
-    return tag("p", escape(words), class_=class_ or None)
-
-
-def items(lines: Sequence[str]) -> str:
-    return tag("ul", "".join(tag("li", escape(line)) for line in lines)) if lines else ""
-
-
-def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], class_: str = "") -> str:
-    """Cells are HTML; the first column stays in sight when the table is wider than the screen."""
-    heads = tag("thead", tag("tr", "".join(tag("th", cell, scope="col") for cell in head)))
-    body = "".join(
-        tag("tr", tag("th", row[0], scope="row") + "".join(tag("td", cell) for cell in row[1:])) for row in rows
-    )
-    return tag("div", tag("table", heads + tag("tbody", body), class_=class_ or None), class_="scroll", tabindex="0")
-
-
-def name_cell(comparison: Comparison, group: Group) -> str:
-    return tag("span", chip(comparison, group) + tag("span", breakable(group.name)), class_="named")
-
-
-def groups_section(comparison: Comparison) -> str:
-    if not comparison.groups:
-        return ""
-    words = explained(comparison)
-    said = words[0].upper() + words[1:] + "."
-    if len(comparison.groups) > COLOURS:
-        said += " Numbers stand for groups in the figures; orange is the baseline, blue are all others."
-    return summary_table(comparison, quality_and_cost(comparison)[0]) + paragraph(said, "caption")
-
-
-def summary_table(comparison: Comparison, names: Sequence[str], groups: Sequence[Group] | None = None) -> str:
-    head = ["group", "n"]
-    for name in names:
-        unit = tag("small", METRICS[name].unit) if METRICS[name].unit else ""
-        head.append(METRICS[name].title + unit)
-    rows = []
-    for group in comparison.groups if groups is None else groups:
-        cells = [value_cell(group.summaries.get(name), METRICS[name], len(group.runs)) for name in names]
-        rows.append([name_cell(comparison, group), str(len(group.runs)), *cells])
-    return html_table(head, rows)
-
-
-def value_cell(summary: Summary | None, metric: Metric, runs: int) -> str:
-    if summary is None:
-        return DASH
-    half, sd = (DASH if v is None else number(v, metric.form) for v in (summary.half, summary.sd))
-    n = f", n {summary.n}" if summary.n != runs else ""
-    return f"{number(summary.mean, metric.form)} ± {half}" + tag("small", f"sd {sd}{n}")
-
-
-def key(comparison: Comparison) -> str:
-    names = "".join(tag("li", name_cell(comparison, group)) for group in comparison.groups)
-    return tag("ul", names, class_="key")
-
-
-def curves_section(comparison: Comparison) -> str:
-    content = both_curves(comparison)
-    if not content:
-        return ""
-    said = (
-        "On held-out images while training. Thin lines, or circles, are runs; the strong line is their mean and the "
-        "band goes from the lowest to the highest, at the steps at which all runs of the group were looked at. Where "
-        "training starts far below where it ends, its start is cut off."
-    )
-    in_one_figure = len(comparison.groups) <= COLOURS
-    return content + (key(comparison) if in_one_figure else "") + paragraph(said, "caption")
-
-
-def cost_section(comparison: Comparison) -> str:
-    figures = [figure for cost in ("evaluations", "seconds") if (figure := against(comparison, cost))]
-    costs = quality_and_cost(comparison)[1]
-    if not costs:
-        return ""
-    said = (
-        "Dots are means of a group; those that would hide each other are moved sideways. Calls of the generator are "
-        "per unlabelled image and step, and depend on no machine; seconds are those of the runs, and tell of whatever "
-        "else the machine did at the time."
-    )
-    drawn = "".join(figures) + key(comparison) + paragraph(said, "caption") if figures else ""
-    return drawn + summary_table(comparison, costs)
-
-
-def test_section(comparison: Comparison) -> str:
-    said = "".join(paragraph(sentence) for sentence in about_test(comparison))
-    if not said:
-        return ""
-    head, *rows = test_table(comparison)
-    others = [group for group in comparison.groups if group is not comparison.baseline]
-    cells = [
-        [name_cell(comparison, group), *(escape(cell.replace("-", "−")) for cell in row[2:])]
-        for group, row in zip(others, rows, strict=True)
-    ]
-    drawn = forest(comparison)
-    better = "right" if METRICS[comparison.metric].higher_is_better else "left"
-    figure = tag("figure", drawn) + paragraph(
-        f"To the {better} of the line is better than the baseline. An arrowhead: the interval goes further. "
-        "p is adjusted for the number of tests.",
-        "caption",
-    )
-    return said + (figure if drawn else "") + html_table(head[1:], cells)
-
-
-def pictures_section(comparison: Comparison) -> str:
-    best = best_run(comparison)
-    found = pictures(best.folder) if best else {}
-    if best is None or not found:
-        return ""
-    metric = METRICS[comparison.metric]
-    said = {
-        "reconstructions": "Held-out images, and below each what the model makes of it.",
-        "generated": "Generated images: a row is a class, a column a style.",
-    }
-    parts = [paragraph(f"{best.folder}: {metric.title} {number(best.values[comparison.metric], metric.form)}")]
-    for name, (png, step) in found.items():
-        words = f"{said.get(name, name)} Step {step}."
-        picture = f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"/>'
-        parts.append(tag("figure", picture + tag("figcaption", escape(words)), class_="picture"))
-    return "".join(parts)
-
-
-def unfinished_section(comparison: Comparison) -> str:
-    if not comparison.unfinished:
-        return ""
-    rows = [
-        [breakable(name), *map(escape, (folder, steps, accuracy, bound.replace("-", "−"), words))]
-        for name, folder, steps, accuracy, bound, words in unfinished_rows(comparison)
-    ]
-    return paragraph(f"{UNFINISHED_SAID}.") + html_table(UNFINISHED, rows, "words")
-
-
-def commands_section(comparison: Comparison) -> str:
-    """The command of every run, folded up by group."""
-    folded = []
-    for group in comparison.groups:
-        lines = []
-        for run in group.runs:
-            lines.append(f"# {run.folder}" + resumed(run))
-            lines.append(command(run) or "# it has no record of its command")
-        code = tag("pre", tag("code", escape("\n".join(lines))))
-        folded.append(tag("details", tag("summary", name_cell(comparison, group)) + code))
-    return "".join(folded)
-
-
-def resumed(run: Record) -> str:
-    start = run.facts.get("start_step")
-    return f", resumed at step {start} and trained to {run.steps}" if start else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 
 from configs.schema import Config, ConfigError
 from data.datasets import OWN
+from data.progress import progress
+from scripts.comparison.events import DamagedEvents, read_scalars
 
 OVERRIDES = Path(".hydra", "overrides.yaml")
 
@@ -39,6 +42,7 @@ METRICS = {
 ALONE = "classifier alone"  # the name of a run whose objective has no bound in it
 DIGEST = "data.digest"  # of a person's own images, which their path does not tell
 PIXELS = ("data.name", DIGEST, "data.binarization", "likelihood")
+CALLS = "estimator/evaluations"
 CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
 
 
@@ -218,6 +222,7 @@ def _add_asked(record: Record, asked: dict[str, Any]) -> None:
     record.derived = set(map(str, asked.get("references", {})))
 
 
+@functools.cache
 def _defaults() -> dict[str, Any]:
     """What the schema says of keys that runs from before do not have."""
     from omegaconf import OmegaConf
@@ -250,21 +255,17 @@ def _reason(error: Exception) -> str:
 
 def read_events(record: Record) -> None:
     """Adds curves and the generator's calls, and of an unfinished run the steps done. Raises Damaged."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(record.folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     try:
-        events.Reload()
-        tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    except Exception as error:  # a damaged file fails in many ways
+        found = read_scalars(record.folder, (*CURVES.values(), CALLS, "train/J"))
+    except (DamagedEvents, OSError) as error:
         raise Damaged(f"TensorBoard events that cannot be read ({_reason(error)})") from error
-    if record.finished and not tags:
+    if record.finished and not found:
         raise Damaged("no TensorBoard events, or none with scalars")
     if not record.finished:
-        record.steps = max([record.steps, *(event.step for scalars in tags.values() for event in scalars)])
-    within = {tag: [(e.step, e.value) for e in scalars if e.step <= record.steps] for tag, scalars in tags.items()}
+        record.steps = max([record.steps, *(step for scalars in found.values() for step, _ in scalars)])
+    within = {tag: [one for one in scalars if one[0] <= record.steps] for tag, scalars in found.items()}
     record.curves = {name: within[tag] for name, tag in CURVES.items() if within.get(tag)}
-    if calls := within.get("estimator/evaluations"):
+    if calls := within.get(CALLS):
         record.values["evaluations"] = sum(value for _, value in calls) / len(calls)
     if not record.finished:
         record.values |= {name: curve[-1][1] for name, curve in record.curves.items()}
@@ -288,7 +289,7 @@ def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
     """Runs, and a sentence for each that is damaged in whole or in part. Raises ConfigError if none is left."""
     records, notes = [], []
     without_events: dict[str, list[Path]] = {}
-    for folder in find(folders):
+    for folder in progress(find(folders), "reading", "runs"):
         try:
             record = read(folder)
         except Damaged as damaged:
