@@ -77,6 +77,11 @@ def _tell_jobs(config: DictConfig, folder: Path) -> None:
         return
     # the jobs' processes start with the current folder on their path, and not with this program's
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if launcher(config.hydra) == SLURM:
+        from training.slurm import watch_queue_without_accounting
+
+        if why := watch_queue_without_accounting():
+            _say(f"sacct fails ({why}): how jobs end is read from squeue")
     if launcher(config.hydra) in PARALLEL:
         lock = folder.resolve() / SWEEP_LOCK
         token = f"{os.getpid()} {platform.node()} {secrets.token_hex(8)}"
@@ -193,21 +198,24 @@ def beside_others(hydra: Any) -> Iterator[None]:
         return
     torch.set_num_threads(min(threads(hydra.launcher), torch.get_num_threads()))
     os.environ["TQDM_DISABLE"] = "1"
-    if launcher(hydra) not in PARALLEL:
+    signal.signal(signal.SIGTERM, _end_job)  # submitit takes none of it
+    _busy.set()
+    try:
+        if launcher(hydra) in PARALLEL:
+            _within_sweep(hydra)
         yield
-        return
+    finally:
+        _busy.clear()
+
+
+def _within_sweep(hydra: Any) -> None:
+    """A job on this machine says which one it is, and stops when its sweep does."""
     for handler in [*logging.root.handlers, *errors.handlers]:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter(f"job {hydra.job.num}: %(message)s"))
     if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # out of reach of Ctrl-C on the terminal, which joblib's processes take
-    signal.signal(signal.SIGTERM, _end_job)
-    _busy.set()
     _end_with_sweep(os.getppid())
-    try:
-        yield
-    finally:
-        _busy.clear()
 
 
 def _end_job(number: int, frame: FrameType | None) -> None:
@@ -262,8 +270,12 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
     if code in (1, 2, 3):
         write_json(folder / FAILED, {"exit_code": code, "reason": reason, "on_divergence": config.on_divergence.value})
         return WORST if code == 3 else None
-    if launcher(hydra) in (LOCAL, SLURM) and code == 128 + signal.SIGUSR2:
-        signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
+    if launcher(hydra) == LOCAL and code == 128 + signal.SIGUSR2:
+        signal.raise_signal(signal.SIGUSR2)  # submitit's handler starts the job, which is saved, again
+    if launcher(hydra) == SLURM:
+        from training.slurm import requeue_if_preempted
+
+        requeue_if_preempted(code)
     if code in (130, 143) and launcher(hydra) in PARALLEL:  # the process that started the sweep says so
         return None
     if code:
