@@ -78,9 +78,9 @@ def _tell_jobs(config: DictConfig, folder: Path) -> None:
     # the jobs' processes start with the current folder on their path, and not with this program's
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if launcher(config.hydra) == SLURM:
-        from training.slurm import watch_queue_without_accounting
+        from training import slurm
 
-        if why := watch_queue_without_accounting():
+        if why := slurm.prepare(config.hydra.launcher):
             _say(f"sacct fails ({why}): how jobs end is read from squeue")
     if launcher(config.hydra) in PARALLEL:
         lock = folder.resolve() / SWEEP_LOCK
@@ -270,12 +270,8 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
     if code in (1, 2, 3):
         write_json(folder / FAILED, {"exit_code": code, "reason": reason, "on_divergence": config.on_divergence.value})
         return WORST if code == 3 else None
-    if launcher(hydra) == LOCAL and code == 128 + signal.SIGUSR2:
-        signal.raise_signal(signal.SIGUSR2)  # submitit's handler starts the job, which is saved, again
-    if launcher(hydra) == SLURM:
-        from training.slurm import requeue_if_preempted
-
-        requeue_if_preempted(code)
+    if launcher(hydra) in (LOCAL, SLURM) and code == 128 + signal.SIGUSR2:
+        signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
     if code in (130, 143) and launcher(hydra) in PARALLEL:  # the process that started the sweep says so
         return None
     if code:
