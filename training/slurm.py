@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 
 from omegaconf import DictConfig, OmegaConf
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
@@ -36,6 +37,13 @@ def prepare(launcher: DictConfig) -> str | None:
         SlurmJob.watcher = QueueWatcher(delay_s=60)
         return " ".join((getattr(failed, "stderr", "") or str(failed)).split())
     return None
+
+
+def wait_for_others() -> None:
+    """After a job that ended without a result, at which the launcher gives up while the others still wait or run."""
+    watcher = SlurmJob.watcher
+    while not all(watcher.is_done(job) for job in list(watcher._registered)):
+        time.sleep(1)
 
 
 class QueueWatcher(SlurmInfoWatcher):

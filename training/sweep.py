@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -168,6 +168,10 @@ def broken(error: Exception) -> int | None:
         return None
     if lost and not _stopped:
         _say(f"the process of a job ended early: {' '.join(str(error).split()[:20])}")
+        if slurm := sys.modules.get("training.slurm"):
+            _say("the other jobs go on, and are waited for; Ctrl-C ends the waiting, and not the jobs")
+            with suppress(KeyboardInterrupt):
+                slurm.wait_for_others()
     return end() or 1
 
 
