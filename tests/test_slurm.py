@@ -36,7 +36,8 @@ pytestmark = [
 ]
 
 # Jobs of the partition low make room for those of high within GRACE seconds; no accounting, so that sacct fails.
-# A job that is requeued waits for cred_expire, and one that is killed has KillWait seconds
+# A job that is requeued waits for cred_expire, and one that is killed has KillWait seconds. JobRequeue=0: only jobs
+# that ask for it are requeued
 GRACE = 20
 CONFIGURATION = """
 ClusterName=catvae
@@ -47,6 +48,7 @@ PartitionName=now Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+JobRequeue=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ProctrackType=proctrack/linuxproc
@@ -410,6 +412,14 @@ def test_cancelled(start: Callable[[str], Sweep], cluster: Cluster, undisturbed:
     assert again.start_steps() == [saved, 0]
 
 
+def test_a_partition_that_there_is_not(start: Callable[[str], Sweep]) -> None:
+    ended = start("nope").end()
+    assert ended.code == 2, ended.said
+    assert "invalid partition specified: nope" in ended.err
+    assert "Traceback" not in ended.said
+    assert ended.err.splitlines()[-1].startswith("catvae: sbatch refused the jobs: ")
+
+
 def test_a_node_that_vanishes(
     start: Callable[[str], Sweep], cluster: Cluster, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -424,6 +434,5 @@ def test_a_node_that_vanishes(
     wait_for(lambda: set(cluster.of_sweep().values()) == {"PENDING"}, cluster)
     sweep.let_go()
     cluster.start_node()
-    cluster.ask("scontrol", "update", f"nodename={node}", "state=resume")
     sweep.assert_ends_at(undisturbed)
     assert all(step % EVERY == 0 and step >= before for step, before in zip(sweep.start_steps(), saved, strict=True))

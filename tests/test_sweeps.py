@@ -386,6 +386,15 @@ def test_slurm_preset_has_the_keys_of_the_plugin() -> None:
 
 
 @needs_submitit
+def test_slurm_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused = here(LINE + "hydra/launcher=slurm train.steps=2 seed=1,2", tmp_path / "sweep")
+    assert refused.code == 2
+    assert "srun is not on PATH" in one_sentence(refused.err)
+    assert not (tmp_path / "sweep").exists()
+
+
+@needs_submitit
 @pytest.mark.parametrize(
     ("code", "state", "requeued"),
     [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 
 from omegaconf import DictConfig, OmegaConf
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+
+from configs.schema import ConfigError
 
 OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 # Preemption is SIGTERM, and after GraceTime SIGKILL and a requeue of what is still there: a job that has saved and left
@@ -28,7 +31,11 @@ exit $code"""
 
 
 def prepare(launcher: DictConfig) -> str | None:
-    """Prepares the launcher; returns why sacct fails, if it does."""
+    """Prepares the launcher; returns why sacct fails, if it does. Raises ConfigError where there is no SLURM."""
+    if shutil.which("srun") is None:
+        raise ConfigError(
+            "hydra/launcher must be submitit_local or joblib where there is no SLURM: srun is not on PATH"
+        )
     OmegaConf.update(launcher, "teardown", AFTER_JOB.splitlines(), force_add=True)
     try:
         subprocess.run(["sacct", "--noheader", "--allocations"], capture_output=True, text=True, check=True)

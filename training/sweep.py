@@ -8,6 +8,7 @@ import os
 import platform
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -163,16 +164,36 @@ def end() -> int:
 
 def broken(error: Exception) -> int | None:
     """Says how the sweep of this process ended if its jobs made it end with `error`; returns the exit code then."""
-    lost = type(error).__name__ in ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError")
+    if _begun and isinstance(error.__cause__, subprocess.CalledProcessError):  # submitit has shown what sbatch said
+        release(_begun[0] / SWEEP_LOCK)
+        _say(
+            "sbatch refused the jobs: set the hydra.launcher keys by what the cluster has (sinfo shows its partitions)"
+        )
+        return 2
+    lost = type(error).__name__ in (
+        "TerminatedWorkerError",
+        "BrokenProcessPool",
+        "UncompletedJobError",
+        "FailedJobError",
+    )
     if not _begun or not (lost or _stopped or any(_begun[0].rglob(FAILED))):
         return None
     if lost and not _stopped:
-        _say(f"the process of a job ended early: {' '.join(str(error).split()[:20])}")
+        _say(f"the process of a job ended early: {_reason(error)}")
         if slurm := sys.modules.get("training.slurm"):
             _say("the other jobs go on, and are waited for; Ctrl-C ends the waiting, and not the jobs")
             with suppress(KeyboardInterrupt):
                 slurm.wait_for_others()
     return end() or 1
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of a message, or the last line of a traceback in it."""
+    lines = str(error).splitlines()
+    if any(line.startswith("Traceback") for line in lines):
+        rules = [number for number, line in enumerate(lines) if line.startswith("-----")]
+        lines = lines[rules[-1] - 1 : rules[-1]] if rules else lines[-1:]
+    return " ".join(" ".join(lines).split()[:20])
 
 
 # ---- a job ----
