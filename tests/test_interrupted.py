@@ -16,7 +16,7 @@ import pytest
 from data.batches import Batches
 from models import evaluation, gradient_quality
 from tests.runs import MLP, ROOT, assert_same_events, checkpoint, equal, resume, run
-from training import checkpoints
+from training import checkpoints, interruption
 
 LINE = f"{MLP} train.steps=12 diagnostics.every=6 diagnostics.draws=3 diagnostics.batch_size=4 "
 
@@ -141,6 +141,15 @@ with interruption.Interruption():
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=15)
     assert ended.returncode == -signal.SIGTERM
+
+
+def test_slurm_s_signals_are_one_stop_however_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM at the beginning of the grace time, SIGTERM at its end, and no SIGKILL before the checkpoint is due."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setattr(interruption, "ONE_STOP", -1.0)
+    with mock.patch.object(Batches, "rows", signalling(Batches.rows, 7, times=2)):
+        run(LINE, tmp_path / "run", code=143)
+    assert checkpoint(tmp_path / "run")["step"] == 7
 
 
 def test_what_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:

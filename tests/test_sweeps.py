@@ -399,6 +399,55 @@ def test_slurm_preset_has_the_keys_of_the_plugin() -> None:
     assert (launcher.timeout_min, launcher.max_num_timeout, launcher.partition) == (240, 20, "gpu")
 
 
+@needs_submitit
+def test_slurm_where_there_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused = here(LINE + "hydra/launcher=slurm train.steps=2 seed=1,2", tmp_path / "sweep")
+    assert refused.code == 2
+    assert "srun is not on PATH" in one_sentence(refused.err)
+    assert not (tmp_path / "sweep").exists()
+
+
+@needs_submitit
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [
+        (143, "JobState=RUNNING Reason=None PreemptEligibleTime=2026-11-27 PreemptTime=2026-11-28", True),
+        (143, "JobState=RUNNING Reason=None PreemptEligibleTime=2026-11-27 PreemptTime=None", False),  # a person
+        (143, "JobState=CANCELLED Reason=None PreemptTime=2026-11-28", False),
+        (143, "JobState=PENDING Reason=None PreemptTime=2026-11-28", False),  # by SLURM already
+        (0, "JobState=RUNNING Reason=None PreemptTime=2026-11-28", False),
+        (3, "JobState=RUNNING Reason=None PreemptTime=2026-11-28", False),
+    ],
+)
+def test_batch_script_puts_back_what_is_preempted(code: int, state: str, requeued: bool, tmp_path: Path) -> None:
+    """A real SLURM is in tests/test_slurm.py."""
+    from training.slurm import AFTER_JOB
+
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\necho "{state}"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "8"}
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    for job, more in (("8", {}), ("7_0", array)):
+        ended = subprocess.run(["bash", "-c", f"(exit {code})\n{AFTER_JOB}"], env=variables | more)
+        assert ended.returncode == code
+        asked = (tmp_path / "asked").read_text() if code == 143 else ""
+        assert (f"requeue {job}\n" in asked) == requeued
+
+
+@needs_submitit
+def test_queue_tells_how_jobs_ended() -> None:
+    from training.slurm import QueueWatcher
+
+    watcher = QueueWatcher()
+    for job in "0123456":
+        watcher.register_job(f"7_{job}")
+    queue = "7_0|RUNNING\n7_1|CONFIGURING\n7_2|COMPLETED\n7_3|CANCELLED\n7_4|PENDING\n7_5|COMPLETING\n1|FAILED\n"
+    watcher._info_dict.update(watcher.read_info(queue))
+    assert [job for job in "0123456" if watcher.is_done(f"7_{job}", mode="cache")] == ["2", "3", "6"]
+    assert watcher.get_state("7_6", mode="cache") == "GONE"
+
+
 # ---- searches ----
 
 

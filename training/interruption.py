@@ -11,6 +11,7 @@ from types import FrameType
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has two of them
 HANGUP = getattr(signal, "SIGHUP", None)
+IN_SLURM = "SLURM_JOB_ID"  # which warns by several signals, minutes apart, and ends what does not heed them by SIGKILL
 ONE_STOP = 2.0  # seconds in which several are one: a scheduler sends a signal to a process and to its group
 
 
@@ -37,6 +38,8 @@ class Interruption:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal, self._first = number, time.monotonic()
+        elif IN_SLURM in os.environ and number != signal.SIGINT:
+            return
         elif time.monotonic() - self._first > ONE_STOP:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -8,11 +8,12 @@ import os
 import platform
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -78,6 +79,11 @@ def _tell_jobs(config: DictConfig, folder: Path) -> None:
         return
     # the jobs' processes start with the current folder on their path, and not with this program's
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    if launcher(config.hydra) == SLURM:
+        from training import slurm
+
+        if why := slurm.prepare(config.hydra.launcher):
+            _say(f"sacct fails ({why}): how jobs end is read from squeue")
     if launcher(config.hydra) in PARALLEL:
         lock = folder.resolve() / SWEEP_LOCK
         token = f"{os.getpid()} {platform.node()} {secrets.token_hex(8)}"
@@ -162,12 +168,36 @@ def end() -> int:
 
 def broken(error: Exception) -> int | None:
     """Says how the sweep of this process ended if its jobs made it end with `error`; returns the exit code then."""
-    lost = type(error).__name__ in ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError")
+    if _begun and isinstance(error.__cause__, subprocess.CalledProcessError):  # submitit has shown what sbatch said
+        release(_begun[0] / SWEEP_LOCK)
+        _say(
+            "sbatch refused the jobs: set the hydra.launcher keys by what the cluster has (sinfo shows its partitions)"
+        )
+        return 2
+    lost = type(error).__name__ in (
+        "TerminatedWorkerError",
+        "BrokenProcessPool",
+        "UncompletedJobError",
+        "FailedJobError",
+    )
     if not _begun or not (lost or _stopped or any(_begun[0].rglob(FAILED))):
         return None
     if lost and not _stopped:
-        _say(f"the process of a job ended early: {' '.join(str(error).split()[:20])}")
+        _say(f"the process of a job ended early: {_reason(error)}")
+        if slurm := sys.modules.get("training.slurm"):
+            _say("the other jobs go on, and are waited for; Ctrl-C ends the waiting, and not the jobs")
+            with suppress(KeyboardInterrupt):
+                slurm.wait_for_others()
     return end() or 1
+
+
+def _reason(error: Exception) -> str:
+    """The beginning of a message, or the last line of a traceback in it."""
+    lines = str(error).splitlines()
+    if any(line.startswith("Traceback") for line in lines):
+        rules = [number for number, line in enumerate(lines) if line.startswith("-----")]
+        lines = lines[rules[-1] - 1 : rules[-1]] if rules else lines[-1:]
+    return " ".join(" ".join(lines).split()[:20])
 
 
 # ---- a job ----
@@ -207,21 +237,24 @@ def beside_others(hydra: Any) -> Iterator[None]:
         return
     torch.set_num_threads(min(threads(hydra.launcher), torch.get_num_threads()))
     os.environ["TQDM_DISABLE"] = "1"
-    if launcher(hydra) not in PARALLEL:
+    signal.signal(signal.SIGTERM, _end_job)  # submitit takes none of it
+    _busy.set()
+    try:
+        if launcher(hydra) in PARALLEL:
+            _within_sweep(hydra)
         yield
-        return
+    finally:
+        _busy.clear()
+
+
+def _within_sweep(hydra: Any) -> None:
+    """A job on this machine says which one it is, and stops when its sweep does."""
     for handler in [*logging.root.handlers, *errors.handlers]:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(logging.Formatter(f"job {hydra.job.num}: %(message)s"))
     if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # out of reach of Ctrl-C on the terminal, which joblib's processes take
-    signal.signal(signal.SIGTERM, _end_job)
-    _busy.set()
     _end_with_sweep(os.getppid())
-    try:
-        yield
-    finally:
-        _busy.clear()
 
 
 def _end_job(number: int, frame: FrameType | None) -> None:
