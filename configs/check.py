@@ -243,7 +243,7 @@ class CheckBeforeWork(Callback):
             sweep.tell_number(config.hydra.sweeper.get("n_trials") if is_search else len(jobs), varied)
             if is_search:
                 sweep.check_search(config)
-                search.round_numbers(config)
+                search.begin(config)
                 return
             for job, folder, job_checked in checked:
                 with _refusing(job):

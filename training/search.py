@@ -34,11 +34,11 @@ def prepare(config: DictConfig) -> None:
         raise ConfigError("hydra.sweeper.direction must be maximize, got minimize: a job gives its validation accuracy")
     sweeper.direction = "maximize"
     sweeper.params = {LEFT: "false", **(sweeper.params or {})}
-    (Path(config.hydra.sweep.dir) / FOUND).unlink(missing_ok=True)  # of before
 
 
-def round_numbers(config: DictConfig) -> None:
-    """Puts `Rounded` around the sampler, unless that goes through a grid."""
+def begin(config: DictConfig) -> None:
+    """Puts `Rounded` around the sampler, unless that goes through a grid, and drops what an earlier search found."""
+    (Path(config.hydra.sweep.dir) / FOUND).unlink(missing_ok=True)
     settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True, enum_to_str=True)
     if "sampler" in settings and not settings["sampler"].get("_partial_"):
         settings["sampler"] = {"_target_": f"{__name__}.Rounded", "sampler": settings["sampler"]}
@@ -92,7 +92,7 @@ def end(config: DictConfig, fixed: Mapping[str, str], composed: Callable[[Mappin
     trials = sorted(folder.rglob(RESULT), key=lambda path: (len(path.parent.name), path.parent.name))
     results = {path.parent: read_json(path) for path in trials}
     asked = {f"{key}={value}" for key, value in best.items()}
-    place = next((place for place in results if asked <= set(results[place]["asked"]["overrides"])), None)
+    place = next((place for place in results if asked <= _overrides(results[place])), None)
     if place is None:  # all diverged
         return 0
     say(f"best of {len(results)} finished trials: {place}, with val accuracy {results[place]['val_accuracy']:.4f}")
@@ -100,6 +100,11 @@ def end(config: DictConfig, fixed: Mapping[str, str], composed: Callable[[Mappin
     preset = {key: value for key, value in fixed.items() if key != LEFT and key.lstrip("+") not in typed}
     say(f"its command: {best_command(sys.argv[1:], preset | best)}")
     return look_at_test(config, place, composed(best)) if is_left(results[place]) else 0
+
+
+def _overrides(result: Any) -> set[str]:
+    asked = result.get("asked") if isinstance(result, dict) else None
+    return set(map(str, asked.get("overrides", []))) if isinstance(asked, dict) else set()
 
 
 def look_at_test(config: DictConfig, place: Path, made_of: Any) -> int:
