@@ -334,7 +334,11 @@ def pictures(folder: Path) -> dict[str, tuple[bytes, int]]:
     """The last picture under each tag, as a PNG, with its step; none where the events cannot be read."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 1, "images": 1, "tensors": 1})
+    from training.run_folder import events_folder
+
+    events = EventAccumulator(
+        str(events_folder(folder) or folder), size_guidance={"scalars": 1, "images": 1, "tensors": 1}
+    )
     try:
         events.Reload()
         last = {tag_: events.Images(tag_)[-1] for tag_ in events.Tags()["images"]}

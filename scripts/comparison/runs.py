@@ -252,7 +252,10 @@ def read_events(record: Record) -> None:
     """Adds curves and the generator's calls, and of an unfinished run the steps done. Raises Damaged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(record.folder), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
+    from training.run_folder import events_folder
+
+    where = events_folder(record.folder) or record.folder
+    events = EventAccumulator(str(where), size_guidance={"scalars": 0, "images": 1, "tensors": 1})
     try:
         events.Reload()
         tags = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
