@@ -18,7 +18,7 @@ LONGEST = 120  # bytes of a name; some encrypted file systems take 143
 
 
 def run_name(asked: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The estimator and what was overridden, as a folder's name: "rebar, split_seed=3, lr=0.001".
+    """The estimator and what was overridden, as a folder's name: "ESTIMATOR, split_seed=3, lr=0.001".
 
     What varies in a sweep comes first; sections are left out where no two keys are the same without; a name that would
     be too long ends in the number of those that are left out. From `asked`, a run's record of its command line, and
@@ -47,7 +47,7 @@ def hyper_parameters(asked: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     found |= {key: config[key] for key in COMPARED if key in config}
     found |= {key: value for key, value in _overridden(asked, config).items() if key not in _unsaid()}
     return {
-        key: value if type(value) in (int, float) and key not in SEEDS else _words(value)
+        key: value if _is_number(value) and key not in SEEDS else _words(value)
         for key, value in found.items()
     }
 
@@ -78,6 +78,10 @@ def _chosen(group: str, asked: Mapping[str, Any], config: Mapping[str, Any]) -> 
 
 def _short(key: str) -> str:
     return key.partition(".")[2] or key
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _words(value: Any) -> str:

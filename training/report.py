@@ -109,7 +109,9 @@ class Report:
 
     def validation(self, step: int, measured: Evaluation) -> None:
         values = {f"val/{name}": value for name, value in measured.means.items()}
-        self.board.scalars(values | {f"{FIRST}/accuracy": measured.accuracy}, step)
+        if measured.accuracy is not None:
+            values[f"{FIRST}/accuracy"] = measured.accuracy
+        self.board.scalars(values, step)
         draws = draws_pictures(step, self.run.config.train)
         if draws:
             self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
