@@ -33,6 +33,8 @@ const look = (root, selector) => {
   }
 };
 const all = selector => { found.length = 0; look(document, selector); return [...found]; };
+const words = () => all("*").filter(shown).filter(element => element.tagName !== "STYLE").flatMap(
+  element => [...element.childNodes].filter(node => node.nodeType === 3).map(node => node.data)).join(" ");
 const shown = element => element.checkVisibility() && element.getBoundingClientRect().width > 0;
 """
 
@@ -57,7 +59,7 @@ class Browser:
         _ask(f"{self.session}/url", {"url": url})
 
     def run(self, script: str, *arguments: object) -> Any:
-        """What a script returns, which may use `all(selector)` and `shown(element)`."""
+        """What a script returns, which may use `all(selector)`, `shown(element)` and `words()`."""
         return _ask(f"{self.session}/execute/sync", {"script": FIND + script, "args": list(arguments)})
 
     def wait_for(self, script: str, *arguments: object) -> Any:

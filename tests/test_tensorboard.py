@@ -131,9 +131,10 @@ def record(line: str, varied: Sequence[str] = (), **choices: str) -> dict[str, A
         (record("deterministic=true seed=${data.split_seed}"), "rebar, deterministic=true, seed=3"),
         (
             record(" ".join(f"model.size_{i}={i}" for i in range(99))),
-            "rebar, " + ", ".join(f"size_{i}={i}" for i in range(10)) + ", +89",
+            "rebar, " + ", ".join(f"size_{i}={i}" for i in range(10)) + ", 89 more",
         ),
         (record("seed=3", estimator="schätzer\n" + "日" * 99), f"schätzer_{'日' * 16}, seed=3"),
+        (record("optimizer.eps=1e+20 model.a=50%&b#c;d"), "rebar, eps=1e20, a=50__b_c_d"),
         ({}, "REBAR"),
     ],
 )

@@ -31,8 +31,8 @@ def run_name(asked: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     name = _as_file_name(_chosen("estimator", asked, config)).encode()[: LONGEST // 2].decode(errors="ignore")
     for place, part in enumerate(map(_as_file_name, parts)):
         rest = len(parts) - place
-        if len(f"{name}, {part}, +{rest}".encode()) > LONGEST:
-            return f"{name}, +{rest}"
+        if len(f"{name}, {part}, {rest} more".encode()) > LONGEST:
+            return f"{name}, {rest} more"
         name = f"{name}, {part}"
     return name
 
@@ -46,10 +46,7 @@ def hyper_parameters(asked: Mapping[str, Any], config: Mapping[str, Any]) -> dic
     found = {key: _chosen(key, asked, config) for key in CHOSEN}
     found |= {key: config[key] for key in COMPARED if key in config}
     found |= {key: value for key, value in _overridden(asked, config).items() if key not in _unsaid()}
-    return {
-        key: value if _is_number(value) and key not in SEEDS else _words(value)
-        for key, value in found.items()
-    }
+    return {key: value if _is_number(value) and key not in SEEDS else _words(value) for key, value in found.items()}
 
 
 def _unsaid() -> set[str]:
@@ -94,8 +91,11 @@ def _words(value: Any) -> str:
 
 
 def _as_file_name(text: str) -> str:
-    """Without what a file system, or its encoding, may refuse in a name."""
+    """Without what a file system, or its encoding, may refuse in a name, or TensorBoard's projector takes for its own.
+
+    It puts names into addresses as they are, where a + is a blank.
+    """
     encoding = sys.getfilesystemencoding()
     known = "".join(letter if letter.isprintable() else "_" for letter in text)
     known = known.encode(encoding, "replace").decode(encoding)
-    return re.sub(r'[<>:"/\\|?*]', "_", known).rstrip(" .")
+    return re.sub(r'[<>:"/\\|?*&#%;]', "_", known.replace("+", "")).rstrip(" .")
