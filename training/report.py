@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from configs.schema import TrainConfig
+from configs.schema import ConfigError, TrainConfig
 from models.evaluation import Evaluation
 from models.gradient_quality import Measurement
 from models.objective import Objective
@@ -23,7 +23,7 @@ from training.alarms import Alarm, classes_collapsed, generator_ignores_y, gradi
 from training.names import hyper_parameters, run_name
 from training.run import Run, flat, plain
 from training.run_folder import events_folder
-from training.tensorboard import FIRST, TensorBoard
+from training.tensorboard import FIRST, PROJECTOR, TensorBoard
 
 log = logging.getLogger("catvae")
 
@@ -47,6 +47,9 @@ class Report:
     def _board(self) -> TensorBoard:
         config = flat(plain(self.run.config))
         folder = events_folder(self.folder) or self.folder / run_name(self.run.asked, config)
+        for place in (folder, folder / PROJECTOR):
+            if place.is_symlink() and place != self.folder:  # of somebody else's making
+                raise ConfigError(f"{place} is a link, and would be written through: remove it")
         return TensorBoard(folder, self.run.step, hyper_parameters(self.run.asked, config), self.run.logged)
 
     def logged_at_step(self, step: int) -> dict[str, float]:

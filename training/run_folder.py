@@ -136,8 +136,8 @@ def events_folder(folder: Path) -> Path | None:
 
     Runs from before have them in the run folder itself; None where there are none yet.
     """
-    files = [*folder.glob(EVENTS), *sorted(folder.glob(f"*/{EVENTS}"))]
-    return files[0].parent if files else None
+    below = (file for file in sorted(folder.glob(f"*/{EVENTS}")) if not file.parent.is_symlink())
+    return next((file.parent for file in (*folder.glob(EVENTS), *below)), None)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ LAYOUT = {
 LAYOUT_TAG, HEAD = b"custom_scalars__config__", 100_000  # the layout is among an event file's first bytes
 MOST_CLASSES = 40  # in a picture that has a place for each
 PROJECTED = 1000  # images in the projector
-PROJECTOR = """embeddings {{
+PROJECTOR = "projector"  # the folder of its files
+PROJECTOR_CONFIG = """embeddings {{
   tensor_name: "z: mean of q(z|x,y) at the most probable y"
   tensor_path: "projector/z.tsv"
   metadata_path: "projector/classes.tsv"
@@ -132,7 +134,7 @@ class TensorBoard:
         images, labels = data.x[:number], data.labels[:number].tolist()
         x = binarize(images, binarization, keyed_generator(images.device, 0, "projector"))
         z, predicted = encode(model, x)
-        files = self.folder / "projector"
+        files = self.folder / PROJECTOR
         files.mkdir(exist_ok=True)
         points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
         words = [" ".join(name.split()) for name in names]  # a tab would be another column
@@ -142,9 +144,11 @@ class TensorBoard:
         side = math.ceil(len(images) ** 0.5)
         tiles = coloured_by_class(images.float().cpu() / 255, data.labels[:number].cpu(), len(names))
         spare = torch.full((side**2 - len(images), *tiles.shape[1:]), 0.5)  # the projector takes a square
-        save_png(grid(torch.cat([tiles, spare]), columns=side, gap=0), files / "images.png", 1)
+        sprite = io.BytesIO()
+        save_png(grid(torch.cat([tiles, spare]), columns=side, gap=0), sprite, 1)
+        write_atomically(files / "images.png", sprite.getvalue())
         height, width = tiles.shape[2:]
-        config = PROJECTOR.format(width=width, height=height)
+        config = PROJECTOR_CONFIG.format(width=width, height=height)
         write_atomically(self.folder / "projector_config.pbtxt", config.encode())
 
     def close(self) -> None:
