@@ -130,7 +130,9 @@ def run_job(config: DictConfig, folder: Path) -> int:
 
 
 def asked_for(config: DictConfig) -> dict[str, Any]:
-    """What a configuration was composed of, for scripts.compare and resume."""
+    """What a configuration was composed of, for TensorBoard, scripts.compare and resume."""
+    from training import sweep
+
     hydra_config = HydraConfig.get()
     sources = hydra_config.runtime.config_sources
     return {
@@ -138,6 +140,7 @@ def asked_for(config: DictConfig) -> dict[str, Any]:
         "choices": {group: made for group, made in hydra_config.runtime.choices.items() if "hydra/" not in group},
         "config_dir": [source.path for source in sources if source.provider == "command-line"],
         "references": references(config),
+        "varied": sweep.varied(hydra_config) if hydra_config.mode == RunMode.MULTIRUN else [],
     }
 
 

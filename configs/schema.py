@@ -164,10 +164,12 @@ class TrainConfig:
     log_every: int = MISSING
     validate_every: int = MISSING
     checkpoint_every: int = MISSING
+    pictures_every: int | None = None  # steps between validations that draw; 0 is never, null ever more rarely
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            _at_least(1, **{f"train__{key}": value})
+            if value is not None:
+                _at_least(0 if key == "pictures_every" else 1, **{f"train__{key}": value})
 
 
 @dataclass

@@ -25,6 +25,7 @@ from tensorboard.summary.writer import event_file_writer
 import train
 from training import checkpoints
 from training.run import threads_kept
+from training.run_folder import events_folder
 
 ROOT = Path(train.__file__).parent
 # says all that has to do with the numbers, so that another default changes no golden run
@@ -147,7 +148,7 @@ def equal(a: Any, b: Any) -> bool:
 def events(folder: Path) -> EventAccumulator:
     """What TensorBoard shows of a run folder, all of it."""
     kinds = ("scalars", "images", "tensors", "histograms", "compressedHistograms")
-    read = EventAccumulator(str(folder), size_guidance=dict.fromkeys(kinds, 0))
+    read = EventAccumulator(str(events_folder(folder) or folder), size_guidance=dict.fromkeys(kinds, 0))
     read.Reload()
     return read
 

@@ -170,7 +170,7 @@ def numbers(folder: Path) -> dict[str, Any]:
 def assert_goes_on(folder: Path, line: str, never_killed: Path) -> None:
     """Resuming a killed run, or starting it again where it had nothing to resume, ends with the same bits."""
     assert_whole(folder)
-    for file in folder.glob("events.out.tfevents.*"):  # read in the order of the seconds in their names
+    for file in folder.glob("*/events.out.tfevents.*"):  # read in the order of the seconds in their names
         time.sleep(max(0.0, int(file.name.split(".")[3]) + 1 - time.time()))
     if checkpoints.stored(folder):
         resume(folder)
@@ -330,6 +330,6 @@ def test_looking_changes_no_estimator(estimator: str, tmp_path: Path, monkeypatc
     run(f"{line} {every.format(1, 1)} diagnostics.draws=3 diagnostics.batch_size=4", tmp_path / "looked at")
     monkeypatch.setattr("training.report.TensorBoard", mock.Mock())
     run(f"{line} {every.format(100, 0)}", tmp_path / "alone")
-    assert not list((tmp_path / "alone").glob("*tfevents*"))
+    assert not list((tmp_path / "alone").rglob("*tfevents*"))
     assert len(checkpoints.stored(tmp_path / "looked at")) == 2
     assert equal(checkpoint(tmp_path / "looked at"), checkpoint(tmp_path / "alone"))

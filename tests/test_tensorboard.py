@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from PIL import Image
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torch import Tensor
 
+import train
+from configs.schema import TrainConfig
 from models.evaluation import calibration_error
-from tests.runs import ANNEALED, MLP, curve, events, resume, run
+from tests.runs import ANNEALED, MLP, command, curve, events, resume, run
 from training import charts
 from training.alarms import ENOUGH_NORMS, Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
-from training.tensorboard import LAYOUT
+from training.names import LONGEST, run_name
+from training.report import draws_pictures
+from training.run_folder import events_folder
+from training.tensorboard import LAYOUT, coloured_by_class
 
 LINE = f"{MLP} estimator=gumbel_softmax{ANNEALED} train.steps="
 PICTURES = {"reconstructions", "generated", "analogies", "walk_through_z"}
@@ -45,13 +58,13 @@ def test_one_layout_a_run_and_its_tags_exist(finished: Path) -> None:
     assert [category.title for category in layout.category] == list(LAYOUT)
     tags = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
     assert tags <= set(events(finished).Tags()["scalars"])
-    assert {f"alarm/{name}" for name in ALARMS} <= tags
+    assert {f"warning/{name}" for name in ALARMS} <= tags
 
 
 def test_one_layout_after_a_rollback(tmp_path: Path) -> None:
     line = f"{LINE}4 train.checkpoint_every=1 optimizer.lr=1e30 on_divergence=rollback"
     run(line, tmp_path / "run", code=3)
-    assert len(list((tmp_path / "run").glob("*tfevents*"))) > 1
+    assert len(list((tmp_path / "run").glob("*/*tfevents*"))) > 1
     assert len(layouts(tmp_path / "run")) == 1
 
 
@@ -67,16 +80,167 @@ def test_pictures_and_texts(finished: Path) -> None:
 
 
 def test_projector_after_a_resume(finished: Path) -> None:
-    config = text_format.Parse((finished / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    board = events_folder(finished)
+    assert board is not None
+    config = text_format.Parse((board / "projector_config.pbtxt").read_text(), ProjectorConfig())
     (embedding,) = config.embeddings
-    points = (finished / embedding.tensor_path).read_text().splitlines()
-    header, *classes = (finished / embedding.metadata_path).read_text().splitlines()
+    points = (board / embedding.tensor_path).read_text().splitlines()
+    header, *classes = (board / embedding.metadata_path).read_text().splitlines()
     assert len(points) == len(classes) == 200
     assert {len(point.split("\t")) for point in points} == {2}
     assert header == "class\tpredicted"
     assert tuple(embedding.sprite.single_image_dim) == (8, 8)
-    with Image.open(finished / embedding.sprite.image_path) as sprite:
+    with Image.open(board / embedding.sprite.image_path) as sprite:
         assert sprite.size == (15 * 8, 15 * 8)  # 200 images in a square
+
+
+def test_the_projector_opens_in_the_colours_of_classes() -> None:
+    """Its images say the class: those of one class are alike in colour, and of different classes are not."""
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    alike = labels.unsqueeze(0) == labels.unsqueeze(1)
+    for channels in (1, 2, 3):
+        tiles = coloured_by_class(torch.zeros(6, channels, 8, 8), labels, 3)
+        assert tiles.shape[1] == 3
+        corners = tiles[:, :, 0, 0]
+        assert torch.equal(torch.cdist(corners, corners) < 0.2, alike)
+    images = torch.rand(6, 3, 8, 8)
+    assert torch.equal(coloured_by_class(images, labels, 3)[:, :, 2:-2, 2:-2], images)
+    one, other = coloured_by_class(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1), labels[:1].expand(2), 3)
+    assert (other - one).amin() >= 0
+    assert other.amin() == 1
+
+
+# ---- what tells runs apart ----
+
+
+def record(line: str, varied: Sequence[str] = (), **choices: str) -> dict[str, Any]:
+    return {"overrides": shlex.split(line), "varied": varied, "choices": {"estimator": "rebar"} | choices}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (record(""), "rebar"),
+        (record("estimator=rebar seed=3 optimizer.lr=1e-3"), "rebar, seed=3, lr=0.001"),
+        (record("optimizer.lr=1e-3 seed=3", ["seed=3"]), "rebar, seed=3, lr=0.001"),
+        (record("train.log_every=7 data.root=/x train.pictures_every=0"), "rebar"),
+        (record("data.path=/home/me/müll/für,mich=1.npz"), "rebar, path=für,mich=1.npz"),
+        (record("+estimator.a.b=x/y 'prior=[0.5,0.5]'"), "rebar, a.b=x_y, prior=[0.5,0.5]"),
+        (record("estimator.scale=2 model.scale=exp"), "rebar, estimator.scale=2, model.scale=exp"),
+        (record("estimator/baseline=none", **{"estimator/baseline": "none"}), "rebar, baseline=none"),
+        (record("deterministic=true seed=${data.split_seed}"), "rebar, deterministic=true, seed=3"),
+        (
+            record(" ".join(f"model.size_{i}={i}" for i in range(99))),
+            "rebar, " + ", ".join(f"size_{i}={i}" for i in range(10)) + ", 89 more",
+        ),
+        (record("seed=3", estimator="schätzer\n" + "日" * 99), f"schätzer_{'日' * 16}, seed=3"),
+        (record("optimizer.eps=1e+20 model.a=50%&b#c;d"), "rebar, eps=1e20, a=50__b_c_d"),
+        ({}, "REBAR"),
+    ],
+)
+def test_a_name_tells_the_estimator_and_what_was_overridden(asked: dict[str, Any], name: str, tmp_path: Path) -> None:
+    config = {"estimator._target_": "estimators.REBAR", "seed": 3, "optimizer.lr": 0.001, "deterministic": True}
+    told = run_name(asked, config)
+    assert told == name
+    assert len(told.encode()) <= LONGEST
+    (tmp_path / told).mkdir()  # which a file system takes
+    assert [path.name for path in tmp_path.iterdir()] == [told]
+
+
+JOBLIB = "hydra/launcher=joblib hydra.launcher.n_jobs=2"
+
+
+@pytest.mark.parametrize("launcher", ["", pytest.param(JOBLIB, marks=pytest.mark.slow)])
+def test_runs_of_a_sweep_are_told_apart(launcher: str, tmp_path: Path) -> None:
+    """Their names, and TensorBoard's own columns of HParams: first what differs; the same name after a resume."""
+    line = f"-m {MLP} estimator=marginalization,sparsemax seed=0,1 deterministic=false hydra.sweep.dir={tmp_path}/sweep"
+    ended = command(train.main, f"{line} {launcher} train.steps=2")
+    assert ended.code == 0, ended.said
+    names = {
+        f"{number}/{estimator}, seed={seed}, data=digits, num_labelled=50"
+        for number, (estimator, seed) in enumerate(product(("marginalization", "sparsemax"), (0, 1)))
+    }
+    runs = multiplexer(tmp_path / "sweep").Runs()
+    assert {", ".join(run.split(", ")[:4]) for run in runs} == names
+    assert command(train.main, f"{line} {launcher} train.steps=4").code == 0
+    assert multiplexer(tmp_path / "sweep").Runs().keys() == runs.keys()
+    if not launcher:
+        found = hparams_tab(tmp_path / "sweep")
+        shown = [(info.name, info.differs) for info in found.hparam_infos]
+        assert shown[:3] == [("estimator", True), ("seed", True), ("data", False)]
+        assert {"data.root", "train.log_every", "evaluation.importance_samples"}.isdisjoint(dict(shown))
+        assert list(next(info for info in found.hparam_infos if info.name == "deterministic").domain_discrete) == [
+            "false"
+        ]
+        metrics = [info.name.tag for info in found.metric_infos]
+        assert metrics[:2] == ["Overview/J", "Overview/accuracy"]
+        assert {"val/accuracy", "val/bound", "test/accuracy", "test/bound", "test/log_likelihood"} <= set(metrics)
+
+
+def multiplexer(folder: Path) -> EventMultiplexer:
+    found = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    found.Reload()
+    return found
+
+
+def hparams_tab(folder: Path) -> Any:
+    """What TensorBoard shows on its HParams tab: the Experiment that its own back end makes of the runs."""
+    provider = MultiplexerDataProvider(multiplexer(folder), str(folder))
+    backend, request = Context(TBContext(data_provider=provider, logdir=str(folder))), RequestContext()
+    return backend.experiment_from_metadata(request, "", True, backend.hparams_metadata(request, ""), [])
+
+
+def test_a_run_from_before_goes_on_where_its_events_are(tmp_path: Path) -> None:
+    run(f"{LINE}6", tmp_path / "run")
+    board = events_folder(tmp_path / "run")
+    assert board is not None
+    for path in board.iterdir():
+        path.rename(tmp_path / "run" / path.name)
+    board.rmdir()
+    resume(tmp_path / "run", "train.steps=12")
+    assert not board.exists()
+    assert [step for step, _ in curve(tmp_path / "run", "val/accuracy")] == [6, 12]
+
+
+# ---- how large it gets ----
+
+
+def drawn(steps: int, validate_every: int, pictures_every: int | None) -> list[int]:
+    settings = TrainConfig(steps, 50, 100, 100, validate_every, 1000, pictures_every)
+    looked = [*range(validate_every, steps, validate_every), steps]
+    return [step for step in looked if draws_pictures(step, settings)]
+
+
+def test_pictures_are_drawn_ever_more_rarely() -> None:
+    assert drawn(4000, 1000, None) == [1000, 2000, 3000, 4000]
+    assert drawn(10_500, 1000, None) == [*range(1000, 9000, 1000), 10_000, 10_500]
+    assert len(drawn(1_000_000, 1000, None)) <= 36
+    assert len(drawn(1_000_000, 1, None)) <= 76
+
+
+def test_pictures_are_drawn_as_often_as_is_asked_for() -> None:
+    assert drawn(12, 3, 0) == []
+    assert drawn(12, 3, 1) == drawn(12, 3, 3) == [3, 6, 9, 12]
+    assert drawn(13, 3, 6) == [6, 12, 13]
+    assert drawn(30, 3, 10) == [12, 21, 30]
+
+
+def test_events_stay_small(tmp_path: Path) -> None:
+    """By what one logging step, one validation and its pictures take, a million steps with the defaults."""
+    run(f"{LINE}12 train.log_every=12 train.validate_every=12", tmp_path / "one")
+    run(f"{LINE}12 train.log_every=6 train.validate_every=12", tmp_path / "logs")
+    run(f"{LINE}12 train.log_every=12 train.validate_every=6", tmp_path / "pictures")
+    run(f"{LINE}12 train.log_every=12 train.validate_every=6 train.pictures_every=0", tmp_path / "looks")
+    one, logs, pictures, looks = (size(tmp_path / name) for name in ("one", "logs", "pictures", "looks"))
+    drawing = (pictures - looks) / 2
+    look = pictures - drawing - one
+    assert 0 < look < drawing
+    total = one + 10_000 * (logs - one) + 1000 * look + len(drawn(1_000_000, 1000, None)) * drawing
+    assert total < 30e6, f"{total / 1e6:.1f} MB"
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("events.out.tfevents.*"))
 
 
 # ---- pictures ----
@@ -202,25 +366,25 @@ def test_a_collapsed_run_says_so_once(tmp_path: Path) -> None:
     """A learning rate of nearly 0: the model stays as it was drawn, and its generator hardly uses y."""
     folder = tmp_path / "run"
     run(f"{LINE}12 optimizer.lr=1e-12 train.validate_every=4", folder)
-    assert curve(folder, "alarm/generator_ignores_y") == [(4, 1), (8, 1), (12, 1)]
+    assert curve(folder, "warning/generator_ignores_y") == [(4, 1), (8, 1), (12, 1)]
     assert (folder / "train.log").read_text().count("the generator ignores y") == 1
-    (text,) = events(folder).Tensors("alarm/generator_ignores_y/text_summary")
+    (text,) = events(folder).Tensors("warning/generator_ignores_y/text_summary")
     assert text.step == 8  # from half of the steps on
-    assert {value for _, value in curve(folder, "alarm/gradient_exploded")} == {0}
+    assert {value for _, value in curve(folder, "warning/gradient_exploded")} == {0}
 
 
 def test_a_healthy_run_raises_none(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = run(f"{LINE}300 optimizer.lr=1e-2 train.log_every=50 train.validate_every=300", folder)
     for name in ALARMS:
-        assert {value for _, value in curve(folder, f"alarm/{name}")} == {0}, ended.said
+        assert {value for _, value in curve(folder, f"warning/{name}")} == {0}, ended.said
     assert all(norm > 0 for _, norm in curve(folder, "train/gradient_norm"))
 
 
 def test_untrained_networks_raise_no_alarm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(f"{LINE}2 objective=supervised_only objective.labelled=0 objective.unlabelled=0", folder)
-    assert not {"alarm/z_unused", "alarm/generator_ignores_y"} & set(events(folder).Tags()["scalars"])
+    assert not {"warning/z_unused", "warning/generator_ignores_y"} & set(events(folder).Tags()["scalars"])
 
 
 def test_many_classes_are_not_drawn_one_by_one(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from configs.trust import foreign_modules, stored_config, take_trusted
 from scripts import compare, evaluate, generate, gradient_quality, predict
 from tests.runs import ANNEALED, MLP, Ended, command, resume, run
 from training import checkpoints
+from training.run_folder import events_folder
 from training.trained import open_run
 
 GUMBEL = "estimator=gumbel_softmax estimator.kl=analytic estimator.num_samples=1" + ANNEALED
@@ -233,6 +234,16 @@ def test_links_out_of_a_folder_are_not_written_through(made: Path, place: Path) 
         (folder / name).unlink()
     (folder / ".result.json.partial").symlink_to(mine)
     (folder / "result.json").unlink()
+    board, elsewhere = events_folder(folder), place / "elsewhere"
+    assert board is not None
+    for link in (board / "projector", board):
+        shutil.move(link, elsewhere)
+        link.symlink_to(elsewhere)
+        before = sorted(elsewhere.rglob("*"))
+        assert_refused(command(train.main, f"resume={folder}"), "is a link", place)
+        assert sorted(elsewhere.rglob("*")) == before
+        link.unlink()
+        shutil.move(elsewhere, link)
     resume(folder)
     assert mine.read_text() == "mine"
 

@@ -15,13 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from configs.schema import ConfigError, TrainConfig
 from data.progress import Line, is_silent
 from models.evaluation import Evaluation
 from models.gradient_quality import Measurement
 from models.objective import Objective
 from training.alarms import Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
+from training.names import hyper_parameters, run_name
 from training.run import Run, flat, plain
-from training.tensorboard import TensorBoard
+from training.run_folder import events_folder
+from training.tensorboard import FIRST, PROJECTOR, TensorBoard
 
 log = logging.getLogger("catvae")
 
@@ -44,7 +47,12 @@ class Report:
         self.ticking_since = time.perf_counter()
 
     def _board(self) -> TensorBoard:
-        return TensorBoard(self.folder, self.run.step, flat(plain(self.run.config)), self.run.logged)
+        config = flat(plain(self.run.config))
+        folder = events_folder(self.folder) or self.folder / run_name(self.run.asked, config)
+        for place in (folder, folder / PROJECTOR):
+            if place.is_symlink() and place != self.folder:  # of somebody else's making
+                raise ConfigError(f"{place} is a link, and would be written through: remove it")
+        return TensorBoard(folder, self.run.step, hyper_parameters(self.run.asked, config), self.run.logged)
 
     def logged_at_step(self, step: int) -> dict[str, float]:
         """The scalars that were written of a step."""
@@ -99,7 +107,7 @@ class Report:
             tag = "train/temperature" if name == "temperature" else f"estimator/{name}"
             values[tag] = float(metric)
         values["train/gradient_norm"] = norms[-1]
-        self.board.scalars(values, step)
+        self.board.scalars(values | {f"{FIRST}/J": values["train/J"]}, step)
         self.alarm(step, gradient_exploded(norms, early))
         self.shown["J"] = f"{values['train/J']:.2f}"
         if "train/temperature" in values:
@@ -108,11 +116,17 @@ class Report:
         self.steps, self.logged_at = 0, self.seconds
 
     def validation(self, step: int, measured: Evaluation) -> None:
-        self.board.scalars({f"val/{name}": value for name, value in measured.means.items()}, step)
-        self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
+        values = {f"val/{name}": value for name, value in measured.means.items()}
+        if measured.accuracy is not None:
+            values[f"{FIRST}/accuracy"] = measured.accuracy
+        self.board.scalars(values, step)
+        draws = draws_pictures(step, self.run.config.train)
+        if draws:
+            self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
         seen, weights = measured.per_image, self.run.weights
         if seen is not None:
-            self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)
+            if draws:
+                self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)
             alarms = [classes_collapsed(seen.q, self.run.validation.labels)]
             if weights.labelled or weights.unlabelled:  # else p(x|y,z) and q(z|x,y) are not trained
                 alarms += [generator_ignores_y(seen.bound_spread), z_unused(measured.kl_z)]
@@ -129,10 +143,10 @@ class Report:
     def alarm(self, step: int, *alarms: Alarm, aloud: bool = True) -> None:
         """Writes each alarm as 0 or 1, and says in a sentence, if `aloud`, when one is first found up."""
         for alarm in alarms:
-            self.board.scalars({f"alarm/{alarm.name}": float(alarm.up)}, step)
+            self.board.scalars({f"warning/{alarm.name}": float(alarm.up)}, step)
             if aloud and alarm.up and alarm.name not in self.raised:
                 self.raised.add(alarm.name)
-                self.board.text(f"alarm/{alarm.name}", f"step {step}: {alarm.sentence}", step)
+                self.board.text(f"warning/{alarm.name}", f"step {step}: {alarm.sentence}", step)
                 log.warning("step %d: %s", step, alarm.sentence)
 
     def diagnostics(self, step: int, measured: Measurement) -> None:
@@ -173,3 +187,18 @@ class Report:
         now = time.perf_counter()
         self.seconds += now - self.ticking_since
         self.ticking_since = now
+
+
+def draws_pictures(step: int, settings: TrainConfig) -> bool:
+    """Whether the validation at `step` draws pictures: after the last step, and as train.pictures_every says.
+
+    By itself at the first eight validations, then at four to each doubling of their number (those of three binary
+    digits and zeros): 35 of 1000.
+    """
+    every = settings.pictures_every
+    if every == 0 or step == settings.steps:
+        return every != 0
+    if every is not None:
+        return step // every > (step - settings.validate_every) // every
+    number = step // settings.validate_every
+    return not number % 2 ** max(0, number.bit_length() - 3)

@@ -49,6 +49,7 @@ FREE_TO_CHANGE = {
     "train.log_every",
     "train.validate_every",
     "train.checkpoint_every",
+    "train.pictures_every",
     "on_divergence",
 }
 FREE_TO_CHANGE |= {

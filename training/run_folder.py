@@ -22,6 +22,7 @@ from training.checkpoints import write_atomically
 RESULT = "result.json"
 SPLIT = "split.json"
 LOCK = ".lock"
+EVENTS = "events.out.tfevents.*"
 # of file systems without locks, such as Lustre mounted without -o flock
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -128,6 +129,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         release(folder / LOCK)
+
+
+def events_folder(folder: Path) -> Path | None:
+    """Where a run's TensorBoard events are: in a folder of their own, whose name TensorBoard shows.
+
+    Runs from before have them in the run folder itself; None where there are none yet.
+    """
+    below = (file for file in sorted(folder.glob(f"*/{EVENTS}")) if not file.parent.is_symlink())
+    return next((file.parent for file in (*folder.glob(EVENTS), *below)), None)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from configs.resume import sweep_command
 from configs.schema import Config, ConfigError
@@ -294,6 +298,17 @@ def usable_cores() -> int:
     from joblib import cpu_count
 
     return int(cpu_count(only_physical_cores=True))
+
+
+def varied(hydra: Any) -> list[str]:
+    """Those of a job's overrides that the sweep has several values of, by its own record; a search has no record."""
+    try:
+        asked = OmegaConf.load(Path(hydra.sweep.dir) / "multirun.yaml").hydra.overrides.task
+        parsed = OverridesParser.create().parse_overrides(list(asked))
+    except (OSError, OmegaConfBaseException, YAMLError, HydraException):
+        return []
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    return [override for override in hydra.overrides.task if override.partition("=")[0] in swept]
 
 
 def failed_for_good(folder: Path, config: DictConfig) -> bool:

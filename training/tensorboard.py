@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from training.charts import confusion, draw_calibration, draw_confusion, draw_mi
 from training.checkpoints import write_atomically
 from training.pictures import analogies, generated, grid, interpolation, reconstructions, save_png
 
-HPARAM_METRICS = ("val/accuracy", "val/bound", "test/accuracy", "test/bound", "test/log_likelihood")
+FIRST = "Overview"  # J and validation accuracy once more, before all other tags, which TensorBoard sorts by letters
 # what the custom scalars tab shows: {section: {chart: tags}}
 LAYOUT = {
     "Objective (nats per image)": {
@@ -35,10 +37,10 @@ LAYOUT = {
     "Speed": {"steps per second": ["train/steps_per_second"]},
     "Alarms (1 is up)": {
         "alarms": [
-            "alarm/classes_collapsed",
-            "alarm/generator_ignores_y",
-            "alarm/z_unused",
-            "alarm/gradient_exploded",
+            "warning/classes_collapsed",
+            "warning/generator_ignores_y",
+            "warning/z_unused",
+            "warning/gradient_exploded",
         ],
         "gradient norm": ["train/gradient_norm"],
     },
@@ -46,7 +48,8 @@ LAYOUT = {
 LAYOUT_TAG, HEAD = b"custom_scalars__config__", 100_000  # the layout is among an event file's first bytes
 MOST_CLASSES = 40  # in a picture that has a place for each
 PROJECTED = 1000  # images in the projector
-PROJECTOR = """embeddings {{
+PROJECTOR = "projector"  # the folder of its files
+PROJECTOR_CONFIG = """embeddings {{
   tensor_name: "z: mean of q(z|x,y) at the most probable y"
   tensor_path: "projector/z.tsv"
   metadata_path: "projector/classes.tsv"
@@ -73,15 +76,15 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         laid_out = has_layout(folder)
         first_to_drop = start + (logged is None)
         self.writer = SummaryWriter(str(folder), purge_step=first_to_drop)
         self.newest_step = start
         self.newest: dict[str, float] = {}  # scalars of the step last written of
-        plain = (int, float, str, bool)
-        flat = {key: value if isinstance(value, plain) else str(value) for key, value in hyper_parameters.items()}
-        # written into the run's own folder: add_hparams would make a second run of it
-        for summary in hparams(flat, dict.fromkeys(HPARAM_METRICS, 0.0)):
+        # written beside the scalars: add_hparams would make a second run of it. Without the list of columns, the first
+        # of these: TensorBoard takes that of one run for all, and else finds those in which its runs differ
+        for summary in hparams(hyper_parameters, {})[1:]:
             self.writer._get_file_writer().add_summary(summary)
         if not laid_out:
             charts = {section: {c: ["Multiline", tags] for c, tags in part.items()} for section, part in LAYOUT.items()}
@@ -131,7 +134,7 @@ class TensorBoard:
         images, labels = data.x[:number], data.labels[:number].tolist()
         x = binarize(images, binarization, keyed_generator(images.device, 0, "projector"))
         z, predicted = encode(model, x)
-        files = self.folder / "projector"
+        files = self.folder / PROJECTOR
         files.mkdir(exist_ok=True)
         points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
         words = [" ".join(name.split()) for name in names]  # a tab would be another column
@@ -139,10 +142,13 @@ class TensorBoard:
         write_atomically(files / "z.tsv", "".join(f"{row}\n" for row in points).encode())
         write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in ("class\tpredicted", *classes)).encode())
         side = math.ceil(len(images) ** 0.5)
-        spare = images.new_full((side**2 - len(images), *images.shape[1:]), 128)  # the projector takes a square
-        save_png(grid(torch.cat([images, spare]).float() / 255, columns=side, gap=0), files / "images.png", 1)
-        height, width = images.shape[2:]
-        config = PROJECTOR.format(width=width, height=height)
+        tiles = coloured_by_class(images.float().cpu() / 255, data.labels[:number].cpu(), len(names))
+        spare = torch.full((side**2 - len(images), *tiles.shape[1:]), 0.5)  # the projector takes a square
+        sprite = io.BytesIO()
+        save_png(grid(torch.cat([tiles, spare]), columns=side, gap=0), sprite, 1)
+        write_atomically(files / "images.png", sprite.getvalue())
+        height, width = tiles.shape[2:]
+        config = PROJECTOR_CONFIG.format(width=width, height=height)
         write_atomically(self.folder / "projector_config.pbtxt", config.encode())
 
     def close(self) -> None:
@@ -156,6 +162,22 @@ def has_layout(folder: Path) -> bool:
             if LAYOUT_TAG in file.read(HEAD):
                 return True
     return False
+
+
+def coloured_by_class(images: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Images [N, C, H, W] in [0, 1] in the colours of their classes, [N, 3, H', W'].
+
+    The projector opens without a colouring, and cannot be told another; but it shows the images' own colours. Black
+    becomes the class's colour, and colour images have a frame of it.
+    """
+    colours = torch.tensor([colorsys.hsv_to_rgb(k / num_classes, 1 - k % 2 / 3, 0.85) for k in range(num_classes)])
+    ground = colours[labels].view(-1, 3, 1, 1)
+    if images.shape[1] == 3:
+        width = max(2, images.shape[-1] // 10)
+        framed = ground.expand(-1, -1, images.shape[2] + 2 * width, images.shape[3] + 2 * width).clone()
+        framed[:, :, width:-width, width:-width] = images
+        return framed
+    return ground + (1 - ground) * images.mean(dim=1, keepdim=True)
 
 
 def encode(model: SemiSupervisedVAE, x: Tensor) -> tuple[Tensor, Tensor]:

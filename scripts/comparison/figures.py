@@ -139,7 +139,7 @@ def breakable(name: str) -> str:
 
 def dot(x: float, y: float, rank: int, class_: str) -> str:
     return tag("circle", cx=x, cy=y, r=RADIUS, class_=f"dot {class_}") + text(
-        str(rank), x, y + 3.5, "middle", f"rank {class_}"
+        str(rank), x, y + 4, "middle", f"rank {class_}"
     )
 
 
