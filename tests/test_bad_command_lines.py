@@ -530,6 +530,7 @@ def test_sweep_of_a_file_is_checked_too(
     line = "--config-dir . -m data=digits +study="
     assert exit_code(line + "good" + QUIET, monkeypatch) == 0, capsys.readouterr().err
     assert [job.seed for job in jobs] == [1, 2]
+    capsys.readouterr()
     assert exit_code(line + "bad", monkeypatch) == 2
     assert_one_sentence(capsys.readouterr().err, ("seed must be >= 0", "(in the job seed=-2"))
     assert len(jobs) == 2

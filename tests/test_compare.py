@@ -542,7 +542,7 @@ def test_events_are_read_as_tensorboard_reads_them(trained: Path, tmp_path: Path
     """Of a run, of one that was stopped and resumed, which made some events void, and of one cut short."""
     shutil.copytree(trained / "marginalization-0", tmp_path / "whole")
     shutil.copytree(trained / "marginalization-1", tmp_path / "cut")
-    (file,) = (tmp_path / "cut").glob("events*")
+    (file,) = (tmp_path / "cut").rglob("events*")
     file.write_bytes(file.read_bytes()[:-7])
     resumed = tmp_path / "resumed"
     for purge in (None, 3, 2):
@@ -585,7 +585,7 @@ def test_200_runs_of_a_real_length_take_15_seconds(tmp_path: Path) -> None:
         changed["seed"] = changed["config"]["seed"] = changed["config"]["data.split_seed"] = number % 5
         changed["config"]["objective.alpha"] = 1.1 ** (number // 5)
         (folder / "result.json").write_text(json.dumps(changed))
-    assert sum(file.stat().st_size for file in (tmp_path / "one").glob("events*")) > 3e6
+    assert sum(file.stat().st_size for file in (tmp_path / "one").rglob("events*")) > 3e6
     start = time.process_time()
     assert run_compare(tmp_path / "many").code == 0
     assert time.process_time() - start < 15

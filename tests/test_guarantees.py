@@ -39,7 +39,7 @@ def test_every_promise_has_a_proof() -> None:
 
 def test_every_locked_file_has_a_hash() -> None:
     lock = tomllib.loads((ROOT / "uv.lock").read_text())
-    others = [package for package in lock["package"] if "virtual" not in package["source"]]
+    others = [package for package in lock["package"] if "editable" not in package["source"]]
     assert len(others) > 30
     for package in others:
         files = [*package.get("wheels", ()), *([package["sdist"]] if "sdist" in package else ())]

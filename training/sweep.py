@@ -209,7 +209,7 @@ def _reason(error: Exception) -> str:
 
 def announce(hydra: Any) -> None:
     """Says which of how many jobs begins, what is its own, and how many are done."""
-    total, varied = os.environ.get(THESE_JOBS, " ").split(" ", 1)
+    total, _, varied = os.environ.get(THESE_JOBS, "").partition(" ")
     own = [text for text in hydra.overrides.task if not total or text.partition("=")[0] in varied.split()]
     done = sum(1 for _ in Path(hydra.sweep.dir).rglob(RESULT))
     of = f" of {total}" if total else ""
