@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from training.run_folder import events_folder
+from training.run_folder import EVENTS, events_folder
 
 Scalars = dict[str, list[tuple[int, float]]]  # (step, value) by tag
 HEADER, FOOTER = struct.Struct("<QI"), struct.Struct("<I")  # a record's length and that number's CRC; its data's CRC
@@ -55,7 +55,7 @@ def _events(folder: Path, names: Collection[bytes], most: int = 2**63) -> Iterat
     from tensorboard.compat.proto.event_pb2 import Event
 
     wanted = re.compile(b"|".join(map(re.escape, names)))
-    for path in sorted((events_folder(folder) or folder).glob("events.out.tfevents.*")):
+    for path in sorted((events_folder(folder) or folder).glob(EVENTS)):
         if not path.stat().st_size:
             continue
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
