@@ -19,11 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from configs.resume import sweep_command
 from configs.schema import Config, ConfigError
@@ -209,8 +205,8 @@ def _reason(error: Exception) -> str:
 
 def announce(hydra: Any) -> None:
     """Says which of how many jobs begins, what is its own, and how many are done."""
-    total, _, varied = os.environ.get(THESE_JOBS, "").partition(" ")
-    own = [text for text in hydra.overrides.task if not total or text.partition("=")[0] in varied.split()]
+    total = os.environ.get(THESE_JOBS, "").partition(" ")[0]
+    own = varied(hydra) if total else hydra.overrides.task
     done = sum(1 for _ in Path(hydra.sweep.dir).rglob(RESULT))
     of = f" of {total}" if total else ""
     words = f"job {hydra.job.num + 1}{of}: {' '.join(own) or 'nothing of its own'}, {done} done"
@@ -301,14 +297,9 @@ def usable_cores() -> int:
 
 
 def varied(hydra: Any) -> list[str]:
-    """Those of a job's overrides that the sweep has several values of, by its own record; a search has no record."""
-    try:
-        asked = OmegaConf.load(Path(hydra.sweep.dir) / "multirun.yaml").hydra.overrides.task
-        parsed = OverridesParser.create().parse_overrides(list(asked))
-    except (OSError, OmegaConfBaseException, YAMLError, HydraException):
-        return []
-    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
-    return [override for override in hydra.overrides.task if override.partition("=")[0] in swept]
+    """Those of a job's overrides that the sweep or the search has several values of."""
+    _, _, keys = os.environ.get(THESE_JOBS, "").partition(" ")
+    return [override for override in hydra.overrides.task if override.partition("=")[0] in keys.split()]
 
 
 def failed_for_good(folder: Path, config: DictConfig) -> bool:
