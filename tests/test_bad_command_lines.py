@@ -553,6 +553,7 @@ def test_estimator_from_outside(
     for line in (by_target, by_file, "-m " + by_file):
         assert exit_code(line + QUIET, monkeypatch) == 0, capsys.readouterr().err
     assert [job.estimator.sharpness for job in jobs] == [1, 2.0, 2.0]
+    capsys.readouterr()
     assert exit_code(by_file + " estimator.sharpness=much", monkeypatch) == 2
     assert_one_sentence(capsys.readouterr().err, ("estimator.sharpness must be a number", "got much"))
     assert exit_code(by_file + " estimator.sharpnes=2", monkeypatch) == 2
