@@ -26,6 +26,10 @@ class Group:
     against_baseline: Paired | None = None
 
     @property
+    def data(self) -> str:
+        return self.runs[0].data
+
+    @property
     def pixels(self) -> str:
         """What its bounds are about; empty where it has none."""
         has_any = any(METRICS[name].of_pixels for name in self.summaries)
@@ -44,11 +48,11 @@ class Comparison:
     repeats: list[tuple[str, Record]]  # finished, and in no mean
     notes: list[str]
     pixels: str = ""  # what the bounds are about; empty where that differs
-    parts: list[Comparison] = field(default_factory=list)  # one for each kind of pixels, where there are several
-
-    @property
-    def ranks_pixels(self) -> bool:
-        return METRICS[self.metric].of_pixels
+    data: str = ""  # of a part that is ranked apart: what its groups have in common
+    parts: list[Comparison] = field(
+        default_factory=list
+    )  # one for each kind of pixels or data, where there are several
+    apart: str = ""  # what the parts differ in if each has a ranking of its own; empty where the whole has one
 
     @property
     def reported(self) -> str:
@@ -230,17 +234,52 @@ def compare(
     if baseline is not None:
         base = _named(baseline, groups)
     compared = Comparison(metric, groups, base, baseline is not None, unfinished, repeats, said)
-    kinds = sorted({group.pixels for group in groups}, key=lambda pixels: (not pixels, pixels))  # in no order of merit
-    if len([pixels for pixels in kinds if pixels]) > 1:
-        compared.parts = [_part(compared, pixels) for pixels in kinds if pixels or compared.ranks_pixels]
-        compared.notes = [SEVERAL_PIXELS, *said]
-        if compared.ranks_pixels:
-            compared.groups = [group for part in compared.parts for group in part.groups]
+    kinds, data = _kinds(groups), sorted({group.data for group in groups})
+    if METRICS[metric].of_pixels and len(kinds) > 1:
+        compared.apart = "kind of pixels"
+        compared.parts = [
+            _ranked(compared, [group for group in groups if group.pixels == kind])
+            for kind in (*kinds, *([""] if any(not group.pixels for group in groups) else []))
+        ]
+    elif len(data) > 1:
+        compared.apart = "data set"
+        compared.parts = [_ranked(compared, [group for group in groups if group.data == name]) for name in data]
+        for part, name in zip(compared.parts, data, strict=True):
+            part.data = name
+    if compared.apart:
+        compared.groups = [group for part in compared.parts for group in part.groups]
     else:
-        compared.pixels = max(kinds, default="")
-    if base is not None and not (compared.parts and compared.ranks_pixels):
-        _test(compared)
+        _finish(compared)
+    compared.notes = [*([SEVERAL_PIXELS] if len(kinds) > 1 else []), *said]
     return compared
+
+
+def _kinds(groups: Sequence[Group]) -> list[str]:
+    """What bounds of these groups are about, in no order of merit."""
+    return sorted({group.pixels for group in groups if group.pixels})
+
+
+def _ranked(whole: Comparison, groups: list[Group]) -> Comparison:
+    """Some of the groups, with a baseline and a ranking of their own."""
+    chosen = whole.baseline_is_chosen and whole.baseline in groups
+    part = Comparison(whole.metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [])
+    _finish(part)
+    return part
+
+
+def _finish(comparison: Comparison) -> None:
+    """Tests the groups against the baseline; bounds of several kinds of pixels are put into parts, not ranked."""
+    kinds = _kinds(comparison.groups)
+    if len(kinds) > 1:
+        comparison.parts = [
+            Comparison(comparison.metric, groups, None, False, [], [], [], kind)
+            for kind in kinds
+            if (groups := [group for group in comparison.groups if group.pixels == kind])
+        ]
+    else:
+        comparison.pixels = max(kinds, default="")
+    if comparison.baseline is not None:
+        _test(comparison)
 
 
 SEVERAL_PIXELS = (
@@ -248,17 +287,6 @@ SEVERAL_PIXELS = (
     "likelihood are numbers about different things: they are in tables of their own, and neither ranked nor subtracted "
     "across them; a likelihood is chosen by val accuracy"
 )
-
-
-def _part(whole: Comparison, pixels: str) -> Comparison:
-    """The groups whose bounds are about the same pixels; with a baseline of its own where bounds are what is ranked."""
-    groups = [group for group in whole.groups if group.pixels == pixels]
-    if not whole.ranks_pixels:
-        return Comparison(whole.metric, groups, None, False, [], [], [], pixels)
-    chosen = whole.baseline_is_chosen and whole.baseline in groups
-    part = Comparison(whole.metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [], pixels)
-    _test(part)
-    return part
 
 
 def rank(summary: Summary | None, metric: str) -> float:

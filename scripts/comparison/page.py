@@ -50,13 +50,9 @@ def page(comparison: Comparison) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{ALLOWED}"/>'
         f"<title>Comparison of runs</title><style>{style}</style>"
     )
-    ranked = comparison.parts if comparison.parts and comparison.ranks_pixels else [comparison]
-    if ranked is comparison.parts:
-        results = [(part.pixels or part_title(part), results_sections(part)) for part in ranked]
-    else:
-        bounds = [(part_title(part), bounds_section(comparison, part)) for part in comparison.parts]
-        first, *others = results_sections(comparison)
-        results = [("", [first, *bounds, *others])]
+    ranked = comparison.parts if comparison.apart else [comparison]
+    titles = [part.pixels or part_title(part) for part in ranked] if comparison.apart else [""]
+    results = list(zip(titles, map(results_sections, ranked), strict=True))
     sections = [
         tag("header", tag("h1", "Comparison of runs") + paragraph(headline_of_page(comparison), "lede")),
         *(
@@ -78,6 +74,7 @@ def page(comparison: Comparison) -> str:
 def results_sections(comparison: Comparison) -> list[tuple[str, str]]:
     return [
         ("Groups", groups_section(comparison)),
+        *((part_title(part), bounds_section(comparison, part)) for part in comparison.parts),
         ("Against what was swept", against_section(comparison)),
         ("Learning curves", curves_section(comparison)),
         ("What it costs", cost_section(comparison)),
@@ -97,8 +94,8 @@ def headline_of_page(comparison: Comparison) -> str:
     if not comparison.groups:
         return "No run is finished."
     said = f"{headline(comparison)}."
-    if comparison.parts and comparison.ranks_pixels:
-        return f"{said} They are ranked apart for each kind of pixels."
+    if comparison.apart:
+        return f"{said} They are ranked apart for each {comparison.apart}."
     return f"{said} {choice(comparison).replace('-', '−')}" if len(comparison.groups) > 1 else said
 
 

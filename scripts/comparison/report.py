@@ -86,7 +86,7 @@ def about_pixels(comparison: Comparison) -> str:
 
 
 def part_title(part: Comparison) -> str:
-    return f"Bounds of {part.pixels}" if part.pixels else "Without a bound"
+    return part.data or (f"Bounds of {part.pixels}" if part.pixels else "Without a bound")
 
 
 def choice(comparison: Comparison) -> str:
@@ -222,6 +222,9 @@ def text_tables(comparison: Comparison) -> list[str]:
     blocks += [fill(explained(comparison), 118), *([fill(chosen, 118)] if (chosen := choice(comparison)) else [])]
     if said := about_test(comparison):
         blocks += ["\n".join(fill(sentence, 118) for sentence in said), aligned(test_table(comparison))]
+    for part in comparison.parts:
+        table = aligned(quality_table(comparison, pixel_columns(part), part.groups))
+        blocks += [f"== {part_title(part)}, not ranked ==", table, fill(about_pixels(part), 118)]
     return blocks
 
 
@@ -229,15 +232,12 @@ def as_text(comparison: Comparison) -> str:
     blocks = []
     if not comparison.groups:
         blocks.append("no finished run")
-    elif comparison.parts and comparison.ranks_pixels:
-        blocks.append(headline(comparison) + ", ranked apart for each kind of pixels")
+    elif comparison.apart:
+        blocks.append(f"{headline(comparison)}, ranked apart for each {comparison.apart}")
         for part in comparison.parts:
             blocks += [f"== {part_title(part)} ==", *text_tables(part)]
     else:
         blocks += text_tables(comparison)
-        for part in comparison.parts:
-            table = aligned(quality_table(comparison, pixel_columns(part), part.groups))
-            blocks += [f"== {part_title(part)}, not ranked ==", table, fill(about_pixels(part), 118)]
     if comparison.unfinished:
         lines = [
             f"{folder} ({name}): {steps} steps, val accuracy {accuracy}, val bound {bound}\n    {words}"
@@ -270,22 +270,20 @@ def markdown_tables(comparison: Comparison) -> list[str]:
         blocks += [" ".join(tested), markdown_table(test_table(comparison))]
     if any(len(group.runs) > 1 for group in comparison.groups):
         blocks += ["Every run:", markdown_table(run_table(comparison, columns(comparison)))]
+    for part in comparison.parts:
+        names = pixel_columns(part)
+        blocks += [f"## {part_title(part)}", markdown_groups(comparison, names, part.groups)]
+        blocks.append(f"Not ranked; {about_pixels(part)}.")
+        if any(len(group.runs) > 1 for group in part.groups):
+            blocks.append(markdown_table(run_table(part, names)))
     return blocks
 
 
 def as_markdown(comparison: Comparison) -> str:
     blocks = ["# Comparison of runs"]
-    if comparison.groups and not (comparison.parts and comparison.ranks_pixels):
-        blocks += markdown_tables(comparison)
-    for part in comparison.parts:
-        blocks.append(f"## {part_title(part)}")
-        if comparison.ranks_pixels:
-            blocks += markdown_tables(part)
-        else:
-            names = pixel_columns(part)
-            blocks += [markdown_groups(comparison, names, part.groups), f"Not ranked; {about_pixels(part)}."]
-            if any(len(group.runs) > 1 for group in part.groups):
-                blocks.append(markdown_table(run_table(part, names)))
+    for part in comparison.parts if comparison.apart else [comparison]:
+        blocks += [f"## {part_title(part)}"] if comparison.apart else []
+        blocks += markdown_tables(part) if part.groups else []
     if comparison.unfinished:
         blocks += [f"{UNFINISHED_SAID}:", markdown_table([UNFINISHED, *unfinished_rows(comparison)])]
     if comparison.notes:

@@ -41,7 +41,8 @@ METRICS = {
 }
 ALONE = "classifier alone"  # the name of a run whose objective has no bound in it
 DIGEST = "data.digest"  # of a person's own images, which their path does not tell
-PIXELS = ("data.name", DIGEST, "data.binarization", "likelihood")
+DATA = ("data.name", DIGEST)
+PIXELS = (*DATA, "data.binarization", "likelihood")
 CALLS = "estimator/evaluations"
 CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
 
@@ -77,6 +78,11 @@ class Record:
     def draw(self) -> tuple[Any, Any]:
         """What pairs this run with those of other groups: the labelled images, and all other randomness."""
         return self.facts.get("split_hash"), self.config.get("seed")
+
+    @property
+    def data(self) -> str:
+        """Which images it is about: accuracy on one data set says nothing of another's."""
+        return ", ".join(f"{key}={self.config[key]}" for key in DATA if self.config.get(key) is not None)
 
     @property
     def pixels(self) -> str:
