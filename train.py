@@ -18,11 +18,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from configs.check import COMPOSING_ERRORS, refuse, typed
-from configs.resume import references, resume_arguments, resume_command
 from configs.schema import Config, ConfigError
 from configs.trust import take_trusted
 from configs.wording import explain, explain_group, print_anywhere
 from data.facts import DataError
+from training.resume import references, resume_arguments, resume_command
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
     from training.interruption import Interruption
@@ -77,7 +77,7 @@ def save(run: Run, report: Report, folder: Path) -> None:
 
 def stopped(run: Run, folder: Path, interruption: Interruption) -> int:
     """Says how to go on, and returns the exit code."""
-    from training.run import plain
+    from training.state import plain
 
     log.warning("stopped at step %d; go on with: %s", run.step, resume_command(folder, plain(run.config)))
     return interruption.exit_code or 0
@@ -148,9 +148,10 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
     """A run in a folder that no other process trains in; returns the exit code."""
     from training.checkpoints import prune
     from training.divergence import Diverged
+    from training.process import threads_kept
     from training.report import Report
     from training.result import finish, is_finished
-    from training.run import Run, threads_kept
+    from training.run import Run
     from training.run_folder import SPLIT, write_json
 
     with threads_kept():

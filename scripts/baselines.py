@@ -203,8 +203,8 @@ def check_output(output: Path, jobs: Sequence[Job], methods: Sequence[str]) -> N
 
 def differs(folder: Path, job: Job, name: str) -> str:
     """What a result in `folder` was asked for otherwise; empty without one. Raises ConfigError for a damaged one."""
-    from training.run import changes, flat, plain
     from training.run_folder import RESULT, read_json
+    from training.state import changes, flat, plain
 
     if not (folder / RESULT).exists():
         return ""
@@ -342,8 +342,8 @@ def write(job: Job, folder: Path, split: Split, name: str, chosen: Chosen, measu
     """A folder that scripts.compare reads, result.json last: with it the method is finished."""
     from omegaconf import OmegaConf
 
-    from training.run import flat, plain
     from training.run_folder import RESULT, SPLIT, git_commit, versions, write_json
+    from training.state import flat, plain
 
     method, config = chosen.method, plain(job.config)
     own = {"data": config["data"], "seed": config["seed"], "estimator": {"_target_": method.target}}

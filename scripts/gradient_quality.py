@@ -130,7 +130,7 @@ def compose_estimator(name: str, config: Any, config_dir: Path | None = None) ->
 
     from configs.check import COMPOSING_ERRORS
     from configs.wording import explain
-    from training.run import plain
+    from training.state import plain
 
     choice, _, arguments = name.removesuffix(")").partition("(")
     estimator, _, baseline = choice.partition("/")
@@ -151,7 +151,7 @@ def compose_estimator(name: str, config: Any, config_dir: Path | None = None) ->
 
 def own_name(nodes: dict[str, Any], own: Any) -> str:
     """The name, without further arguments, of the section that makes the run's estimator; the most alike of several."""
-    from training.run import flat
+    from training.state import flat
 
     def kind(node: Any) -> tuple[Any, Any]:
         return node["_target_"], node.get("baseline", {}).get("_target_")

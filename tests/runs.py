@@ -24,7 +24,7 @@ from tensorboard.summary.writer import event_file_writer
 
 import train
 from training import checkpoints
-from training.run import threads_kept
+from training.process import threads_kept
 from training.run_folder import events_folder
 
 ROOT = Path(train.__file__).parent

@@ -32,7 +32,7 @@ import train
 from configs.schema import Config
 from configs.wording import shown
 from tests.runs import ROOT, command, curve
-from training.run import flat
+from training.state import flat
 
 CONFIGS = ROOT / "configs"
 Draw = st.DrawFn

@@ -23,14 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 import train
 from configs import check
 from configs.check import typed
-from configs.resume import resume_arguments
 from configs.schema import Config, ConfigError
 from data.facts import DataError
 from scripts import benchmark, compare, evaluate, generate, gradient_quality, show_relaxation
 from scripts.command import composed
 from tests.runs import command
 from training.checkpoints import NEEDED, save
-from training.run import plain
+from training.resume import resume_arguments
+from training.state import plain
 
 ROOT = Path(train.__file__).parent
 

@@ -33,7 +33,8 @@ from models.vae import SemiSupervisedVAE
 from scripts import gradient_quality as script
 from scripts import gradient_report as report
 from tests.runs import CONV, ESTIMATORS, MLP, SLOWLY, Ended, checkpoint, command, curve, equal, events, resume, run
-from training.run import Run, plain, stored_run
+from training.run import Run, stored_run
+from training.state import plain
 
 SHAPE, CLASSES, IMAGES = ImageShape(1, 4, 4), 3, 5
 

@@ -16,7 +16,7 @@ from models.networks import ImageShape, conv, mlp, once_if_shared
 from models.objective import Weights, objective
 from models.vae import SemiSupervisedVAE
 from tests.runs import ROOT
-from training.run import choose_precision
+from training.process import choose_precision
 
 SHAPE, BATCH = ImageShape(1, 8, 8), 5
 
@@ -139,7 +139,7 @@ from models.networks import ImageShape, mlp
 from models.objective import Weights, objective
 from models.vae import SemiSupervisedVAE
 from estimators.marginalization import Marginalization
-from training.run import tune_process
+from training.process import tune_process
 
 vae = SemiSupervisedVAE(mlp(ImageShape(1, 28, 28), 1000, latent_size=50, hidden=500, dropout=0.5, scale="softplus"))
 x, y = torch.rand(200, 1, 28, 28).round(), torch.eye(1000)[:100]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from configs.resume import ROOT, resume_command, sweep_command
 from tests.runs import MLP, Ended
 from tests.test_bad_command_lines import ODD_NAMES
 from training import checkpoints
+from training.resume import ROOT, resume_command, sweep_command
 
 FEW = f"{MLP} train.steps=4 train.validate_every=4"
 OWN = """

@@ -24,7 +24,8 @@ from scripts.benchmark import compose_run
 from tests.runs import CONV, MLP, Ended, command, run
 from training import checkpoints
 from training.pictures import analogies, beside, grid, interpolation, reconstructions, save_figure, turn_about
-from training.run import Run, changes, flat, plain, stored_run
+from training.run import Run, stored_run
+from training.state import changes, flat, plain
 
 K, SHAPE = 3, torch.Size((2, 6, 5))
 NAMES = ("accuracy", "bound", "reconstruction", "kl_y", "kl_z", "calibration_error")

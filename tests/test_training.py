@@ -56,7 +56,9 @@ from tests.runs import (
     run,
 )
 from training import checkpoints
-from training.run import Run, plain, threads_kept
+from training.process import threads_kept
+from training.run import Run
+from training.state import plain
 
 MNIST = Path(os.environ.get("CATVAE_DATA", "~/.cache/catvae")).expanduser() / "MNIST" / "raw"
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from training.run import FREE_TO_CHANGE
+from training.state import FREE_TO_CHANGE
 
 SEEDS = ("data.split_seed", "seed")  # no quantities
 # what people compare, whether or not this run's command line says it

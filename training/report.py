@@ -22,8 +22,9 @@ from models.gradient_quality import Measurement
 from models.objective import Objective
 from training.alarms import Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
 from training.names import hyper_parameters, run_name
-from training.run import Run, flat, plain
+from training.run import Run
 from training.run_folder import events_folder
+from training.state import flat, plain
 from training.tensorboard import FIRST, PROJECTOR, TensorBoard
 
 log = logging.getLogger("catvae")

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from configs.schema import Config
 from models.evaluation import Evaluation
 from training.report import Report
-from training.run import Run, flat, plain
+from training.run import Run
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
+from training.state import flat, plain
 
 LEFT = "test data are left for later (evaluation.test=false)"
 

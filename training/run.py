@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +32,8 @@ from models.networks import ImageShape
 from models.objective import Objective, Weights
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
+from training.process import choose_device, choose_precision, share_cores, tune_process
+from training.state import CONSTANT, changes, flat, from_anywhere, plain
 from training.trained import Facts, build_model, load_parameters, spread_out, stored_state
 
 log = logging.getLogger("catvae")
@@ -42,39 +41,6 @@ Part = Literal["val", "test", "labelled", "unlabelled"]
 ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 USUAL = 1000  # first steps, whose gradient norms tell what is usual
 ENOUGH = 10  # checkpoints that a disk should have room for; events take room as well
-# settings that change when a run stops or looks, and not what it computes
-FREE_TO_CHANGE = {
-    "resume",
-    "train.steps",
-    "train.log_every",
-    "train.validate_every",
-    "train.checkpoint_every",
-    "train.pictures_every",
-    "on_divergence",
-}
-FREE_TO_CHANGE |= {
-    "data.root",
-    "data.path",
-    "data.placement",
-    "data.checksum",
-    "evaluation.batch_size",
-    "evaluation.importance_samples",
-    "evaluation.test",
-}
-FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
-
-# keys that older runs do not have, and what those did
-SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
-SINCE |= {"likelihood": "bernoulli", "prior": "uniform"}
-SINCE |= {
-    "data.num_test": None,
-    "data.resize": None,
-    "data.placement": "auto",
-    "data.balanced": True,
-    "data.stratified": False,
-}
-
-CONSTANT = {"_target_": "estimators.schedules.constant", "_partial_": True, "value": 1.0}  # before there was lr_factor
 
 
 class Run:
@@ -261,7 +227,7 @@ class Run:
             "logged": self.logged,
             "facts": asdict(self.facts),
             "validation_bounds": self.bounds[1] if self.bounds[0] == self.step and not self.unlooked else [],
-            "config": _from_anywhere(plain(self.config)),
+            "config": from_anywhere(plain(self.config)),
             "asked": self.asked,
             "split_hash": self.split.hash,
             "contents": self.contents,
@@ -367,101 +333,6 @@ class Run:
             "; effective weight per image: "
             f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         )
-
-
-def tune_process() -> None:
-    """Has this process train faster on a CPU; what each line buys is in docs/performance.md.
-
-    Numbers below the normal ones are zero: Adam's means of pixels that are always black come to 1e-38 after 800 steps,
-    stay there, and are slow. It must come before the first operation that is split, whose threads take it over.
-    glibc keeps what a step frees for the next one, in huge pages, instead of asking for it anew, page by page. Other C
-    libraries have no mallopt, other systems no such advice.
-    """
-    torch.set_flush_denormal(True)
-    mmap_threshold, trim_threshold, top_pad, huge_pages = -3, -1, -2, 14  # malloc.h, mman.h
-    reserved = 2**30  # addresses, not memory
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
-        libc.mallopt(trim_threshold, reserved)
-        libc.mallopt(top_pad, reserved)
-        libc.malloc.restype = ctypes.c_void_p
-        block = libc.malloc(ctypes.c_size_t(31 * 2**20))  # more than is left: the heap grows by what is reserved
-        libc.madvise(ctypes.c_void_p(block & -(2**21)), ctypes.c_size_t(reserved), huge_pages)
-        libc.free(ctypes.c_void_p(block))
-
-
-def share_cores(pixels: int) -> None:
-    """One thread for a minibatch of so few pixels that PyTorch would not split it (its grain is 2^15 elements).
-
-    More gain nothing there, and on a busy machine each operation waits for the slowest. OMP_NUM_THREADS overrules it.
-    """
-    if pixels < 2**15 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-@contextmanager
-def threads_kept() -> Iterator[None]:
-    """Puts the number of threads back in the end: the next job of a sweep chooses its own."""
-    threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware multiplies in it, and fp32 elsewhere."""
-    if device.type == "cuda":
-        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if name == "auto":
-        return "bf16" if in_hardware else "fp32"
-    if name == "bf16" and not in_hardware:
-        log.warning("this %s has no bf16 instructions: precision=bf16 is several times slower than fp32", device.type)
-    return name
-
-
-def plain(config: Any) -> Any:
-    """The configuration as plain dictionaries, lists and scalars."""
-    return json.loads(
-        json.dumps(asdict(config), default=lambda value: value.value if isinstance(value, Enum) else value)
-    )
-
-
-def _from_anywhere(config: Any) -> Any:
-    """The configuration with absolute paths, so that a checkpoint can be opened from any working directory."""
-    data = config["data"]
-    for key in ("path", "root"):
-        if data[key] and not data[key].startswith("~"):
-            data[key] = os.path.abspath(data[key])
-    return config
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train.steps": 1, ...} from nested dictionaries."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            result |= flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
-def changes(before: dict[str, Any], config: Config) -> str:
-    """What makes `config` another experiment than the flat one before; empty if nothing does."""
-    now = flat(plain(config))
-    before = {key: value for key, value in SINCE.items() if key in now} | before
-    changed = {key for key in now.keys() | before.keys() if before.get(key) != now.get(key)} - FREE_TO_CHANGE
-    return ", ".join(f"{key}={now.get(key)} (was {before.get(key)})" for key in sorted(changed))
 
 
 def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:

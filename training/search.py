@@ -11,9 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.resume import ROOT, best_command, resume_command, resume_words
 from configs.schema import ConfigError
 from training.result import is_left
+from training.resume import ROOT, best_command, resume_command, resume_words
 from training.run_folder import RESULT, read_json
 from training.sweep import SLURM, launcher
 

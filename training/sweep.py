@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from configs.resume import sweep_command
 from configs.schema import Config, ConfigError
 from data.folders import made
 from training import checkpoints
 from training.checkpoints import CheckpointError, stored
-from training.run import changes, flat
+from training.resume import sweep_command
 from training.run_folder import LOCK, RESULT, held, holder, in_use, is_held, read_json, release, write_json
+from training.state import changes, flat
 
 errors = logging.getLogger("catvae.errors")
 SWEEP_LOCK = ".sweep_lock"  # held by the process that started the sweep, as long as its jobs should go on

@@ -71,7 +71,7 @@ class Comparison:
 
 def no_effect() -> set[str]:
     """Keys that make no group: those a resume may change, but for the length of training."""
-    from training.run import FREE_TO_CHANGE
+    from training.state import FREE_TO_CHANGE
 
     return (FREE_TO_CHANGE - {"train.steps"}) | REPLICATES
 

@@ -162,7 +162,7 @@ def _unfinished(folder: Path) -> tuple[Record, dict[str, Any]]:
     import torch
 
     from training.checkpoints import CheckpointError, load
-    from training.run import flat
+    from training.state import flat
 
     try:
         state = load(folder, torch.device("cpu"))
@@ -182,7 +182,7 @@ def _written(folder: Path, name: str) -> dict[str, Any]:
     """A file of .hydra/, flat and as it is written: nothing that it refers to is looked up; empty without one."""
     from omegaconf import OmegaConf
 
-    from training.run import flat
+    from training.state import flat
 
     path = folder / ".hydra" / name
     return flat(OmegaConf.to_container(OmegaConf.load(path), resolve=False)) if path.is_file() else {}  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def _from_hydra(record: Record) -> dict[str, Any]:
     """What a run from before asked for, by .hydra/; nothing where another run has written that."""
     from omegaconf import OmegaConf
 
-    from training.run import FREE_TO_CHANGE
+    from training.state import FREE_TO_CHANGE
 
     written, prefix = _written(record.folder, "config.yaml"), "hydra.runtime.choices."
     ignored = {"device", "precision", *FREE_TO_CHANGE}
@@ -233,7 +233,7 @@ def _defaults() -> dict[str, Any]:
     """What the schema says of keys that runs from before do not have."""
     from omegaconf import OmegaConf
 
-    from training.run import flat
+    from training.state import flat
 
     schema: Any = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
     return {key: value for key, value in flat(schema).items() if value != "???"}

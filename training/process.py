@@ -1,0 +1,73 @@
+"""What a run sets of its process: memory, threads, device and precision."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+log = logging.getLogger("catvae")
+
+
+def tune_process() -> None:
+    """Has this process train faster on a CPU; what each line buys is in docs/performance.md.
+
+    Numbers below the normal ones are zero: Adam's means of pixels that are always black come to 1e-38 after 800 steps,
+    stay there, and are slow. It must come before the first operation that is split, whose threads take it over.
+    glibc keeps what a step frees for the next one, in huge pages, instead of asking for it anew, page by page. Other C
+    libraries have no mallopt, other systems no such advice.
+    """
+    torch.set_flush_denormal(True)
+    mmap_threshold, trim_threshold, top_pad, huge_pages = -3, -1, -2, 14  # malloc.h, mman.h
+    reserved = 2**30  # addresses, not memory
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 * 2**20)  # the most that it takes
+        libc.mallopt(trim_threshold, reserved)
+        libc.mallopt(top_pad, reserved)
+        libc.malloc.restype = ctypes.c_void_p
+        block = libc.malloc(ctypes.c_size_t(31 * 2**20))  # more than is left: the heap grows by what is reserved
+        libc.madvise(ctypes.c_void_p(block & -(2**21)), ctypes.c_size_t(reserved), huge_pages)
+        libc.free(ctypes.c_void_p(block))
+
+
+def share_cores(pixels: int) -> None:
+    """One thread for a minibatch of so few pixels that PyTorch would not split it (its grain is 2^15 elements).
+
+    More gain nothing there, and on a busy machine each operation waits for the slowest. OMP_NUM_THREADS overrules it.
+    """
+    if pixels < 2**15 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Puts the number of threads back in the end: the next job of a sweep chooses its own."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies in it, and fp32 elsewhere."""
+    if device.type == "cuda":
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if name == "auto":
+        return "bf16" if in_hardware else "fp32"
+    if name == "bf16" and not in_hardware:
+        log.warning("this %s has no bf16 instructions: precision=bf16 is several times slower than fp32", device.type)
+    return name
