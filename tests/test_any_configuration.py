@@ -332,7 +332,8 @@ def outcome(words: tuple[Word, ...]) -> str:
 
 def assert_trained(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
-    assert all(math.isfinite(value) for key, value in result.items() if key.startswith(("val_", "test_"))), result
+    parts = ("val_", "test_") if result["config"]["evaluation.test"] else ("val_",)
+    assert all(math.isfinite(value) for key, value in result.items() if key.startswith(parts)), result
     steps, every = result["config"]["train.steps"], result["config"]["train.log_every"]
     J = dict(curve(folder, "train/J"))
     assert sorted(J) == sorted({*range(every, steps + 1, every), steps})

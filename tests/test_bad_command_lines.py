@@ -21,13 +21,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import train
-from configs import check
 from configs.check import typed
 from configs.schema import Config, ConfigError
 from data.facts import DataError
 from scripts import benchmark, compare, evaluate, generate, gradient_quality, show_relaxation
 from scripts.command import composed
 from tests.runs import command
+from training import before_work
 from training.checkpoints import NEEDED, save
 from training.resume import resume_arguments
 from training.state import plain
@@ -503,7 +503,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[DictConfig]:
 def test_accepted(
     line: str, jobs: list[DictConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check, "check_machine", lambda config: None)  # data that would be downloaded
+    monkeypatch.setattr(before_work, "check_machine", lambda config: None)  # data that would be downloaded
     assert exit_code(line + QUIET, monkeypatch) == 0, capsys.readouterr().err
     assert len(jobs) == 1
 
@@ -636,7 +636,7 @@ def test_fault_in_the_check_is_no_warning(
     def fail(config: object) -> None:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(check, "check", fail)
+    monkeypatch.setattr(before_work, "check", fail)
     assert exit_code(line, monkeypatch) == 1
     assert "ZeroDivisionError: a fault" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

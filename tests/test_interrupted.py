@@ -114,8 +114,10 @@ def test_a_run_killed_right_after_saving_keeps_two_checkpoints(tmp_path: Path) -
 def test_a_closed_terminal_and_a_cluster_s_warning_save_as_well(
     number: int, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored, and stays so
     with mock.patch.object(Batches, "rows", signalling(Batches.rows, 7, number=number)):
         ended = run(LINE, tmp_path / "run", code=128 + number)
+    signal.signal(number, before)
     assert "stopped at step 7; go on with" in ended.out
     resume(tmp_path / "run")
     assert equal(checkpoint(whole(LINE)), checkpoint(tmp_path / "run"))

@@ -887,7 +887,10 @@ def read_keys(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[s
         def get(self: Any, name: str) -> Any:
             if not name.startswith("__"):
                 module, function = reader()
-                if not module.startswith(("configs.", "omegaconf.")) and function != plain.__name__:
+                if (
+                    not module.startswith(("configs.", "omegaconf.", "training.before_work"))
+                    and function != plain.__name__
+                ):
                     keys.add(prefix + name)
             return object.__getattribute__(self, name)
 

@@ -76,7 +76,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self.folder = folder
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         laid_out = has_layout(folder)
         first_to_drop = start + (logged is None)
         self.writer = SummaryWriter(str(folder), purge_step=first_to_drop)
