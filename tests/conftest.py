@@ -24,6 +24,9 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
+os.environ["TQDM_DISABLE"] = "1"  # where tests are slow, lines of how far a run is would be among what it is read for
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed_once() -> Iterator[None]:
     """Hydra composes a command's configuration once more beforehand, to see whether that sets hydra.mode: none does."""
