@@ -217,7 +217,8 @@ def way_to_resume(config: DictConfig, folder: Path) -> str:
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def hydra_main(config: DictConfig) -> float | None:
     """Runs a job; returns its validation accuracy in a sweep, for a search, and exits with its code elsewhere."""
-    errors.disabled = False  # hydra/job_logging=disabled is about what a run logs, not about what ends it
+    if errors.disabled:  # hydra/job_logging=disabled is about what a run logs, not about what ends it
+        errors.disabled, errors.handlers = False, []  # without any, it comes to standard error
     folder = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return job_of_sweep(config, folder)

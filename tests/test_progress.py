@@ -39,6 +39,7 @@ def test_a_line_in_a_pipe_and_not_on_standard_output(
 
 
 def test_the_lines_are_half_a_minute_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     seconds = iter(range(0, 10_000, 10))  # each look at the clock is ten seconds after the one before
     monkeypatch.setattr("data.progress.time.monotonic", lambda: float(next(seconds)))
     with progress.telling("counting", "numbers", 100) as tell:
