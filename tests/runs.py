@@ -9,13 +9,14 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -151,6 +152,15 @@ def events(folder: Path) -> EventAccumulator:
     read = EventAccumulator(str(events_folder(folder) or folder), size_guidance=dict.fromkeys(kinds, 0))
     read.Reload()
     return read
+
+
+@contextlib.contextmanager
+def on_path(folder: Path, module: str, source: str) -> Iterator[None]:
+    """Puts a module of somebody's own where this process, and those that it starts, find it."""
+    (folder / f"{module}.py").write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:

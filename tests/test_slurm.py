@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 import train
-from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal
+from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal, on_path
 from training import checkpoints
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue", "srun")
@@ -212,10 +212,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module", autouse=True)
 def slow_estimator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("estimators")
-    (folder / "slow_estimator.py").write_text(SLOW)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with on_path(tmp_path_factory.mktemp("estimators"), "slow_estimator", SLOW):
         yield
 
 

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 import train
 from data.facts import DataError
-from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal
+from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal, on_path
 from training import checkpoints, search, sweep
 from training.run_folder import hold, release
 
@@ -138,10 +138,7 @@ def times(folder: Path) -> dict[Path, int]:
 @pytest.fixture(scope="module", autouse=True)
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Puts the estimator TOLD where processes find it."""
-    folder = tmp_path_factory.mktemp("told")
-    (folder / "told.py").write_text(TOLD)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
+    with on_path(tmp_path_factory.mktemp("told"), "told", TOLD):
         yield
 
 
@@ -513,16 +510,6 @@ def test_numbers_are_rounded_inside_their_interval() -> None:
 
 @needs_optuna
 @old_sqlalchemy
-def test_search_for_the_lowest_accuracy_is_refused(tmp_path: Path) -> None:
-    line = "-m data=digits hydra/sweeper=optuna hydra.sweeper.direction=minimize objective.alpha=interval(1,2)"
-    refused = here(line, tmp_path / "sweep")
-    assert refused.code == 2
-    assert "hydra.sweeper.direction must be maximize, got minimize" in one_sentence(refused.err)
-    assert not (tmp_path / "sweep").exists()
-
-
-@needs_optuna
-@old_sqlalchemy
 def test_search_outlives_trials_that_diverge(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     line = LINE.replace("optimizer.lr=3e-3 ", "") + "train.steps=4 hydra/sweeper=optuna hydra.sweeper.n_trials=4 "
@@ -555,21 +542,22 @@ def test_search_that_cannot_go_on_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 @needs_optuna
 @old_sqlalchemy
-def test_search_is_checked_before_work(tmp_path: Path) -> None:
-    for space in ("optimizer.lr=interval(-1,1)", "objective.alpha=interval(0,-1)"):
-        refused = here(f"-m data=digits hydra/sweeper=optuna {space}", tmp_path / "sweep")
-        assert refused.code == 2
-        assert f"{space.partition('=')[0]} must be" in one_sentence(refused.err)
-        assert not (tmp_path / "sweep").exists()
-
-
-@needs_optuna
-@old_sqlalchemy
-def test_a_search_needs_validation_images(tmp_path: Path) -> None:
-    line = "-m data=digits hydra/sweeper=optuna optimizer.lr=interval(0.1,1) data.num_validation=0"
-    refused = here(line, tmp_path / "sweep")
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("optimizer.lr=interval(-1,1)", "optimizer.lr must be"),
+        ("objective.alpha=interval(0,-1)", "objective.alpha must be"),
+        (
+            "objective.alpha=interval(1,2) hydra.sweeper.direction=minimize",
+            "hydra.sweeper.direction must be maximize, got minimize",
+        ),
+        ("optimizer.lr=interval(0.1,1) data.num_validation=0", "data.num_validation must be > 0"),
+    ],
+)
+def test_search_is_checked_before_work(line: str, sentence: str, tmp_path: Path) -> None:
+    refused = here(f"-m data=digits hydra/sweeper=optuna {line}", tmp_path / "sweep")
     assert refused.code == 2
-    assert "data.num_validation must be > 0" in one_sentence(refused.err)
+    assert sentence in one_sentence(refused.err)
     assert not (tmp_path / "sweep").exists()
 
 

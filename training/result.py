@@ -60,11 +60,11 @@ def finish(run: Run, report: Report, folder: Path) -> None:
 
 def measure(run: Run, part: Literal["val", "test"]) -> dict[str, float | None]:
     """The numbers of a part, all None where there are no such images or test data are left for later."""
-    is_left = part == "test" and not run.config.evaluation.test
-    measured: dict[str, float | None] = {} if is_left else {**run.measure(part)}
+    for_later = part == "test" and not run.config.evaluation.test
+    measured: dict[str, float | None] = {} if for_later else {**run.measure(part)}
     if f"{part}_bound" not in measured:
         measured |= {f"{part}_{field.name}": None for field in fields(Evaluation)}
-        measured |= dict.fromkeys((f"{part}_n", f"{part}_n_with_label"), None if is_left else 0)
+        measured |= dict.fromkeys((f"{part}_n", f"{part}_n_with_label"), None if for_later else 0)
     return measured
 
 

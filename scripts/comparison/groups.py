@@ -243,9 +243,7 @@ def compare(
         ]
     elif len(data) > 1:
         compared.apart = "data set"
-        compared.parts = [_ranked(compared, [group for group in groups if group.data == name]) for name in data]
-        for part, name in zip(compared.parts, data, strict=True):
-            part.data = name
+        compared.parts = [_ranked(compared, [group for group in groups if group.data == name], name) for name in data]
     if compared.apart:
         compared.groups = [group for part in compared.parts for group in part.groups]
     else:
@@ -259,10 +257,10 @@ def _kinds(groups: Sequence[Group]) -> list[str]:
     return sorted({group.pixels for group in groups if group.pixels})
 
 
-def _ranked(whole: Comparison, groups: list[Group]) -> Comparison:
+def _ranked(whole: Comparison, groups: list[Group], data: str = "") -> Comparison:
     """Some of the groups, with a baseline and a ranking of their own."""
     chosen = whole.baseline_is_chosen and whole.baseline in groups
-    part = Comparison(whole.metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [])
+    part = Comparison(whole.metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [], data=data)
     _finish(part)
     return part
 
@@ -271,10 +269,9 @@ def _finish(comparison: Comparison) -> None:
     """Tests the groups against the baseline; bounds of several kinds of pixels are put into parts, not ranked."""
     kinds = _kinds(comparison.groups)
     if len(kinds) > 1:
+        of_kind = {kind: [group for group in comparison.groups if group.pixels == kind] for kind in kinds}
         comparison.parts = [
-            Comparison(comparison.metric, groups, None, False, [], [], [], kind)
-            for kind in kinds
-            if (groups := [group for group in comparison.groups if group.pixels == kind])
+            Comparison(comparison.metric, groups, None, False, [], [], [], kind) for kind, groups in of_kind.items()
         ]
     else:
         comparison.pixels = max(kinds, default="")
