@@ -582,8 +582,11 @@ def test_pictures_cost_no_time(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_200_runs_of_a_real_length_take_15_seconds(tmp_path: Path) -> None:
-    """3.4 MB of events each, as 300 steps of digits with a validation every 8 write."""
-    run("data=digits model=mlp train.steps=300 train.log_every=1 train.validate_every=8", tmp_path / "one")
+    """3.4 MB of events each, as 300 steps of digits with a validation, and pictures, every 8 write."""
+    run(
+        "data=digits model=mlp train.steps=300 train.log_every=1 train.validate_every=8 train.pictures_every=8",
+        tmp_path / "one",
+    )
     for number in range(200):
         folder = tmp_path / "many" / str(number)
         shutil.copytree(tmp_path / "one", folder, copy_function=os.link)

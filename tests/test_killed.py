@@ -84,7 +84,7 @@ os.fsync, os.replace, os.unlink = watched_fsync, watched_replace, watched_unlink
 """
 # of FEW: four for split.json, result.json, three files of the projector and each checkpoint: 0, 2, 4 and, before
 # and after they are looked at, 3, 6 and 8; and four checkpoints that go
-MOMENTS = 60
+MOMENTS = 64
 DRAWN = random.Random(0)
 AT_START, AT_WORK = [DRAWN.random() for _ in range(4)], [DRAWN.random() for _ in range(15)]
 Start = Callable[..., subprocess.Popen[str]]
@@ -218,7 +218,7 @@ def test_every_moment_is_known(start: Start, tmp_path: Path) -> None:
     assert not died(start(FEW, tmp_path / "run"))
     names = moments_until_death(tmp_path / "run")
     assert len(names) == MOMENTS
-    assert names.count("half of a file") == 14
+    assert names.count("half of a file") == 15
     assert names[-1] == "result.json in place"
 
 
