@@ -65,7 +65,8 @@ def check(config: Config) -> None:
     import torch
 
     from estimators.contract import Estimator
-    from models.networks import ImageShape, Networks
+    from models.contract import Networks
+    from models.networks import ImageShape
 
     known = config.data.known()
     model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)

@@ -116,7 +116,7 @@ def _kinds() -> dict[str, Any]:
     from torch.optim import Optimizer
 
     from estimators.contract import Estimator, Schedule
-    from models.networks import Networks
+    from models.contract import Networks
 
     return {"model": Networks, "estimator": Estimator, "optimizer": Optimizer, "lr_factor": Schedule}
 

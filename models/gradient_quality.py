@@ -1,8 +1,8 @@
 """How far an estimator's gradient is from the exact one, in bias and in variance, on one minibatch of a model.
 
-The gradient is that of mean_b E_q(y|x_b)[b(x_b, y)] alone, the term that an estimator estimates: no KL of y, no
-auxiliary loss. The minibatch and the noise of z are the same for every draw and every estimator, so only y varies, and
-the exact gradient, by enumerating y, is the same for all.
+The gradient is that of the mean over images of the term alone that an estimator estimates, as E_q(y|x)[b(x, y)] of M2:
+no auxiliary loss. The minibatch and all noise but y's are the same for every draw and every estimator, so only y
+varies, and the exact gradient is the same for all: by enumerating y, or where that is too much by a long average.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.randomness import keyed_generator
-from estimators.contract import CostFunction, Estimator, check_estimate
-from estimators.joint import all_classes, outer
-from models.vae import SemiSupervisedVAE
+from estimators.contract import Estimator, check_estimate
+from models.contract import Model
 
-NETWORKS = ("classifier", "inference", "generator")
-PARTS = ("logits", *NETWORKS)  # of the gradient: at the classifier's logits [B, N, K], and at each network's parameters
+LOGITS = "logits"  # the part of the gradient at the logits [B, N, K]; the others are at each network's parameters
 GROUPS = 10  # of draws, whose means are stored; the draws themselves are not
 MINIMUM_DRAWS = 3  # a group each, which the jackknife needs
 WARM_UP_RATE = 1e-2
@@ -50,79 +48,125 @@ class Quality:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Quality by part, calls of f per image, and seconds per gradient of all parts (the median over draws)."""
+    """Quality by part, calls of f per image, and seconds per gradient of all parts (the median over draws).
+
+    Where y has too many joint classes to enumerate, the exact gradient is the mean of so many `reference_draws` of an
+    unbiased estimator of small variance, whose squared error next to the gradient is `reference_error`, by part.
+    """
 
     parts: dict[str, Quality]
     evaluations: float
     seconds: float
+    reference_draws: int = 0
+    reference_error: dict[str, float] = field(default_factory=dict)
 
 
 def gradient_quality(
-    model: SemiSupervisedVAE,
+    model: Model,
     estimator: Estimator,
     x: Tensor,
     *,
     step: int,
     draws: int,
     seed: int,
+    reference_draws: int | None = None,
     after_draw: Callable[[], object] = lambda: None,
 ) -> Measurement:
     """Measures the estimator at `step` on images x [B, C, H, W], by `draws` >= 3 gradients of its own.
 
-    In evaluation mode and float32, so that neither dropout nor rounding is taken for variance or bias. The classifier
-    and whatever else depends on x alone are evaluated once, which `seconds` leaves out. The model, the estimator and
-    the global random state are left as they were.
+    In evaluation mode and float32, so that neither dropout nor rounding is taken for variance or bias. The logits and
+    whatever else depends on x alone are evaluated once, which `seconds` leaves out. The model, the estimator and
+    the global random state are left as they were. `reference_draws` are as many as `draws` where they are not given.
     """
-    if draws < MINIMUM_DRAWS:
-        raise ValueError(f"draws must be >= {MINIMUM_DRAWS}, got {draws}")
+    reference_draws = draws if reference_draws is None else reference_draws
+    for name, number in (("draws", draws), ("reference_draws", reference_draws)):
+        if number < MINIMUM_DRAWS:
+            raise ValueError(f"{name} must be >= {MINIMUM_DRAWS}, got {number}")
     with _evaluating(model, estimator, x.device):
-        logits, cost = _categorical_term(model, x, keyed_generator(x.device, seed, "gradient quality"))
-        networks = [list(getattr(model, name).parameters()) for name in NETWORKS]
-        networks[-1] += model.likelihood.parameters()  # the generator's, as both are p(x|y,z)
-        parts = [[logits], *([p for p in network if p.requires_grad] for network in networks)]
-        sizes = [sum(tensor.numel() for tensor in part) for part in parts]
-        inputs = [tensor for part in parts for tensor in part]
-
-        def gradients(value: Tensor) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(value.mean(), inputs, retain_graph=True, materialize_grads=True)
-
-        q = outer(logits.softmax(dim=-1), torch.mul)
-        exact = _joined(gradients((q.T * cost(all_classes(logits))).sum(dim=0)))
-        groups = min(GROUPS, draws)
-        sums = exact.new_zeros(groups, len(exact))
-        squares, cosines = exact.new_zeros(draws, len(PARTS)), exact.new_zeros(draws, len(PARTS))
+        logits, estimated = model.categorical_term(x, keyed_generator(x.device, seed, "gradient quality"))
+        parts: dict[str, list[Tensor]] = {LOGITS: [logits]}
+        parts |= {name: [p for p in network if p.requires_grad] for name, network in model.networks().items()}
+        sizes = [sum(tensor.numel() for tensor in part) for part in parts.values()]
+        inputs = [tensor for part in parts.values() for tensor in part]
         seconds, evaluations = [], []
-        for draw in range(draws):
+
+        def gradient(estimator: Estimator, purpose: str, draw: int) -> Tensor:
             # other draws at each step, so that a curve over steps does not keep the same luck
-            generator = keyed_generator(x.device, seed, f"gradient quality at step {step}", draw)
+            generator = keyed_generator(x.device, seed, f"{purpose} at step {step}", draw)
             started = _clock(x.device)
-            estimate = estimator(cost, logits, step=step, context=x, generator=generator)
+            estimate = estimated(estimator, step, generator)
             check_estimate(estimate, len(x))
-            drawn = gradients(estimate.value)
+            mean = estimate.value.mean()
+            gradients = torch.autograd.grad(mean, inputs, retain_graph=True, materialize_grads=True)
             seconds.append(_clock(x.device) - started)
             evaluations.append(float(estimate.metrics["evaluations"]))
-            gradient = _joined(drawn)
-            if draw == 0:
-                first = gradient
-            # from the first draw, not from zero: a variance far below the gradient's square is not rounded away
-            deviation = gradient - first
-            sums[draw % groups] += deviation
-            squares[draw] = torch.stack([part.square().sum() for part in deviation.split(sizes)])
-            cosines[draw] = torch.stack(list(map(_cosine, gradient.split(sizes), exact.split(sizes))))
+            return _joined(gradients)
+
+        unbiased, is_exact = model.reference(math.prod(x.shape[1:]))
+        exact = _Draws(1 if is_exact else reference_draws, sizes)
+        for draw in range(exact.number):
+            exact.add(gradient(unbiased, "reference", draw))
+        seconds, evaluations = [], []
+        drawn, direction = _Draws(draws, sizes), exact.mean
+        cosines = direction.new_zeros(draws, len(parts))
+        for draw in range(draws):
+            one = gradient(estimator, "gradient quality", draw)
+            drawn.add(one)
+            cosines[draw] = torch.stack(list(map(_cosine, one.split(sizes), direction.split(sizes))))
             after_draw()
 
-    counts = exact.new_tensor([len(range(group, draws, groups)) for group in range(groups)])
-    means = sums / counts.unsqueeze(1) + first
-    mean_squares = torch.stack([part.square().sum() for part in sums.sum(dim=0).split(sizes)]) / draws
-    variances = ((squares.sum(dim=0) - mean_squares) / (draws - 1)).clamp(min=0)
-    rows = zip(exact.split(sizes), means.split(sizes, dim=1), variances.tolist(), cosines.mean(dim=0), strict=True)
-    qualities = [_quality(g, mean, variance, cosine.item()) for g, mean, variance, cosine in rows]
-    return Measurement(dict(zip(PARTS, qualities, strict=True)), sum(evaluations) / draws, median(seconds))
+    references = exact.group_means.expand(len(drawn.group_means), -1) if is_exact else exact.group_means
+    columns = zip(
+        references.split(sizes, dim=1),
+        drawn.group_means.split(sizes, dim=1),
+        drawn.variances,
+        cosines.mean(dim=0).tolist(),
+        strict=True,
+    )
+    qualities = dict(zip(parts, (_quality(*column) for column in columns), strict=True))
+    found = Measurement(qualities, sum(evaluations) / draws, median(seconds))
+    if is_exact:
+        return found
+    squares = [part.square().sum().item() for part in direction.split(sizes)]
+    errors = [_ratio(v / reference_draws, square) for v, square in zip(exact.variances, squares, strict=True)]
+    return replace(found, reference_draws=reference_draws, reference_error=dict(zip(parts, errors, strict=True)))
 
 
-def warm_up(
-    model: SemiSupervisedVAE, estimator: Estimator, minibatches: Iterable[Tensor], *, step: int, seed: int
-) -> None:
+class _Draws:
+    """Sums over gradients [P] that are drawn one by one, for their means in groups and their variance by part."""
+
+    def __init__(self, number: int, sizes: list[int]) -> None:
+        self.number, self.sizes, self.groups = number, sizes, min(GROUPS, number)
+        self.seen, self.squares = 0, torch.zeros(len(sizes), dtype=torch.float64)
+
+    def add(self, gradient: Tensor) -> None:
+        if self.seen == 0:
+            self.first, self.sums = gradient, gradient.new_zeros(self.groups, len(gradient))
+        # from the first draw, not from zero: a variance far below the gradient's square is not rounded away
+        deviation = gradient - self.first
+        self.sums[self.seen % self.groups] += deviation
+        self.squares += torch.stack([part.square().sum() for part in deviation.split(self.sizes)]).cpu()
+        self.seen += 1
+
+    @property
+    def group_means(self) -> Tensor:
+        """[G, P]."""
+        counts = self.sums.new_tensor([len(range(group, self.number, self.groups)) for group in range(self.groups)])
+        return self.sums / counts.unsqueeze(1) + self.first
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums.sum(dim=0) / self.number + self.first
+
+    @property
+    def variances(self) -> list[float]:
+        """tr Cov of one draw, by part; 0 of a single one."""
+        squared_sums = torch.stack([part.square().sum() for part in self.sums.sum(dim=0).split(self.sizes)]).cpu()
+        variances = (self.squares - squared_sums / self.number) / max(1, self.number - 1)
+        return variances.clamp(min=0).tolist()
+
+
+def warm_up(model: Model, estimator: Estimator, minibatches: Iterable[Tensor], *, step: int, seed: int) -> None:
     """Fits an estimator's own parameters and running state to a model that stays as it is.
 
     One step a minibatch [B, C, H, W], each with its own noise of z: the estimator in training mode, its auxiliary loss
@@ -134,8 +178,7 @@ def warm_up(
         generator = keyed_generator(x.device, seed, "warm-up", index)
         with _evaluating(model, estimator, x.device):
             estimator.train()
-            logits, cost = _categorical_term(model, x, generator)
-            estimate = estimator(cost, logits, step=step, context=x, generator=generator)
+            estimate = model.categorical_term(x, generator)[1](estimator, step, generator)
             if optimizer is not None:
                 optimizer.zero_grad()
                 estimate.auxiliary.backward(inputs=parameters)
@@ -143,7 +186,7 @@ def warm_up(
 
 
 @contextmanager
-def _evaluating(model: SemiSupervisedVAE, estimator: Estimator, device: torch.device) -> Iterator[None]:
+def _evaluating(model: Model, estimator: Estimator, device: torch.device) -> Iterator[None]:
     """Evaluation mode with gradients, in float32; leaves modes and the global random state as they were."""
     modes = [(module, module.training) for module in (*model.modules(), *estimator.modules())]
     model.eval()
@@ -158,16 +201,6 @@ def _evaluating(model: SemiSupervisedVAE, estimator: Estimator, device: torch.de
     finally:
         for module, was_training in modes:
             module.training = was_training
-
-
-def _categorical_term(model: SemiSupervisedVAE, x: Tensor, generator: torch.Generator) -> tuple[Tensor, CostFunction]:
-    """logits [B, 1, K] of q(y|x), and f = y [S, B, 1, K] -> b(x, y) [S, B] by one draw of z's noise."""
-    features, noise = model.inference.features(x), model.draw_noise(x, generator)
-
-    def cost(y: Tensor) -> Tensor:
-        return model.bound(x, features, y.squeeze(-2), noise).value
-
-    return model.classifier(x).unsqueeze(-2), cost
 
 
 def _joined(gradients: Iterable[Tensor]) -> Tensor:
@@ -186,8 +219,8 @@ def _clock(device: torch.device) -> float:
 
 
 def _quality(exact: Tensor, means: Tensor, variance: float, cosine: float) -> Quality:
-    """From the exact gradient [P], the means [G, P] of groups of draws, and a draw's variance and mean cosine."""
-    size = exact.square().sum().item()
+    """From means [G, P] of groups of draws, of the exact gradient too, and a draw's variance and mean cosine."""
+    size = exact.mean(dim=0).square().sum().item()
     bias_squared, error = squared_mean(means - exact)
     signal_squared, _ = squared_mean(means)
     return Quality(

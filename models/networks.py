@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.randomness import random_int16
+from models.m2.model import Networks as Networks  # for networks of a person's own
 
 ScaleFunction = Literal["softplus", "exp"]
 MINIMUM_SCALE = 1e-4
@@ -346,37 +347,6 @@ class ConvGenerator(nn.Module):
             hidden = layer(F.relu(hidden))
         pixels = hidden[:, :, : self.shape.height, : self.shape.width]
         return pixels.reshape(samples, batch, self.shape.size)
-
-
-class Classifier(Protocol):
-    """q(y|x): logits [B, K] from images [B, C, H, W]; dropout only where a random generator is given."""
-
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
-
-
-class Inference(Protocol):
-    """q(z|x,y): features [B, H] once an image; loc and scale [S, B, Z] from features and y [S, B, K]."""
-
-    def features(self, x: Tensor) -> Tensor: ...
-
-    def __call__(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-class Generator(Protocol):
-    """p(x|y,z): a number a pixel for the likelihood [S, B, D], from y [S, B, K] and z [S, B, Z]."""
-
-    def __call__(self, y: Tensor, z: Tensor) -> Tensor: ...
-
-
-@dataclass
-class Networks:
-    """The three networks (torch modules) of a semi-supervised VAE, the number of classes and the size of z."""
-
-    classifier: Classifier
-    inference: Inference
-    generator: Generator
-    num_classes: int
-    latent_size: int
 
 
 NetworkBuilder = Callable[[ImageShape, int], Networks]

@@ -25,8 +25,8 @@ from scripts.command import composed, positive, refusing_bad_input, writable
 from scripts.gradient_quality import all_names, compose_estimator, split_names
 
 if TYPE_CHECKING:
-    from models.networks import Networks
-    from models.vae import SemiSupervisedVAE
+    from models.contract import Model
+    from models.m2.model import Networks
     from training.report import Report
     from training.run import Run
 
@@ -67,14 +67,13 @@ class Trainer:
     def step(self, report: Report | None = None) -> dict[str, float]:
         """One step; returns the seconds of each part, until the device has done it."""
         from data.randomness import keyed_generator
-        from models.objective import objective
 
         run, seconds, mark = self.run, {}, Stopwatch(self.run.device)
         generator = keyed_generator(run.device, run.config.seed, "step", run.step)
         batch = run.batches(run.step, generator)
         seconds["data"] = mark()
         with run.autocast():
-            result = objective(run.model, run.estimator, run.weights, *batch, step=run.step, generator=generator)
+            result = run.model.objective(run.estimator, run.weights, *batch, step=run.step, generator=generator)
         seconds["forward"] = mark()
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
@@ -153,9 +152,10 @@ def time_in_a_row(overrides: list[str], name: str, number: int) -> dict[str, flo
     return found
 
 
-def networks_of(model: SemiSupervisedVAE) -> Networks:
-    from models.networks import Networks
+def networks_of(model: Model) -> Networks:
+    from models.m2.model import Networks, SemiSupervisedVAE
 
+    assert isinstance(model, SemiSupervisedVAE)
     return Networks(model.classifier, model.inference, model.generator, model.num_classes, model.latent_size)
 
 

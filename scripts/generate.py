@@ -42,12 +42,12 @@ def held_out(arguments: argparse.Namespace, model: Trained) -> Tensor:
 
     from data.facts import DataError
     from data.inputs import inputs
-    from training.pictures import turn_about
+    from models.pictures import turn_about
     from training.run import stored_run
 
     if arguments.images:
         source = inputs(arguments.images, model.facts.shape, model.facts.resize)
-        number = max(arguments.columns, model.model.num_classes)
+        number = max(arguments.columns, len(model.class_names))
         return torch.from_numpy(next(source.chunks(number))[1].copy())
     run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
     if not len(run.validation.labels):
@@ -66,30 +66,14 @@ def drawn(
 
     from data.batches import binarize
     from data.randomness import keyed_generator
-    from training.pictures import (
-        analogies,
-        beside,
-        generated,
-        grid,
-        interpolation,
-        reconstructions,
-        samples,
-    )
+    from models.evaluation import evaluating
 
     generator = keyed_generator(model.device, seed, "generate")
-    shape, vae = torch.Size(model.facts.shape), model.model
-    if kind == "classes":
-        return grid(generated(vae, shape, generator, columns), columns)
-    if kind == "samples":
-        return grid(samples(vae, shape, generator, columns**2, draw_pixels), columns)
-    if kind == "interpolation":
-        return grid(interpolation(vae, shape, generator, columns), columns)
-    assert images is not None
-    x = binarize(images[:columns].to(model.device), model.facts.binarization, generator)
-    if kind == "reconstructions":
-        return grid(reconstructions(vae, x), len(x))
-    styles = analogies(vae, x).unflatten(0, (len(x), -1))
-    return beside(grid(styles[:, 0], 1), grid(styles[:, 1:].flatten(0, 1), vae.num_classes))
+    with evaluating(model.model):
+        x = None
+        if images is not None and model.model.kinds[kind]:
+            x = binarize(images[:columns].to(model.device), model.facts.binarization, generator)
+        return model.model.draw(kind, torch.Size(model.facts.shape), columns, generator, x, draw_pixels)
 
 
 def main() -> None:

@@ -187,8 +187,7 @@ def make_estimators(run: Run, settings: Settings, config_dir: Path | None = None
         with run.device:
             built = build(nodes[name], "estimator")
             check_kind(nodes[name], "estimator", built, Estimator)
-            made[name] = built
-            made[name].prepare(math.prod(known.shape), 1, known.num_classes)
+            made[name] = run.model.prepared(built, math.prod(known.shape))
     return made, own
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.networks import GaussianHead, MLPClassifier, Networks
-from models.vae import gaussian_kl
+from models.m2.model import Networks, gaussian_kl
+from models.networks import GaussianHead, MLPClassifier
 from training.run import Run
 
 aten = torch.ops.aten

@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from data.batches import EvaluationData
 from estimators.contract import Estimator
 from estimators.marginalization import Marginalization
-from models.evaluation import evaluate, importance_weighted
+from models.contract import Objective, Weights
+from models.evaluation import evaluate
+from models.m2.evaluation import importance_weighted
+from models.m2.model import SemiSupervisedVAE
+from models.m2.objective import objective
 from models.networks import ImageShape, conv, mlp
-from models.objective import Objective, Weights, objective
-from models.vae import SemiSupervisedVAE
 from tests.test_estimators import BIASED, UNBIASED, Case, each
 
 K = 4

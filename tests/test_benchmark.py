@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.networks import Networks
-from models.vae import SemiSupervisedVAE
+from models.m2.model import Networks, SemiSupervisedVAE
 from scripts import benchmark, peers
 from scripts.gradient_quality import all_names
 from tests.runs import MLP, checkpoint, command, run

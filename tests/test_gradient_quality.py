@@ -27,14 +27,16 @@ from estimators.gumbel_softmax import GumbelSoftmax
 from estimators.marginalization import Marginalization
 from estimators.schedules import constant
 from estimators.score_function import LearnedBaseline, LeaveOneOut, MovingAverage, NoBaseline, ScoreFunction
-from models.gradient_quality import PARTS, Measurement, Quality, gradient_quality, squared_mean, warm_up
+from models.gradient_quality import Measurement, Quality, gradient_quality, squared_mean, warm_up
+from models.m2.model import SemiSupervisedVAE
 from models.networks import ImageShape, conv, mlp
-from models.vae import SemiSupervisedVAE
 from scripts import gradient_quality as script
 from scripts import gradient_report as report
 from tests.runs import CONV, ESTIMATORS, MLP, SLOWLY, Ended, checkpoint, command, curve, equal, events, resume, run
 from training.run import Run, stored_run
 from training.state import plain
+
+PARTS = ("logits", "classifier", "inference", "generator")
 
 SHAPE, CLASSES, IMAGES = ImageShape(1, 4, 4), 3, 5
 

@@ -14,7 +14,8 @@ from unittest import mock
 import pytest
 
 from data.batches import Batches
-from models import evaluation, gradient_quality
+from models import gradient_quality
+from models.m2 import evaluation
 from tests.runs import MLP, ROOT, assert_same_events, checkpoint, equal, resume, run
 from training import checkpoints, interruption
 

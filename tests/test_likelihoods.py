@@ -15,8 +15,8 @@ from torch import Tensor, distributions
 from configs.schema import Binarization, Likelihood, resolved_likelihood
 from models import likelihoods
 from models.likelihoods import DiscretizedLogistic, Gaussian, LocationScale, log_likelihood_name
+from models.m2.model import SemiSupervisedVAE
 from models.networks import ImageShape, conv
-from models.vae import SemiSupervisedVAE
 from scripts import evaluate, generate
 from tests.runs import CONV, MLP, command, resume, run
 from training.checkpoints import stored

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from estimators import marginalization
 from estimators.marginalization import Marginalization, affordable_chunk, kept_bytes
+from models.contract import Weights
+from models.m2.model import SemiSupervisedVAE
+from models.m2.objective import objective
 from models.networks import ImageShape, conv, mlp, once_if_shared
-from models.objective import Weights, objective
-from models.vae import SemiSupervisedVAE
 from tests.runs import ROOT
 from training.process import choose_precision
 
@@ -136,8 +137,9 @@ def test_shared_classes_are_seen_once_and_others_are_left_alone() -> None:
 MEMORY = """
 import resource, sys, torch
 from models.networks import ImageShape, mlp
-from models.objective import Weights, objective
-from models.vae import SemiSupervisedVAE
+from models.contract import Weights
+from models.m2.objective import objective
+from models.m2.model import SemiSupervisedVAE
 from estimators.marginalization import Marginalization
 from training.process import tune_process
 

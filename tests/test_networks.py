@@ -14,6 +14,9 @@ from estimators.contract import Estimator
 from estimators.gumbel_softmax import GumbelSoftmax, StraightThroughGumbelSoftmax
 from estimators.marginalization import Marginalization
 from estimators.score_function import LeaveOneOut, MovingAverage, ScoreFunction
+from models.contract import Objective, Weights
+from models.m2.model import SemiSupervisedVAE
+from models.m2.objective import objective
 from models.networks import (
     Dropout,
     ImageShape,
@@ -27,8 +30,6 @@ from models.networks import (
     mlp,
     over_latent_and_class,
 )
-from models.objective import Objective, Weights, objective
-from models.vae import SemiSupervisedVAE
 
 LATENT = 3
 LABELLED, UNLABELLED = 2, 4

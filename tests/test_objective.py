@@ -23,11 +23,13 @@ from estimators.partial_enumeration import SparsemaxSum, SumAndSample, Unordered
 from estimators.schedules import constant
 from estimators.score_function import LeaveOneOut, ScoreFunction
 from estimators.straight_through import ReinMax
-from models.evaluation import Evaluation, calibration_error, evaluate, importance_weighted
+from models.contract import Evaluation, Objective, Weights
+from models.evaluation import calibration_error, evaluate
 from models.likelihoods import bernoulli_log_likelihood
+from models.m2.evaluation import importance_weighted
+from models.m2.model import Bound, SemiSupervisedVAE, gaussian_kl
+from models.m2.objective import objective
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
-from models.objective import Objective, Weights, objective
-from models.vae import Bound, SemiSupervisedVAE, gaussian_kl
 
 # torch.distributions is not annotated
 Bernoulli: Any = distributions.Bernoulli

@@ -23,8 +23,9 @@ from data.datasets import load
 from data.facts import Array, DataError
 from models import evaluation
 from models.evaluation import evaluate
+from models.m2 import evaluation as m2_evaluation
+from models.m2.model import SemiSupervisedVAE
 from models.networks import ImageShape, mlp
-from models.vae import SemiSupervisedVAE
 from scripts import evaluate as evaluate_script
 from scripts import generate, predict
 from scripts.command import apart
@@ -558,7 +559,7 @@ def test_rows_of_mnist_and_digits_are_as_many_as_before() -> None:
 )
 def test_out_of_memory_at_a_look_loses_nothing(error: Exception, tmp_path: Path) -> None:
     line, folder = f"{MLP} train.steps=8 train.validate_every=5 train.checkpoint_every=100", tmp_path / "run"
-    with mock.patch.object(evaluation, "exact_terms", mock.Mock(side_effect=error)):
+    with mock.patch.object(m2_evaluation, "exact_terms", mock.Mock(side_effect=error)):
         ended = run(line, folder, code=2)
     assert "evaluation.batch_size must be less than 200 here" in ended.err
     assert f"resume={folder} evaluation.batch_size=NUMBER" in ended.err

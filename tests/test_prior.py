@@ -19,10 +19,11 @@ from data.splits import class_prior
 from estimators.contract import CostFunction, Estimate, categorical_kl
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, sparsemax
-from models.evaluation import importance_weighted
+from models.contract import Weights
+from models.m2.evaluation import importance_weighted
+from models.m2.model import SemiSupervisedVAE
+from models.m2.objective import objective
 from models.networks import mlp
-from models.objective import Weights, objective
-from models.vae import SemiSupervisedVAE
 from scripts.command import composed
 from tests.runs import ESTIMATORS, MLP, checkpoint, resume, run
 from tests.test_estimators import CASES, Case, assert_same_with_gradient, cost, each, estimate, small_batch

@@ -17,13 +17,15 @@ from torch import Tensor
 from data.datasets import load
 from data.facts import Array
 from models.evaluation import calibration_error
+from models.m2.model import SemiSupervisedVAE
+from models.m2.pictures import analogies, interpolation, reconstructions
 from models.networks import ImageShape, conv
-from models.vae import SemiSupervisedVAE
+from models.pictures import beside, grid, turn_about
 from scripts import evaluate, generate
 from scripts.benchmark import compose_run
 from tests.runs import CONV, MLP, Ended, command, run
 from training import checkpoints
-from training.pictures import analogies, beside, grid, interpolation, reconstructions, save_figure, turn_about
+from training.pictures import save_figure
 from training.run import Run, stored_run
 from training.state import changes, flat, plain
 
@@ -74,8 +76,7 @@ def test_training_images_are_measured_with_their_true_labels(part: str, folder: 
 def classified(run: Run, images: Array) -> Tensor:
     run.model.eval()
     with torch.no_grad():
-        q: Tensor = run.model.classifier(torch.from_numpy(images) / 255).softmax(dim=-1)
-    return q
+        return run.model.posterior(torch.from_numpy(images) / 255)
 
 
 def test_images_without_a_label_count_for_the_bound_alone(folder: Path) -> None:

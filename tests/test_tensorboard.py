@@ -23,10 +23,12 @@ from torch import Tensor
 
 import train
 from configs.schema import TrainConfig
+from models.contract import Alarm
 from models.evaluation import calibration_error
+from models.m2.alarms import classes_collapsed, generator_ignores_y, z_unused
 from tests.runs import ANNEALED, MLP, command, curve, events, resume, run
 from training import charts
-from training.alarms import ENOUGH_NORMS, Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
+from training.alarms import ENOUGH_NORMS, gradient_exploded
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.names import LONGEST, run_name
 from training.report import draws_pictures

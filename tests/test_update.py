@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models.objective import Objective
+from models.contract import Objective
 from scripts.benchmark import compose_run, time_in_a_row
 from scripts.command import composed
 from scripts.gradient_quality import all_names

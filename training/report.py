@@ -17,10 +17,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from configs.schema import ConfigError, TrainConfig
 from data.progress import Line, is_silent
-from models.evaluation import Evaluation
+from models.contract import Alarm, Evaluation, Objective
 from models.gradient_quality import Measurement
-from models.objective import Objective
-from training.alarms import Alarm, classes_collapsed, generator_ignores_y, gradient_exploded, z_unused
+from training.alarms import gradient_exploded
 from training.names import hyper_parameters, run_name
 from training.run import Run
 from training.run_folder import events_folder
@@ -53,7 +52,8 @@ class Report:
         for place in (folder, folder / PROJECTOR):
             if place.is_symlink() and place != self.folder:  # of somebody else's making
                 raise ConfigError(f"{place} is a link, and would be written through: remove it")
-        return TensorBoard(folder, self.run.step, hyper_parameters(self.run.asked, config), self.run.logged)
+        charts = self.run.model.charts
+        return TensorBoard(folder, self.run.step, hyper_parameters(self.run.asked, config), charts, self.run.logged)
 
     def logged_at_step(self, step: int) -> dict[str, float]:
         """The scalars that were written of a step."""
@@ -124,19 +124,18 @@ class Report:
         draws = draws_pictures(step, self.run.config.train)
         if draws:
             self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
-        seen, weights = measured.per_image, self.run.weights
+        seen, model, labels = measured.per_image, self.run.model, self.run.validation.labels
         if seen is not None:
-            if draws:
+            if draws and model.has_labels:
                 self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)
-            alarms = [classes_collapsed(seen.q, self.run.validation.labels)]
-            if weights.labelled or weights.unlabelled:  # else p(x|y,z) and q(z|x,y) are not trained
-                alarms += [generator_ignores_y(seen.bound_spread), z_unused(measured.kl_z)]
-            # a healthy model has yet to learn to use y and z: it is no warning before half of the steps are done
+            alarms = model.alarms(measured, labels, self.run.weights)
+            # a healthy model has yet to learn to use its latents: it is no warning before half of the steps are done
             self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)
         if step == self.run.config.train.steps:
             names = self.run.facts.class_names
             self.board.project(self.run.model, self.run.validation, self.run.binarization, names)
-        self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
+        if measured.accuracy is not None:
+            self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
         self.bar.set_postfix(self.shown)
         rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
         log.info("step %d: %s, val bound %.2f (%d images)", step, rest, measured.bound, measured.n)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.schema import Config
-from models.evaluation import Evaluation
+from models.contract import Evaluation
 from training.report import Report
 from training.run import Run
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
@@ -48,12 +48,13 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     report.final({name.replace("_", "/", 1): value for name, value in test.items() if value is not None})
     report.flush()  # a finished run is not resumed
     write_json(path, result)
-    if result["test_accuracy"] is None:
+    if result["test_bound"] is None:
         reason = "data.num_test=0: nothing is measured on test images" if run.config.evaluation.test else LEFT
         report.say(f"{reason}; {path}")
         return
+    accuracy = "" if result["test_accuracy"] is None else f"accuracy {result['test_accuracy']:.4f}, "
     report.say(
-        f"test accuracy {result['test_accuracy']:.4f}, bound {result['test_bound']:.2f}, "
+        f"test {accuracy}bound {result['test_bound']:.2f}, "
         f"{run.log_likelihood_name} >= {result['test_log_likelihood']:.2f} nats ({result['test_n']} images); {path}"
     )
 
@@ -85,7 +86,7 @@ def whole_result(run: Run, report: Report) -> dict[str, Any]:
         **measure(run, "test"),
         "class_names": run.facts.class_names,
         "log_likelihood_of": run.log_likelihood_name.rstrip(","),  # what the bounds and log_likelihood are below
-        "prior": run.model.prior,
+        "prior": run.facts.prior,
         "git_commit": git_commit(),
         "versions": versions(),
         "config": flat(plain(run.config)),

@@ -25,11 +25,11 @@ from data.randomness import keyed_generator
 from data.splits import Indices, class_prior
 from data.stored import Images
 from estimators.contract import Estimator, Schedule
-from models.evaluation import Evaluation, evaluate
+from models.contract import Evaluation, Objective, Weights
+from models.evaluation import evaluate
 from models.gradient_quality import Measurement, gradient_quality
 from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
-from models.objective import Objective, Weights
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
 from training.process import choose_device, choose_precision, share_cores, tune_process
@@ -80,9 +80,7 @@ class Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = build_model(config.model, self.facts)
-            self.estimator: Estimator = build(config.estimator, "estimator")
-            self.estimator.prepare(shape.size, 1, source.num_classes)
-            self.estimator.log_prior = self.model.log_prior
+            self.estimator: Estimator = self.model.prepared(build(config.estimator, "estimator"), shape.size)
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
         self.parameters = dict(self.model.named_parameters())
@@ -327,12 +325,7 @@ class Run:
 
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""
-        w, labelled, unlabelled = self.weights, len(self.split.labelled), len(self.split.unlabelled)
-        return (
-            f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
-            "; effective weight per image: "
-            f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
-        )
+        return self.model.describe_objective(self.weights, len(self.split.labelled), len(self.split.unlabelled))
 
 
 def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:

@@ -5,52 +5,46 @@ from __future__ import annotations
 import colorsys
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import EvaluationData, binarize
 from data.randomness import keyed_generator
+from models.contract import Model
 from models.evaluation import evaluating, rows_at_once
-from models.vae import SemiSupervisedVAE
+from models.pictures import grid
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.checkpoints import write_atomically
-from training.pictures import analogies, generated, grid, interpolation, reconstructions, save_png
+from training.pictures import save_png
 
 FIRST = "Overview"  # J and validation accuracy once more, before all other tags, which TensorBoard sorts by letters
-# what the custom scalars tab shows: {section: {chart: tags}}
+# what the custom scalars tab shows of every family of models: {section: {chart: tags}}
 LAYOUT = {
     "Objective (nats per image)": {
         "J": ["train/J"],
-        "labelled and unlabelled bound": ["train/labelled_bound", "train/unlabelled_bound"],
-        "classification": ["train/classification"],
     },
     "Bound by data (nats per image)": {
-        "bound": ["train/labelled_bound", "train/unlabelled_bound", "val/bound", "test/bound"],
+        "bound": ["val/bound", "test/bound"],
     },
     "Accuracy": {"accuracy": ["val/accuracy", "test/accuracy"]},
     "Temperature and entropy": {"temperature, and entropy of q(y|x) in nats": ["train/temperature", "train/entropy_y"]},
     "Speed": {"steps per second": ["train/steps_per_second"]},
     "Alarms (1 is up)": {
-        "alarms": [
-            "warning/classes_collapsed",
-            "warning/generator_ignores_y",
-            "warning/z_unused",
-            "warning/gradient_exploded",
-        ],
+        "alarms": ["warning/gradient_exploded"],
         "gradient norm": ["train/gradient_norm"],
     },
 }
+Layout = Mapping[str, Mapping[str, Sequence[str]]]
 LAYOUT_TAG, HEAD = b"custom_scalars__config__", 100_000  # the layout is among an event file's first bytes
-MOST_CLASSES = 40  # in a picture that has a place for each
+MOST_CLASSES = 40  # in the confusion matrix
 PROJECTED = 1000  # images in the projector
 PROJECTOR = "projector"  # the folder of its files
 PROJECTOR_CONFIG = """embeddings {{
-  tensor_name: "z: mean of q(z|x,y) at the most probable y"
+  tensor_name: "{embedding}"
   tensor_path: "projector/z.tsv"
   metadata_path: "projector/classes.tsv"
   sprite {{
@@ -70,7 +64,12 @@ class TensorBoard:
     """
 
     def __init__(
-        self, folder: Path, start: int, hyper_parameters: dict[str, Any], logged: dict[str, float] | None = None
+        self,
+        folder: Path,
+        start: int,
+        hyper_parameters: dict[str, Any],
+        charts: Layout | None = None,
+        logged: dict[str, float] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
@@ -87,8 +86,7 @@ class TensorBoard:
         for summary in hparams(hyper_parameters, {})[1:]:
             self.writer._get_file_writer().add_summary(summary)
         if not laid_out:
-            charts = {section: {c: ["Multiline", tags] for c, tags in part.items()} for section, part in LAYOUT.items()}
-            self.writer.add_custom_scalars(charts)
+            self.writer.add_custom_scalars(laid(LAYOUT, charts or {}))
         self.scalars(logged or {}, start)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -100,22 +98,13 @@ class TensorBoard:
     def text(self, tag: str, text: str, step: int | None = None) -> None:
         self.writer.add_text(tag, text, step)
 
-    def pictures(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any, step: int) -> None:
-        """What the model makes of images and of z, as grids.
-
-        Held-out images above their reconstructions; generated images, a row a class, a column a style; held-out
-        images before their analogies in every class; and one walk through z, a row a class. With more than
-        MOST_CLASSES, nothing that is drawn class by class.
-        """
+    def pictures(self, model: Model, data: EvaluationData, binarization: Any, step: int) -> None:
+        """What the model makes of the first held-out images and of its latents."""
         generator = keyed_generator(data.x.device, 0, "pictures")
         images = binarize(data.x[:10], binarization, generator)
-        shape = images.shape[1:]
-        self.writer.add_image("reconstructions", grid(reconstructions(model, images), columns=10), step)
-        if model.num_classes > MOST_CLASSES:
-            return
-        self.writer.add_image("generated", grid(generated(model, shape, generator), columns=10), step)
-        self.writer.add_image("analogies", grid(analogies(model, images), columns=model.num_classes + 1), step)
-        self.writer.add_image("walk_through_z", grid(interpolation(model, shape, generator, 10), columns=10), step)
+        with evaluating(model):
+            for tag, picture in model.pictures(images, generator).items():
+                self.writer.add_image(tag, picture, step)
 
     def predictions(self, q: Tensor, data: EvaluationData, names: Sequence[str], step: int) -> None:
         """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
@@ -125,22 +114,25 @@ class TensorBoard:
         self.writer.add_image("worst_mistakes", mistakes, step)
         self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
 
-    def project(self, model: SemiSupervisedVAE, data: EvaluationData, binarization: Any, names: Sequence[str]) -> None:
-        """Writes the projector's files anew: z of the first held-out images, with true and predicted class.
+    def project(self, model: Model, data: EvaluationData, binarization: Any, names: Sequence[str]) -> None:
+        """Writes the projector's files anew: points of the first held-out images, with true and predicted class.
 
         add_embedding would leave a folder for each step, and forget the others when the run is resumed.
         """
         number = min(PROJECTED, rows_at_once(math.prod(data.x.shape[1:])))
         images, labels = data.x[:number], data.labels[:number].tolist()
         x = binarize(images, binarization, keyed_generator(images.device, 0, "projector"))
-        z, predicted = encode(model, x)
+        z, predicted = embedded(model, x)
         files = self.folder / PROJECTOR
         files.mkdir(exist_ok=True)
         points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
         words = [" ".join(name.split()) for name in names]  # a tab would be another column
-        classes = (f"{words[label]}\t{words[guess]}" for label, guess in zip(labels, predicted.tolist(), strict=True))
+        classes = [words[label] if label >= 0 else "" for label in labels]
+        if predicted is not None:
+            guesses = [words[guess] for guess in predicted.tolist()]
+            classes = ["class\tpredicted", *(f"{true}\t{guess}" for true, guess in zip(classes, guesses, strict=True))]
         write_atomically(files / "z.tsv", "".join(f"{row}\n" for row in points).encode())
-        write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in ("class\tpredicted", *classes)).encode())
+        write_atomically(files / "classes.tsv", "".join(f"{row}\n" for row in classes).encode())
         side = math.ceil(len(images) ** 0.5)
         tiles = coloured_by_class(images.float().cpu() / 255, data.labels[:number].cpu(), len(names))
         spare = torch.full((side**2 - len(images), *tiles.shape[1:]), 0.5)  # the projector takes a square
@@ -148,11 +140,22 @@ class TensorBoard:
         save_png(grid(torch.cat([tiles, spare]), columns=side, gap=0), sprite, 1)
         write_atomically(files / "images.png", sprite.getvalue())
         height, width = tiles.shape[2:]
-        config = PROJECTOR_CONFIG.format(width=width, height=height)
+        config = PROJECTOR_CONFIG.format(embedding=model.embedding, width=width, height=height)
         write_atomically(self.folder / "projector_config.pbtxt", config.encode())
 
     def close(self) -> None:
         self.writer.close()
+
+
+def laid(layout: Layout, more: Layout) -> dict[str, Any]:
+    """A layout as SummaryWriter takes it, each section with more of its charts, or more tags of a chart."""
+    sections: dict[str, Any] = {}
+    for section in [*layout, *(other for other in more if other not in layout)]:
+        charts = {chart: list(tags) for chart, tags in layout.get(section, {}).items()}
+        for chart, tags in more.get(section, {}).items():
+            charts[chart] = charts.get(chart, []) + list(tags)
+        sections[section] = {chart: ["Multiline", tags] for chart, tags in charts.items()}
+    return sections
 
 
 def has_layout(folder: Path) -> bool:
@@ -180,13 +183,9 @@ def coloured_by_class(images: Tensor, labels: Tensor, num_classes: int) -> Tenso
     return ground + (1 - ground) * images.mean(dim=1, keepdim=True)
 
 
-def encode(model: SemiSupervisedVAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of q(z|x,y) at the most probable y, [B, Z], and that y [B], of images x [B, C, H, W]."""
-    parts = []
+def embedded(model: Model, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The model's point [B, E] for each image x [B, C, H, W], and the class [B] that it tells, if it does."""
     with evaluating(model):
-        for images in x.split(250):
-            predicted = model.classifier(images).argmax(dim=-1)
-            y = F.one_hot(predicted, model.num_classes).float().unsqueeze(0)
-            parts.append((model.inference(model.inference.features(images), y)[0][0], predicted))
-    means, guesses = zip(*parts, strict=True)
-    return torch.cat(means), torch.cat(guesses)
+        parts = [(model.embed(images, q := model.posterior(images)), q) for images in x.split(250)]
+    predicted = torch.cat([q for _, q in parts]).argmax(dim=-1) if model.has_labels else None
+    return torch.cat([points for points, _ in parts]), predicted

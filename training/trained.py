@@ -20,7 +20,6 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ConfigError, Likelihood
@@ -30,10 +29,10 @@ from data.batches import Binarization, binarize
 from data.datasets import facts
 from data.facts import DataError
 from data.pictures import picture_files, read_pictures
-from models.evaluation import evaluating, exact_terms, importance_weighted_by, naming_memory, rows_at_once
+from models.contract import Model, Networks
+from models.evaluation import evaluating, naming_memory, rows_at_once
 from models.likelihoods import likelihood
 from models.networks import ImageShape
-from models.vae import SemiSupervisedVAE
 from training import checkpoints
 
 BOUNDS = 1001  # of the validation images' bounds, at most, that a checkpoint keeps: steps of 0.1 % in their ranks
@@ -116,27 +115,25 @@ class Trained:
     def classify(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """q(y|x) [N, K], classes in the order of `class_names`."""
         with self._at_work():
-            parts = [self.model.classifier(x).softmax(dim=-1).cpu() for x, _ in self._batches(images)]
-        return torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
+            parts = [self.model.posterior(x).cpu() for x, _ in self._batches(images)]
+            return torch.cat([self.model.posterior(self._no_images()).cpu(), *parts])
 
     def encode(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """The mean of q(z|x,y) [N, Z] at each image's most probable y."""
         with self._at_work():
-            parts = [self._mean_z(x, self.model.classifier(x)).cpu() for x, _ in self._batches(images)]
-        return torch.cat(parts) if parts else torch.empty(0, self.model.latent_size)
+            parts = [self._embed(x) for x, _ in self._batches(images)]
+            return torch.cat([self._embed(self._no_images()), *parts])
 
     def predict(self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False) -> Prediction:
         """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones."""
-        q, bound, z = [], [], []
         with self._at_work():
+            none = self._no_images()
+            q, bound, z = [self.model.posterior(none).cpu()], [torch.empty(0)], [self._embed(none)]
             for x, generators in self._batches(images, in_range):
-                probabilities, _, terms = exact_terms(self.model, x, self._noise(generators))
-                q.append(probabilities.cpu())
-                bound.append(terms["bound"].cpu())
-                z.append(self._mean_z(x, probabilities).cpu())
-        if not q:
-            empty = torch.empty(0)
-            return Prediction(empty.view(0, len(self.class_names)), empty, empty, empty.view(0, self.model.latent_size))
+                _, seen = self.model.terms_by(x, self._noise(generators))
+                q.append(seen.q.cpu())
+                bound.append(seen.bound.cpu())
+                z.append(self.model.embed(x, seen.q).cpu())
         bounds = torch.cat(bound)
         return Prediction(torch.cat(q), bounds, self._novelty(bounds), torch.cat(z))
 
@@ -151,7 +148,7 @@ class Trained:
         with self._at_work():
             for x, generators in self._batches(images):
                 draws = (self._noise(generators) for _ in range(samples))
-                parts.append(importance_weighted_by(self.model, x, draws).cpu())
+                parts.append(self.model.log_likelihood_by(x, draws).cpu())
         return torch.cat(parts) if parts else torch.empty(0)
 
     def generate(self, class_name: str, number: int = 1, seed: int = 0) -> Tensor:
@@ -165,14 +162,10 @@ class Trained:
         number = _positive(number, "number")
         if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
-        z = torch.randn(number, self.model.latent_size, generator=torch.Generator().manual_seed(int(seed)))
-        k = torch.tensor(self.class_names.index(class_name))
-        y = F.one_hot(k, len(self.class_names)).float().expand(1, 1, -1).to(self.device)
+        index = self.class_names.index(class_name)
+        styles = self.model.styles(number, torch.Generator().manual_seed(int(seed)))
         with self._at_work():
-            drawn = [
-                self.model.generate(y.expand(1, len(part), -1), part.to(self.device).unsqueeze(0))[0].cpu()
-                for part in z.split(self.batch_size)
-            ]
+            drawn = [self.model.of_class(index, part.to(self.device)).cpu() for part in styles.split(self.batch_size)]
         return (torch.cat(drawn) * 255).round().to(torch.uint8).view(number, *self.facts.shape)
 
     @contextmanager
@@ -202,6 +195,13 @@ class Trained:
                 x = binarize(pixels.to(self.device), self.facts.binarization, generators[0])
             yield x, generators
 
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.model.embed(x, self.model.posterior(x)).cpu()
+
+    def _no_images(self) -> Tensor:
+        """[0, C, H, W], which has results of the right shapes."""
+        return torch.empty(0, *self.facts.shape, device=self.device)
+
     def _check(self, images: npt.NDArray[np.uint8] | Tensor) -> None:
         """Raises ValueError, in one sentence, for what are no images of the model's shape."""
         channels, height, width = self.facts.shape
@@ -217,15 +217,8 @@ class Trained:
             raise ValueError(f"images must be uint8 {wanted}, got {shape}{alone}")
 
     def _noise(self, generators: list[torch.Generator]) -> Tensor:
-        """z's noise [B, Z], each row by its image's own generator."""
-        rows = [torch.randn(self.model.latent_size, generator=generator) for generator in generators]
-        return torch.stack(rows).to(self.device)
-
-    def _mean_z(self, x: Tensor, scores: Tensor) -> Tensor:
-        """The mean of q(z|x,y) [B, Z] at the y of the highest of the scores [B, K]."""
-        y = F.one_hot(scores.argmax(dim=-1), len(self.class_names)).float().unsqueeze(0)
-        loc: Tensor = self.model.inference(self.model.inference.features(x), y)[0][0]
-        return loc
+        """The model's noise [B, ...], each row by its image's own generator."""
+        return torch.stack([self.model.noise(generator) for generator in generators]).to(self.device)
 
     def _novelty(self, bound: Tensor) -> Tensor:
         known = self.validation_bounds
@@ -279,13 +272,13 @@ def stored_state(folder: Path, checkpoint: Path | None = None, trusted: Collecti
     return state | {"config": stored_config(state, trusted)}
 
 
-def build_model(config: Any, known: Facts) -> SemiSupervisedVAE:
+def build_model(config: Any, known: Facts) -> Model:
     """The model as it is before training, its networks by `config.model`, on the default device. Raises ConfigError."""
-    networks = build(config, "model", ImageShape(*known.shape), len(known.class_names))
-    return SemiSupervisedVAE(networks, likelihood(known.likelihood, known.shape[0]), known.prior)
+    networks: Networks = build(config, "model", ImageShape(*known.shape), len(known.class_names))
+    return networks.model(likelihood(known.likelihood, known.shape[0]), known.prior)
 
 
-def load_parameters(model: SemiSupervisedVAE, state: dict[str, Any]) -> None:
+def load_parameters(model: Model, state: dict[str, Any]) -> None:
     """Raises ConfigError for a checkpoint of other layers."""
     try:
         model.load_state_dict(state["model"])

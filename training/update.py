@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.randomness import key
-from models.objective import Objective, objective
+from models.contract import Objective
 from training.divergence import FiniteGuard
 from training.run import Run
 
@@ -32,7 +32,7 @@ class Update:
         run = self.run
         batch = run.batches.take(rows, self.generator)
         with run.autocast():
-            result = objective(run.model, run.estimator, run.weights, *batch, step=step, generator=self.generator)
+            result = run.model.objective(run.estimator, run.weights, *batch, step=step, generator=self.generator)
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         self.guard.before_update(number, result.terms)

@@ -1,33 +1,18 @@
-"""The objective J of semi-supervised learning. This is the one place that knows its sign."""
+"""The objective J of semi-supervised learning."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from estimators.contract import Estimator, check_estimate, entropy
-from models.vae import Bound, SemiSupervisedVAE
+from models.contract import Objective, Weights, maximised
 
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights of J's three terms; Jang et al. 2017 have labelled = unlabelled = 1 and alpha free."""
-
-    labelled: float
-    unlabelled: float
-    alpha: float
-
-
-@dataclass
-class Objective:
-    """The loss to minimise, J's terms (scalars, nats per image) and what the estimator reports."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    metrics: dict[str, Tensor | float]
+if TYPE_CHECKING:
+    from models.m2.model import Bound, SemiSupervisedVAE
 
 
 def objective(
@@ -44,7 +29,7 @@ def objective(
 
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
-    its first term by the estimator. The loss is -J plus the estimator's auxiliary loss. Where both bounds have no
+    its first term by the estimator. Where both bounds have no
     weight, the control of the classifier alone, they are not computed. The model and the estimator have the same p(y).
     Raises ContractError for an estimate of other shapes.
     """
@@ -56,7 +41,7 @@ def objective(
     entropy_y = entropy(logits_unlabelled).mean()
     if weights.labelled == weights.unlabelled == 0:
         j = weights.alpha * classification
-        return Objective(-j, {"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
+        return maximised({"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
     features = model.inference.features(x)
     noise = model.draw_noise(x, generator)
     bound: Bound | None = None  # of the labelled images
@@ -98,4 +83,14 @@ def objective(
         "reconstruction": bound.reconstruction.mean(),
         "entropy_y": entropy_y,
     }
-    return Objective(estimate.auxiliary - j, terms, estimate.metrics)
+    return maximised(terms, estimate.metrics, estimate.auxiliary)
+
+
+def describe(weights: Weights, labelled: int, unlabelled: int) -> str:
+    """J with its weights, and what each of so many labelled and unlabelled images weighs in it."""
+    w = weights
+    return (
+        f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
+        "; effective weight per image: "
+        f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
+    )

@@ -1,0 +1,231 @@
+"""The contract that every family of models keeps: what the trainer, evaluation, pictures and scripts ask of one.
+
+A family is a folder of this package. Its networks, which `config.model` builds from an image's shape and the number of
+the data's classes, are `Networks` and make a `Model` of it. All numbers are nats per image; classes are one-hot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from estimators.contract import Estimate, Estimator
+from estimators.reference import reference
+from models.likelihoods import Likelihood
+
+Estimation = Callable[[Estimator, int, torch.Generator], Estimate]  # by an estimator at a step
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of J's three terms; Jang et al. 2017 have labelled = unlabelled = 1 and alpha free."""
+
+    labelled: float
+    unlabelled: float
+    alpha: float
+
+
+@dataclass
+class Objective:
+    """The loss to minimise, J's terms (scalars, nats per image) and what the estimator reports."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor | float]
+
+
+def maximised(
+    terms: dict[str, Tensor], metrics: dict[str, Tensor | float], auxiliary: Tensor | float = 0.0
+) -> Objective:
+    """J, which is among its terms, to be maximised beside an estimator's auxiliary loss. Here alone J has a sign."""
+    return Objective(auxiliary - terms["J"], terms, metrics)
+
+
+@dataclass
+class PerImage:
+    """Of each image: q(y|x) [N, ..., K], its bound [N], and how b(x, y) is spread over y [N] where y is enumerated."""
+
+    q: Tensor
+    bound: Tensor
+    bound_spread: Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[PerImage]) -> PerImage:
+        spreads = [part.bound_spread for part in parts if part.bound_spread is not None]
+        return cls(
+            torch.cat([part.q for part in parts]),
+            torch.cat([part.bound for part in parts]),
+            torch.cat(spreads) if spreads else None,
+        )
+
+
+@dataclass
+class Evaluation:
+    """Means over a data set of n images; bounds, KLs and log-likelihood in nats per image; None is not measured.
+
+    Bits per dimension are -bound / (D log 2), no fewer than -log2 p(x) / D, for images of D whole grey levels.
+    Accuracy and calibration are those of the n_with_label images with a label, of a model that tells classes.
+    """
+
+    accuracy: float | None
+    bound: float
+    reconstruction: float
+    kl_y: float
+    kl_z: float | None = None
+    calibration_error: float | None = None
+    log_likelihood: float | None = None
+    bits_per_dimension: float | None = None  # where p(x) is a probability of whole grey levels
+    n: int = 0
+    n_with_label: int = 0
+    seen: InitVar[PerImage | None] = None
+
+    def __post_init__(self, seen: PerImage | None) -> None:
+        self.per_image = seen  # no field: fields are what is kept in result.json
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What was measured, by its name, without the numbers of images."""
+        counts = ("n", "n_with_label")
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in counts}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Whether something is wrong, and a sentence about it."""
+
+    name: str
+    up: bool
+    sentence: str
+
+
+class Model(nn.Module):
+    """A family of models, as everything outside of its folder sees it."""
+
+    has_labels: ClassVar[bool]  # whether it learns the data's classes from labels, and tells them
+    kinds: ClassVar[Mapping[str, bool]]  # what `draw` can draw, and whether it takes images
+    charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]  # of TensorBoard's custom scalars: section, chart, tags
+    embedding: ClassVar[str]  # what the points of `embed` are
+    likelihood: Likelihood
+    latents: Sequence[tuple[int, int]]  # categorical variables and their classes, by layer
+    log_prior: Tensor | None  # log p(y) [K] or [N, K] of the first layer; None where it is uniform
+
+    def prepared(self, estimator: Estimator, context_size: int) -> Estimator:
+        """The estimator, told its sizes and p(y), once, before its parameters are counted.
+
+        Of a model with several layers of variables, one for each. Raises ValueError as the estimator's `prepare`.
+        """
+        num_variables, num_classes = self.latents[0]
+        estimator.prepare(context_size, num_variables, num_classes)
+        estimator.log_prior = self.log_prior
+        return estimator
+
+    def reference(self, context_size: int) -> tuple[Estimator, bool]:
+        """What estimators are held against, prepared, and whether it is exact."""
+        estimator, is_exact = reference(*max(self.latents, key=lambda latents: latents[1] ** latents[0]))
+        return self.prepared(estimator, context_size), is_exact
+
+    def objective(
+        self,
+        estimator: Estimator,
+        weights: Weights,
+        x: Tensor,
+        y_labelled: Tensor,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> Objective:
+        """J of a minibatch: x [L + U, C, H, W] is L labelled images of classes y_labelled [L, K], then U unlabelled.
+
+        A function of its arguments and the parameters: the generator is the only source of randomness. Raises
+        ContractError for an estimate of other shapes.
+        """
+        raise NotImplementedError
+
+    def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
+        """J with its weights, and what each image weighs in it, of so many labelled and unlabelled images."""
+        raise NotImplementedError
+
+    def measure(
+        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], PerImage]:
+        """Terms of the bound, each [B], under the names of `Evaluation`, and what is kept of each image x [B, C, H, W].
+
+        y is enumerated, or drawn as one-hot classes where it has too many: no estimator has a part in it. Also
+        `log_likelihood` if importance_samples > 0, by so many draws. `after_draw` is called after each, 1 + them.
+        """
+        raise NotImplementedError
+
+    def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
+        """What goes wrong quietly, from an evaluation of images with these labels [N], -1 where unknown."""
+        raise NotImplementedError
+
+    def pictures(self, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures uint8 [C, H, W] by their tags, of held-out images x [B, C, H, W]."""
+        raise NotImplementedError
+
+    def draw(
+        self,
+        kind: str,
+        shape: torch.Size,
+        columns: int,
+        generator: torch.Generator,
+        x: Tensor | None = None,
+        draw_pixels: bool = False,
+    ) -> Tensor:
+        """A picture uint8 [C, H, W] of a kind in `kinds`; images x [B, C, H, W] are for those that take some."""
+        raise NotImplementedError
+
+    def posterior(self, x: Tensor) -> Tensor:
+        """q(y|x) of images x [B, C, H, W]: [B, K] where y is the class of an image, else [B, N, K]."""
+        raise NotImplementedError
+
+    def embed(self, x: Tensor, q: Tensor) -> Tensor:
+        """A point [B, E] for each image x [B, C, H, W], whose `posterior` is q."""
+        raise NotImplementedError
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """What an image needs of chance for `terms_by`."""
+        raise NotImplementedError
+
+    def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
+        """`measure` of images x [B, C, H, W] without log p(x), by this noise [B, ...]."""
+        raise NotImplementedError
+
+    def log_likelihood_by(self, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
+        """log p(x) [B], nats, by importance weighting: a lower bound on average. Each draw is noise [B, ...]."""
+        raise NotImplementedError
+
+    def sample(self, number: int, generator: torch.Generator, draw_pixels: bool = False) -> Tensor:
+        """Draws of the model [number, D] in [0, 1]: the mean of p(x|...), or pixels drawn from it."""
+        raise NotImplementedError
+
+    def styles(self, number: int, generator: torch.Generator) -> Tensor:
+        """What pictures of one class differ in, [number, ...], drawn: of a model with labels alone, as the next."""
+        raise NotImplementedError
+
+    def of_class(self, index: int, styles: Tensor) -> Tensor:
+        """Mean pictures [number, D] in [0, 1] of a class, in these styles [number, ...]."""
+        raise NotImplementedError
+
+    def networks(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each network, by its name: parts of the gradient that gradient_quality tells apart."""
+        raise NotImplementedError
+
+    def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
+        """The logits [B, N, K] of images x [B, C, H, W], and the term of J that needs an estimator, by one.
+
+        What else is drawn by chance is drawn here, by the generator, and is the same for all estimates.
+        """
+        raise NotImplementedError
+
+
+class Networks:
+    """What `config.model` builds: networks of a family, which make a model of it."""
+
+    def model(self, likelihood: Likelihood, prior: Sequence[float]) -> Model:
+        """The model, with p(x|...) by `likelihood`; `prior` is the probabilities of the data's classes."""
+        raise TypeError(f"{type(self).__name__} must define model(likelihood, prior)")

@@ -1,0 +1,233 @@
+"""The semi-supervised VAE: a classifier, an inference network and a generator, wired into the bound b(x, y)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from estimators.contract import Estimate, Estimator
+from models import contract
+from models.contract import Alarm, Estimation, Evaluation, Model, Objective, PerImage, Weights
+from models.likelihoods import Bernoulli, Likelihood
+from models.m2 import alarms, evaluation, pictures
+from models.m2.objective import describe, objective
+
+
+@dataclass
+class Bound:
+    """b(x, y) = reconstruction - kl_z, each [S, B], in nats per image."""
+
+    reconstruction: Tensor
+    kl_z: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        return self.reconstruction - self.kl_z
+
+    def of_images(self, rows: slice) -> Bound:
+        return Bound(self.reconstruction[:, rows], self.kl_z[:, rows])
+
+
+def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
+    """KL(N(loc, scale^2) || N(0, I)) summed over the last axis, nats (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+
+
+class Classifier(Protocol):
+    """q(y|x): logits [B, K] from images [B, C, H, W]; dropout only where a random generator is given."""
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class Inference(Protocol):
+    """q(z|x,y): features [B, H] once an image; loc and scale [S, B, Z] from features and y [S, B, K]."""
+
+    def features(self, x: Tensor) -> Tensor: ...
+
+    def __call__(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Generator(Protocol):
+    """p(x|y,z): a number a pixel for the likelihood [S, B, D], from y [S, B, K] and z [S, B, Z]."""
+
+    def __call__(self, y: Tensor, z: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Networks(contract.Networks):
+    """The three networks (torch modules) of a semi-supervised VAE, the number of classes and the size of z."""
+
+    classifier: Classifier
+    inference: Inference
+    generator: Generator
+    num_classes: int
+    latent_size: int
+
+    def model(self, likelihood: Likelihood, prior: Sequence[float]) -> SemiSupervisedVAE:
+        return SemiSupervisedVAE(self, likelihood, prior)
+
+
+class SemiSupervisedVAE(Model):
+    """M2 (Kingma et al. 2014): q(y|x), q(z|x,y) = N(loc, scale^2), p(x|y,z) by `likelihood`, p(y), p(z) = N(0, I).
+
+    `likelihood` is Bernoulli and `prior`, the K probabilities p(y), uniform where they are not given.
+    """
+
+    has_labels = True
+    kinds = pictures.KINDS
+    charts: ClassVar = {
+        "Objective (nats per image)": {
+            "labelled and unlabelled bound": ["train/labelled_bound", "train/unlabelled_bound"],
+            "classification": ["train/classification"],
+        },
+        "Bound by data (nats per image)": {"bound": ["train/labelled_bound", "train/unlabelled_bound"]},
+        "Alarms (1 is up)": {
+            "alarms": ["warning/classes_collapsed", "warning/generator_ignores_y", "warning/z_unused"]
+        },
+    }
+    embedding = "z: mean of q(z|x,y) at the most probable y"
+    log_prior: Tensor | None  # log p(y) [K]; None where it is uniform
+
+    def __init__(
+        self, networks: Networks, likelihood: Likelihood | None = None, prior: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        self.classifier = networks.classifier
+        self.inference = networks.inference
+        self.generator = networks.generator
+        self.num_classes = networks.num_classes
+        self.latents = [(1, networks.num_classes)]
+        self.latent_size = networks.latent_size
+        self.likelihood = Bernoulli() if likelihood is None else likelihood
+        self.prior = [1 / self.num_classes] * self.num_classes if prior is None else list(prior)
+        is_uniform = len(set(self.prior)) == 1
+        log_prior = None if is_uniform else torch.tensor([math.log(probability) for probability in self.prior])
+        self.register_buffer("log_prior", log_prior, persistent=False)  # a checkpoint has it from the configuration
+
+    def bound(self, x: Tensor, features: Tensor, y: Tensor, noise: Tensor) -> Bound:
+        """b(x, y) at y [S, B, K] for images x [B, C, H, W] with features [B, H], by one draw of z a class.
+
+        z = loc + scale * noise (Kingma & Welling 2014, section 2.4); noise [B, Z] is shared over S.
+        """
+        loc, scale = self.inference(features, y)
+        outputs = self.generator(y, loc + scale * noise)
+        return Bound(self.likelihood.log_prob(outputs, x.flatten(1)), gaussian_kl(loc, scale))
+
+    def log_weight(self, x: Tensor, features: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+        """log [p(x|y,z) p(z) / q(z|x,y)] [S, B] at the z of `bound`: its mean is b(x, y), its mean exp p(x|y)."""
+        loc, scale = self.inference(features, y)
+        z = loc + scale * noise
+        log_prior_ratio = (0.5 * (noise.square() - z.square()) + scale.log()).sum(dim=-1)
+        return self.likelihood.log_prob(self.generator(y, z), x.flatten(1)) + log_prior_ratio
+
+    def draw_noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal noise [B, Z] for z, a row an image."""
+        return torch.randn(x.shape[0], self.latent_size, device=x.device, generator=generator)
+
+    def generate(self, y: Tensor, z: Tensor) -> Tensor:
+        """Mean pictures [S, B, D] in [0, 1] at y [S, B, K] and z [S, B, Z], clipped where a Gaussian's leaves that."""
+        return self.likelihood.mean(self.generator(y, z)).clamp(0, 1)
+
+    def draw_pixels(self, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Pictures [S, B, D] in [0, 1] drawn from p(x|y,z) at y [S, B, K] and z [S, B, Z], clipped likewise."""
+        return self.likelihood.sample(self.generator(y, z), generator).clamp(0, 1)
+
+    def draw_classes(self, number: int, generator: torch.Generator) -> Tensor:
+        """One-hot classes [number, K] drawn from p(y)."""
+        probabilities = torch.tensor(self.prior, device=generator.device)
+        drawn = torch.multinomial(probabilities, number, replacement=True, generator=generator)
+        return F.one_hot(drawn, self.num_classes).float()
+
+    # ---- the contract of models/contract.py ----
+
+    def objective(
+        self,
+        estimator: Estimator,
+        weights: Weights,
+        x: Tensor,
+        y_labelled: Tensor,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> Objective:
+        return objective(self, estimator, weights, x, y_labelled, step=step, generator=generator)
+
+    def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
+        return describe(weights, labelled, unlabelled)
+
+    def measure(
+        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], PerImage]:
+        return evaluation.measure(self, x, importance_samples, generator, after_draw)
+
+    def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
+        return alarms.alarms(measured, labels, weights)
+
+    def pictures(self, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return pictures.pictures(self, x, generator)
+
+    def draw(
+        self,
+        kind: str,
+        shape: torch.Size,
+        columns: int,
+        generator: torch.Generator,
+        x: Tensor | None = None,
+        draw_pixels: bool = False,
+    ) -> Tensor:
+        return pictures.draw(self, kind, shape, columns, generator, x, draw_pixels)
+
+    def posterior(self, x: Tensor) -> Tensor:
+        return self.classifier(x).softmax(dim=-1)
+
+    def embed(self, x: Tensor, q: Tensor) -> Tensor:
+        """The mean of q(z|x,y) [B, Z] at the most probable y."""
+        y = F.one_hot(q.argmax(dim=-1), self.num_classes).float().unsqueeze(0)
+        return self.inference(self.inference.features(x), y)[0][0]
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """Of z, [Z]."""
+        return torch.randn(self.latent_size, generator=generator)
+
+    def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
+        return evaluation.exact_terms(self, x, noise)
+
+    def log_likelihood_by(self, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
+        return evaluation.importance_weighted_by(self, x, draws)
+
+    def sample(self, number: int, generator: torch.Generator, draw_pixels: bool = False) -> Tensor:
+        """y from p(y), z from p(z)."""
+        y, z = self.draw_classes(number, generator).unsqueeze(0), self.styles(number, generator).unsqueeze(0)
+        return (self.draw_pixels(y, z, generator) if draw_pixels else self.generate(y, z))[0]
+
+    def styles(self, number: int, generator: torch.Generator) -> Tensor:
+        """Draws of z from p(z), [number, Z]."""
+        return torch.randn(number, self.latent_size, generator=generator, device=generator.device)
+
+    def of_class(self, index: int, styles: Tensor) -> Tensor:
+        y = F.one_hot(torch.tensor(index, device=styles.device), self.num_classes).float()
+        return self.generate(y.expand(1, len(styles), -1), styles.unsqueeze(0))[0]
+
+    def networks(self) -> dict[str, list[nn.Parameter]]:
+        """By what it stands for: the likelihood's parameters are the generator's, as both are p(x|y,z)."""
+        parts = {name: list(getattr(self, name).parameters()) for name in ("classifier", "inference", "generator")}
+        return parts | {"generator": parts["generator"] + list(self.likelihood.parameters())}
+
+    def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
+        """The logits [B, 1, K] of q(y|x), and E_q(y|x)[b(x, y)] by one draw of z's noise."""
+        logits = self.classifier(x).unsqueeze(-2)
+        features, noise = self.inference.features(x), self.draw_noise(x, generator)
+
+        def cost(y: Tensor) -> Tensor:
+            return self.bound(x, features, y.squeeze(-2), noise).value
+
+        def estimate(estimator: Estimator, step: int, generator: torch.Generator) -> Estimate:
+            return estimator(cost, logits, step=step, context=x, generator=generator)
+
+        return logits, estimate
