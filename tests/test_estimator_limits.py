@@ -27,7 +27,17 @@ from estimators.partial_enumeration import SumAndSample, UnorderedSet, ratios
 from estimators.relaxed_control import REBAR, RELAX
 from estimators.schedules import constant
 from estimators.score_function import LearnedBaseline, MovingAverage, MuProp, NoBaseline, ScoreFunction
-from estimators.straight_through import GappedStraightThrough, GumbelRao, ReinMax, StraightThrough
+from estimators.straight_through import (
+    GappedStraightThrough,
+    GumbelRao,
+    ReinMax,
+    ReinMaxCV,
+    ReinMaxRao,
+    StraightThrough,
+    conditional_softmax,
+    heun,
+    heun_middle,
+)
 from tests.test_estimators import (
     CASES,
     CONTEXT_SIZE,
@@ -355,6 +365,75 @@ def test_gumbel_rao_with_one_conditional_draw_is_distributed_as_straight_through
     )
     for k in range(3):
         assert stats.ks_2samp(rao[:, k].numpy(), plain[:, k].numpy()).pvalue > 1e-3
+
+
+# ReinMax-Rao and ReinMax-CV
+
+
+@pytest.mark.parametrize("value", [0.02, 0.5, 1.0])
+def test_reinmax_rao_of_two_classes_is_its_integral_and_half_the_gradient_of_a_linear_f_at_low_temperature(
+    value: float,
+) -> None:
+    """J_GR given y: E[s (1 - s)] / tau, s = sigmoid(D / tau), D logistic about logit pi_D(y) and kept above zero."""
+    q = 0.7
+    logits, slopes = torch.tensor([math.log(q / (1 - q)), 0.0]), torch.tensor([3.0, 0.0])
+
+    def jacobian(middle: float) -> float:
+        above = stats.logistic(loc=special.logit(middle))
+
+        def density(noise: float) -> float:
+            soft = special.expit(noise / value)
+            return float(soft * (1 - soft) / value * above.pdf(noise))
+
+        return float(integrate.quad(density, 0, min(40 * value, 40), limit=500)[0] / above.sf(0))
+
+    mean = q * jacobian((1 + q) / 2) + (1 - q) * jacobian((2 - q) / 2)
+    exact_slope = 3 * q * (1 - q)
+    expected = 2 * 3 * mean - exact_slope / 2
+    weight = torch.stack([slopes, torch.zeros(2), torch.zeros(2)], dim=1)
+    rao = ReinMaxRao(partial(constant, value=value), num_conditional=20)
+    found = draws_of(rao, logits, weight, of=linear, draws=MANY).logits
+    assert worst_z(found, torch.tensor([expected, -expected])) < 4
+    assert worst_z(found[:, 0], torch.tensor(exact_slope)) > 4
+    if value == 0.02:
+        assert expected == pytest.approx(exact_slope / 2, rel=0.05)
+
+
+def test_reinmax_rao_at_high_temperature_is_minus_half_of_straight_through() -> None:
+    hot, plain = ReinMaxRao(partial(constant, value=1e6)), StraightThrough(at_one)
+    found, expected = seen_and_gradients(hot), seen_and_gradients(plain)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[2], -expected[2] / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_reinmax_cv_without_its_control_is_reinmax() -> None:
+    cold = partial(constant, value=0.3)
+    for found, expected in zip(
+        seen_and_gradients(ReinMaxCV(cold, eta=0.0)), seen_and_gradients(ReinMax(at_one)), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+class ControlOfTheNoiseOfY(ReinMaxCV):
+    """Wrong: r_0 has the Gumbels that y came from, those given that it is the argmax at log q."""
+
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        fresh = R.gumbel((self.num_conditional, *y.shape), generator=generator)
+        middle = heun_middle(log_q.exp(), y)
+        soft = conditional_softmax(log_q, middle, y, fresh, temperature).mean(dim=0)
+        noise = R.conditional_perturbed(log_q, y, R.gumbel(tuple(y.shape), generator=generator)) - 2 * log_q + middle
+        return heun(log_q, y, 1.0) + self.eta * (soft - ((log_q + noise.detach()) / temperature).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("eta", [1.5, -1.0])
+@pytest.mark.parametrize("value", [0.3, 1.0])
+def test_reinmax_cv_has_the_mean_of_reinmax_and_more_variance(value: float, eta: float) -> None:
+    control, plain = ReinMaxCV(partial(constant, value=value), num_conditional=5, eta=eta), ReinMax(at_one)
+    z, ratio = compare(control, plain)
+    assert z < 4
+    assert ratio > 1.02
+    z, _ = compare(ControlOfTheNoiseOfY(partial(constant, value=value), num_conditional=5, eta=eta), plain)
+    assert z > 4
 
 
 # Perturbed logits given their argmax
