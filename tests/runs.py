@@ -70,6 +70,7 @@ ESTIMATORS = {
     "score_function/moving_average": SCORE + "moving_average estimator.baseline.decay=0.99" + ONE,
     "score_function/learned": SCORE + "learned estimator.baseline.hidden=10 estimator.baseline.decay=0.99" + ONE,
     "score_function/leave_one_out": SCORE + "leave_one_out estimator.num_samples=2",
+    "vimco": "estimator=vimco estimator.num_samples=3",
 }
 STEPS = 12
 

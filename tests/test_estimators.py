@@ -23,6 +23,7 @@ from estimators.partial_enumeration import SparsemaxSum, SumAndSample, Unordered
 from estimators.relaxed_control import REBAR, RELAX
 from estimators.schedules import constant
 from estimators.score_function import (
+    VIMCO,
     Baseline,
     LearnedBaseline,
     LeaveOneOut,
@@ -79,6 +80,7 @@ CASES = [
     Case("leave_one_out_4", lambda: ScoreFunction(LeaveOneOut(), num_samples=4), True, True, 4),
     Case("learned", lambda: ScoreFunction(LearnedBaseline(hidden=3)), True, True, 1),
     Case("learned_2", lambda: ScoreFunction(LearnedBaseline(hidden=3), num_samples=2), True, True, 2),
+    Case("vimco", lambda: VIMCO(num_samples=3), True, True, 3),
     Case("muprop", lambda: MuProp(), True, True, 2),
     Case("muprop_3", lambda: MuProp(num_samples=3), True, True, 4),
     Case("rebar", REBAR, True, True, 3),
@@ -920,6 +922,7 @@ def test_a_class_of_probability_zero_is_never_drawn(case: Case) -> None:
         ("num_samples", lambda: ScoreFunction(NoBaseline(), num_samples=0)),
         ("num_samples", lambda: ScoreFunction(MovingAverage(), num_samples=0)),
         ("num_samples", lambda: ScoreFunction(LeaveOneOut(), num_samples=1)),
+        ("num_samples", lambda: VIMCO(num_samples=1)),
         *(("num_samples", partial(make, num_samples=0)) for make in (MuProp, REBAR, RELAX)),
         *(("num_samples", partial(make, at_one, num_samples=0)) for make in THROUGH),
         ("num_samples", lambda: UnorderedSet(num_samples=1)),
