@@ -38,6 +38,9 @@ class GumbelSoftmax(Estimator):
     model's evidence. A bound of several samples has `sampled` and `relaxed` inside the logarithm, draw by draw; the
     closed form of `analytic` is of no draw, and is refused there.
 
+    With K = 2 classes y is BinConcrete (Maddison et al. 2017, appendix B): logit y_1 = (l_1 - l_2 + Logistic) / tau,
+    from logits l.
+
     Raises ValueError for num_samples < 1, a temperature <= 0 or prior_temperature <= 0.
     """
 

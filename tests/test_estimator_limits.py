@@ -704,6 +704,7 @@ def test_a_baseline_is_the_same_whatever_the_cost_it_is_subtracted_from(
 # Two classes: the Concrete distribution is BinConcrete
 
 TEMPERATURES = [0.3, 1.0, 2.0]
+DENSITIES = [R.concrete_log_density, R.exp_concrete_log_density]  # of y, and of log y
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -727,6 +728,35 @@ def test_concrete_of_two_classes_is_binary_concrete(temperature: float) -> None:
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("logits", [[0.4, -0.3], [-2.0, 0.5]])
+def test_concrete_of_two_classes_is_binary_concrete_as_published(logits: list[float], temperature: float) -> None:
+    """Maddison et al. 2017, appendix B: X = 1 / (1 + exp(-(log a + L) / t)), L = log U - log(1 - U), with the density
+
+    t a x^(-t-1) (1 - x)^(-t-1) / (a x^-t + (1 - x)^-t)^2, and that of log x - log(1 - x) by dx = x (1 - x) d(logit x).
+    """
+    pi, t = torch.tensor(logits), temperature
+    a = math.exp(logits[0] - logits[1])
+    gumbels = R.gumbel((20_000, 2), generator=seeded(3))
+    log_y = R.concrete_log_sample(pi, gumbels, t)
+    x, log_a = log_y[:, 0].double().exp(), math.log(a)
+
+    u = (gumbels[:, 0] - gumbels[:, 1]).double().sigmoid()
+    published = 1 / (1 + (-(log_a + u.log() - (1 - u).log()) / t).exp())
+    torch.testing.assert_close(x, published, rtol=1e-4, atol=1e-6)
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    of_the_logit = stats.logistic(loc=log_a / t, scale=1 / t)
+    assert stats.kstest((log_y[:, 0] - log_y[:, 1]).numpy(), of_the_logit.cdf).pvalue > 1e-3
+
+    x = torch.linspace(0.01, 0.99, 99).double()
+    log_x = torch.stack([x, 1 - x], dim=-1).log()
+    density = t * a * (x * (1 - x)) ** (-t - 1) / (a * x**-t + (1 - x) ** -t) ** 2
+    of_x, of_its_logit = (log_density(log_x, pi, t).exp() for log_density in DENSITIES)
+    torch.testing.assert_close(of_x, density, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(of_its_logit, density * x * (1 - x), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(of_its_logit, torch.tensor(of_the_logit.pdf(x.logit().numpy())), rtol=1e-5, atol=1e-8)
 
 
 def test_the_concrete_estimator_of_two_classes_has_the_binary_concrete_bound() -> None:
