@@ -45,10 +45,11 @@ class Estimator(nn.Module):
     `log_prior` is log p(y) [K], or [N, K] where variables differ; None where p(y) is uniform. It is set before the
     first call.
     An estimator sets `calls_once` if it calls f once and leaves the gradient through f to the loss: f then takes other
-    work along in the same pass.
+    work along in the same pass. One that defines `multi_sample` sets `takes_several_samples`.
     """
 
     calls_once = False
+    takes_several_samples = False
     log_prior: Tensor | None = None
 
     def depends_on(self, step: int) -> object:
@@ -73,6 +74,36 @@ class Estimator(nn.Module):
         `generator` is the only source of randomness; `step` drives schedules.
         """
         raise TypeError(f"{type(self).__name__} must define forward(f, logits, *, step, context, generator)")
+
+    def multi_sample(
+        self,
+        f: CostFunction,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        importance_weighted: bool,
+        step: int,
+        context: Tensor,
+        generator: torch.Generator,
+    ) -> Estimate:
+        """Estimates L_m = E_{y_1..y_m ~ q}[log (1/m) sum_j w_j], m = num_samples (Burda et al. 2016, eq. 8), in nats.
+
+        f(y_j) [S, B] is log p(x|y_j), and `context` and `generator` are as in `forward`. Where `importance_weighted`,
+        log w_j = f(y_j) + log p(y_j) - log q(y_j|x), with p(y) the estimator's `log_prior`: a bound of log p(x).
+        Otherwise log w_j = f(y_j): y is drawn from the model's own p(y|x), as in structured prediction (Raiko et al.
+        2015). The estimate's `value` is the whole bound, and its `kl` is zero; the estimator's own `num_samples`, of
+        `forward`, plays no part. Raises ValueError as `check_several_samples` does, and for num_samples < 1.
+        """
+        self.check_several_samples(importance_weighted=importance_weighted)
+        raise TypeError(f"{type(self).__name__} must define multi_sample(f, logits, num_samples, *, ...)")
+
+    def check_several_samples(self, *, importance_weighted: bool) -> None:
+        """Raises ValueError where `multi_sample` cannot be asked of this estimator, before any work."""
+        if not self.takes_several_samples:
+            raise ValueError(
+                "estimator must be one that takes several samples in one bound: vimco, gumbel_softmax, "
+                f"st_gumbel_softmax or concrete, got {type(self).__name__}"
+            )
 
 
 class ContractError(ValueError):
@@ -149,6 +180,20 @@ def categorical_kl(logits: Tensor, log_prior: Tensor | None = None) -> Tensor:
     if log_prior is None:
         return (math.log(logits.shape[-1]) - entropy(logits)).sum(dim=-1)
     return (-entropy(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)).sum(dim=-1)
+
+
+def log_ratio(logits: Tensor, y: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """sum_n sum_k y_nk (log q_nk - log p_nk) [S, B], in nats, at y [S, B, N, K] and from logits [B, N, K].
+
+    It is log q(y|x) - log p(y) where y is one-hot. `log_prior` is as an estimator's.
+    """
+    log_p = -math.log(logits.shape[-1]) if log_prior is None else log_prior
+    return (y * (log_probabilities(logits) - log_p)).sum(dim=(-2, -1))
+
+
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    """log (1/m) sum_j w_j [...] from log w [m, ...], in nats."""
+    return log_w.float().logsumexp(dim=0) - math.log(len(log_w))
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -15,6 +14,8 @@ from estimators.contract import (
     Schedule,
     at_least,
     categorical_kl,
+    log_mean_exp,
+    log_ratio,
     positive,
     temperature_at,
 )
@@ -22,7 +23,6 @@ from estimators.relaxations import (
     concrete_log_sample,
     exp_concrete_log_density,
     gumbel,
-    log_probabilities,
     straight_through,
 )
 
@@ -35,12 +35,17 @@ class GumbelSoftmax(Estimator):
     `kl` chooses the loss of Maddison et al. 2017: `analytic` (eq. 22), the closed form of the categorical KL;
     `sampled` (eq. 21), sum_k y_k log(q_k / p_k) at the relaxed draw; `relaxed` (eq. 20), the log-density ratio of the
     Concrete posterior at tau and the Concrete prior at p(y) and `prior_temperature`, which alone bounds the relaxed
-    model's evidence.
+    model's evidence. A bound of several samples has `sampled` and `relaxed` inside the logarithm, draw by draw; the
+    closed form of `analytic` is of no draw, and is refused there.
+
+    With K = 2 classes y is BinConcrete (Maddison et al. 2017, appendix B): logit y_1 = (l_1 - l_2 + Logistic) / tau,
+    from logits l.
 
     Raises ValueError for num_samples < 1, a temperature <= 0 or prior_temperature <= 0.
     """
 
     calls_once = True
+    takes_several_samples = True
 
     def __init__(
         self,
@@ -67,27 +72,69 @@ class GumbelSoftmax(Estimator):
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
         temperature = temperature_at(self.temperature, step)
-        gumbels = gumbel((self.num_samples, *logits.shape), generator=generator)
-        log_y = concrete_log_sample(logits, gumbels, temperature)
-        y = self.draw(log_y)
+        log_y, y = self._draws(logits, self.num_samples, temperature, generator)
+        if self.kl == "analytic":
+            kl = categorical_kl(logits, self.log_prior)
+        else:
+            kl = self._log_ratio(logits, log_y, y, temperature).mean(dim=0)
         return Estimate(
             value=f(y).mean(dim=0),
-            kl=self._kl(logits, log_y, y, temperature),
+            kl=kl,
             auxiliary=logits.new_zeros(()),
             metrics={"evaluations": float(self.num_samples), "temperature": temperature},
         )
 
-    def _kl(self, logits: Tensor, log_y: Tensor, y: Tensor, temperature: float) -> Tensor:
-        if self.kl == "analytic":
-            return categorical_kl(logits, self.log_prior)
+    def multi_sample(
+        self,
+        f: CostFunction,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        importance_weighted: bool,
+        step: int,
+        context: Tensor,
+        generator: torch.Generator,
+    ) -> Estimate:
+        """L_m at m relaxed draws, differentiated through them: biased for tau > 0.
+
+        With kl=relaxed log w_j has Concrete densities, and L_m bounds the relaxed model's evidence (Maddison et al.
+        2017, eq. 20, of several samples); with kl=sampled (eq. 21) it bounds nothing. kl=analytic is refused where
+        importance-weighted.
+        """
+        self.check_several_samples(importance_weighted=importance_weighted)
+        at_least("num_samples", num_samples, 1)
+        temperature = temperature_at(self.temperature, step)
+        log_y, y = self._draws(logits, num_samples, temperature, generator)
+        log_w = f(y)
+        if importance_weighted:
+            log_w = log_w - self._log_ratio(logits, log_y, y, temperature)
+        return Estimate(
+            value=log_mean_exp(log_w),
+            kl=logits.new_zeros(logits.shape[0]),
+            auxiliary=logits.new_zeros(()),
+            metrics={"evaluations": float(num_samples), "temperature": temperature},
+        )
+
+    def check_several_samples(self, *, importance_weighted: bool) -> None:
+        if importance_weighted and self.kl == "analytic":
+            raise ValueError("kl must be sampled or relaxed in a bound of several samples, got analytic")
+
+    def _draws(
+        self, logits: Tensor, num_samples: int, temperature: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Relaxed log y, and the y that f sees, both [S, B, N, K]."""
+        gumbels = gumbel((num_samples, *logits.shape), generator=generator)
+        log_y = concrete_log_sample(logits, gumbels, temperature)
+        return log_y, self.draw(log_y)
+
+    def _log_ratio(self, logits: Tensor, log_y: Tensor, y: Tensor, temperature: float) -> Tensor:
+        """log q(y|x) - log p(y) [S, B] as kl=sampled or kl=relaxed has it."""
         if self.kl == "sampled":
-            log_p = -math.log(logits.shape[-1]) if self.log_prior is None else self.log_prior
-            log_ratio = log_probabilities(logits) - log_p
-            return (y * log_ratio).sum(dim=(-2, -1)).mean(dim=0)
+            return log_ratio(logits, y, self.log_prior)
         posterior = exp_concrete_log_density(log_y, logits, temperature)
         prior_logits = torch.zeros_like(logits) if self.log_prior is None else self.log_prior
         prior = exp_concrete_log_density(log_y, prior_logits, self.prior_temperature)
-        return (posterior - prior).sum(dim=-1).mean(dim=0)
+        return (posterior - prior).sum(dim=-1)
 
 
 class StraightThroughGumbelSoftmax(GumbelSoftmax):

@@ -1,11 +1,21 @@
-"""Score-function estimators (REINFORCE, Williams 1992): baselines that need no relaxation, and MuProp."""
+"""Score-function estimators (REINFORCE, Williams 1992): baselines that need no relaxation, VIMCO and MuProp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, slope, with_gradient_of
+from estimators.contract import (
+    CostFunction,
+    Estimate,
+    Estimator,
+    at_least,
+    categorical_kl,
+    log_mean_exp,
+    log_ratio,
+    slope,
+    with_gradient_of,
+)
 from estimators.relaxations import gumbel, gumbel_max, log_probabilities
 
 
@@ -128,6 +138,61 @@ class ScoreFunction(Estimator):
             "signal_variance": signal.var(correction=0),
         }
         return Estimate(value, categorical_kl(logits, self.log_prior), auxiliary, metrics)
+
+
+class VIMCO(ScoreFunction):
+    """The score function for bounds of several samples, each with a baseline from the others (Mnih & Rezende 2016).
+
+    `forward`, of one sample, is the score function with the leave-one-out baseline, at `num_samples` draws. Raises
+    ValueError for num_samples < 2.
+    """
+
+    takes_several_samples = True
+
+    def __init__(self, num_samples: int = 2) -> None:
+        super().__init__(LeaveOneOut(), num_samples)
+
+    def multi_sample(
+        self,
+        f: CostFunction,
+        logits: Tensor,
+        num_samples: int,
+        *,
+        importance_weighted: bool,
+        step: int,
+        context: Tensor,
+        generator: torch.Generator,
+    ) -> Estimate:
+        """grad = sum_j [(L - L_-j) grad log q(y_j) + w_j / (sum_i w_i) grad log w_j]: unbiased (eqs. 7-10).
+
+        L = log (1/m) sum_i w_i, and L_-j is L without w_j (`bounds_of_the_others`).
+        """
+        at_least("num_samples", num_samples, 1)
+        log_q = log_probabilities(logits)
+        y = gumbel_max(log_q.detach(), gumbel((num_samples, *logits.shape), generator=generator))
+        log_w = f(y).float()
+        if importance_weighted:
+            log_w = log_w - log_ratio(logits, y, self.log_prior)
+        bound = log_mean_exp(log_w)
+        signal = bound.detach() - bounds_of_the_others(log_w.detach())
+        metrics: dict[str, Tensor | float] = {
+            "evaluations": float(num_samples),
+            "signal_variance": signal.var(correction=0),
+        }
+        value = with_gradient_of(bound, (signal * (y * log_q).sum(dim=(-2, -1))).sum(dim=0))
+        return Estimate(value, logits.new_zeros(logits.shape[0]), logits.new_zeros(()), metrics)
+
+
+def bounds_of_the_others(log_w: Tensor) -> Tensor:
+    """log (1/m) sum_i w_i with w_j replaced by the geometric mean of the other m - 1, for each j; from log w [m, B].
+
+    Mnih & Rezende 2016, eq. 10. 0 where there is no other. Takes memory for m^2 B numbers.
+    """
+    if len(log_w) == 1:
+        return torch.zeros_like(log_w)
+    of_others = (log_w.sum(dim=0) - log_w) / (len(log_w) - 1)
+    is_own = torch.eye(len(log_w), dtype=torch.bool, device=log_w.device).unsqueeze(-1)
+    return log_mean_exp(torch.where(is_own, of_others, log_w.unsqueeze(1)))
 
 
 class MuProp(Estimator):

@@ -5,6 +5,8 @@ All are biased, and call f once a draw. The gradient of f at y comes from f's co
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,11 @@ class StraightThrough(Estimator):
         )
 
 
+def heun_middle(q: Tensor, y: Tensor) -> Tensor:
+    """log((y + q) / 2) [S, B, N, K], finite, from q [B, N, K]: log pi_D of Liu et al. 2023."""
+    return ((y + q) / 2).log().clamp(min=LOG_ZERO)
+
+
 class ReinMax(StraightThrough):
     """y ~ q with the gradient of 2 p_1 - q / 2 (Liu et al. 2023, algorithm 2), exact for quadratic f at tau 1.
 
@@ -57,9 +64,13 @@ class ReinMax(StraightThrough):
     """
 
     def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        middle = (y + (log_q / temperature).softmax(dim=-1)) / 2
-        shift = (middle.log().clamp(min=LOG_ZERO) - log_q).detach()
-        return 2 * (log_q + shift).softmax(dim=-1) - log_q.exp() / 2
+        return heun(log_q, y, temperature)
+
+
+def heun(log_q: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """2 p_1 - q / 2 [S, B, N, K] as in ReinMax."""
+    shift = (heun_middle((log_q / temperature).softmax(dim=-1), y) - log_q).detach()
+    return 2 * (log_q + shift).softmax(dim=-1) - log_q.exp() / 2
 
 
 class GumbelRao(StraightThrough):
@@ -75,8 +86,53 @@ class GumbelRao(StraightThrough):
 
     def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         fresh = gumbel((self.num_conditional, *y.shape), generator=generator)
-        noise = (conditional_perturbed(log_q, y, fresh) - log_q).detach()
-        return ((log_q + noise) / temperature).softmax(dim=-1).mean(dim=0)
+        return conditional_softmax(log_q, log_q, y, fresh, temperature).mean(dim=0)
+
+
+def conditional_softmax(log_q: Tensor, at: Tensor, y: Tensor, fresh: Tensor, temperature: float) -> Tensor:
+    """softmax((at + G) / tau), G the Gumbels given that y is the argmax of at + G; its gradient goes to log q alone.
+
+    `fresh` are standard Gumbels [M, S, B, N, K], and so is what comes back.
+    """
+    noise = (conditional_perturbed(at, y, fresh) - log_q).detach()
+    return ((log_q + noise) / temperature).softmax(dim=-1)
+
+
+class ReinMaxRao(GumbelRao):
+    """y ~ q with the gradient of 2 r - q / 2: ReinMax with Gumbel-Rao in its first term (Wang & Bui 2026).
+
+    r is softmax((log pi_D + G) / tau), pi_D = (y + q) / 2, averaged over M draws of the Gumbels G given that y is the
+    argmax of log pi_D + G. It does not Rao-Blackwellise ReinMax, which has no noise given y, but has another mean: on a
+    linear f, where ReinMax is exact, half the exact gradient as tau -> 0, and minus a half as tau -> infinity.
+    """
+
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        fresh = gumbel((self.num_conditional, *y.shape), generator=generator)
+        soft = conditional_softmax(log_q, heun_middle(log_q.exp(), y), y, fresh, temperature)
+        return 2 * soft.mean(dim=0) - log_q.exp() / 2
+
+
+class ReinMaxCV(GumbelRao):
+    """ReinMax at tau 1 plus eta (r - r_0) (Wang & Bui 2026): r as in ReinMax-Rao, r_0 one more such draw.
+
+    r - r_0 has mean zero given y, as a control variate must, because both have their Gumbels given that y is the argmax
+    at log pi_D: those that y came from, given its argmax at log q, would move the mean. So the mean is ReinMax's for
+    every eta and tau; and as ReinMax has no noise given y, the variance is ReinMax's plus eta^2 times that of r - r_0:
+    it can only add, and is least at eta = 0. Raises ValueError also for an eta that is not finite.
+    """
+
+    def __init__(
+        self, temperature: Schedule, num_samples: int = 1, num_conditional: int = 10, eta: float = 0.5
+    ) -> None:
+        super().__init__(temperature, num_samples, num_conditional)
+        if not math.isfinite(eta):
+            raise ValueError(f"eta must be finite, got {eta}")
+        self.eta = eta
+
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        fresh = gumbel((self.num_conditional + 1, *y.shape), generator=generator)
+        soft = conditional_softmax(log_q, heun_middle(log_q.exp(), y), y, fresh, temperature)
+        return heun(log_q, y, 1.0) + self.eta * (soft[1:].mean(dim=0) - soft[0])
 
 
 class GappedStraightThrough(StraightThrough):

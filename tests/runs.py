@@ -55,6 +55,8 @@ ESTIMATORS = {
     "concrete": "estimator=concrete estimator.kl=relaxed" + ONE + STEADY + "0.7 estimator.prior_temperature=0.4",
     "straight_through": "estimator=straight_through" + ONE + STEADY + "1.0",
     "reinmax": "estimator=reinmax" + ONE + STEADY + "1.0",
+    "reinmax_rao": "estimator=reinmax_rao estimator.num_conditional=10" + ONE + STEADY + "1.0",
+    "reinmax_cv": "estimator=reinmax_cv estimator.num_conditional=10 estimator.eta=0.5" + ONE + STEADY + "1.0",
     "gumbel_rao": "estimator=gumbel_rao estimator.num_conditional=10" + ONE + ANNEALED,
     "gapped_straight_through": "estimator=gapped_straight_through estimator.gap=1.0" + ONE + ANNEALED,
     "sum_and_sample": "estimator=sum_and_sample estimator.num_exact=1",
@@ -68,6 +70,7 @@ ESTIMATORS = {
     "score_function/moving_average": SCORE + "moving_average estimator.baseline.decay=0.99" + ONE,
     "score_function/learned": SCORE + "learned estimator.baseline.hidden=10 estimator.baseline.decay=0.99" + ONE,
     "score_function/leave_one_out": SCORE + "leave_one_out estimator.num_samples=2",
+    "vimco": "estimator=vimco estimator.num_samples=3",
 }
 STEPS = 12
 

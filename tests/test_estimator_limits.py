@@ -27,7 +27,17 @@ from estimators.partial_enumeration import SumAndSample, UnorderedSet, ratios
 from estimators.relaxed_control import REBAR, RELAX
 from estimators.schedules import constant
 from estimators.score_function import LearnedBaseline, MovingAverage, MuProp, NoBaseline, ScoreFunction
-from estimators.straight_through import GappedStraightThrough, GumbelRao, ReinMax, StraightThrough
+from estimators.straight_through import (
+    GappedStraightThrough,
+    GumbelRao,
+    ReinMax,
+    ReinMaxCV,
+    ReinMaxRao,
+    StraightThrough,
+    conditional_softmax,
+    heun,
+    heun_middle,
+)
 from tests.test_estimators import (
     CASES,
     CONTEXT_SIZE,
@@ -357,6 +367,75 @@ def test_gumbel_rao_with_one_conditional_draw_is_distributed_as_straight_through
         assert stats.ks_2samp(rao[:, k].numpy(), plain[:, k].numpy()).pvalue > 1e-3
 
 
+# ReinMax-Rao and ReinMax-CV
+
+
+@pytest.mark.parametrize("value", [0.02, 0.5, 1.0])
+def test_reinmax_rao_of_two_classes_is_its_integral_and_half_the_gradient_of_a_linear_f_at_low_temperature(
+    value: float,
+) -> None:
+    """J_GR given y: E[s (1 - s)] / tau, s = sigmoid(D / tau), D logistic about logit pi_D(y) and kept above zero."""
+    q = 0.7
+    logits, slopes = torch.tensor([math.log(q / (1 - q)), 0.0]), torch.tensor([3.0, 0.0])
+
+    def jacobian(middle: float) -> float:
+        above = stats.logistic(loc=special.logit(middle))
+
+        def density(noise: float) -> float:
+            soft = special.expit(noise / value)
+            return float(soft * (1 - soft) / value * above.pdf(noise))
+
+        return float(integrate.quad(density, 0, min(40 * value, 40), limit=500)[0] / above.sf(0))
+
+    mean = q * jacobian((1 + q) / 2) + (1 - q) * jacobian((2 - q) / 2)
+    exact_slope = 3 * q * (1 - q)
+    expected = 2 * 3 * mean - exact_slope / 2
+    weight = torch.stack([slopes, torch.zeros(2), torch.zeros(2)], dim=1)
+    rao = ReinMaxRao(partial(constant, value=value), num_conditional=20)
+    found = draws_of(rao, logits, weight, of=linear, draws=MANY).logits
+    assert worst_z(found, torch.tensor([expected, -expected])) < 4
+    assert worst_z(found[:, 0], torch.tensor(exact_slope)) > 4
+    if value == 0.02:
+        assert expected == pytest.approx(exact_slope / 2, rel=0.05)
+
+
+def test_reinmax_rao_at_high_temperature_is_minus_half_of_straight_through() -> None:
+    hot, plain = ReinMaxRao(partial(constant, value=1e6)), StraightThrough(at_one)
+    found, expected = seen_and_gradients(hot), seen_and_gradients(plain)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[2], -expected[2] / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_reinmax_cv_without_its_control_is_reinmax() -> None:
+    cold = partial(constant, value=0.3)
+    for found, expected in zip(
+        seen_and_gradients(ReinMaxCV(cold, eta=0.0)), seen_and_gradients(ReinMax(at_one)), strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+class ControlOfTheNoiseOfY(ReinMaxCV):
+    """Wrong: r_0 has the Gumbels that y came from, those given that it is the argmax at log q."""
+
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        fresh = R.gumbel((self.num_conditional, *y.shape), generator=generator)
+        middle = heun_middle(log_q.exp(), y)
+        soft = conditional_softmax(log_q, middle, y, fresh, temperature).mean(dim=0)
+        noise = R.conditional_perturbed(log_q, y, R.gumbel(tuple(y.shape), generator=generator)) - 2 * log_q + middle
+        return heun(log_q, y, 1.0) + self.eta * (soft - ((log_q + noise.detach()) / temperature).softmax(dim=-1))
+
+
+@pytest.mark.parametrize("eta", [1.5, -1.0])
+@pytest.mark.parametrize("value", [0.3, 1.0])
+def test_reinmax_cv_has_the_mean_of_reinmax_and_more_variance(value: float, eta: float) -> None:
+    control, plain = ReinMaxCV(partial(constant, value=value), num_conditional=5, eta=eta), ReinMax(at_one)
+    z, ratio = compare(control, plain)
+    assert z < 4
+    assert ratio > 1.02
+    z, _ = compare(ControlOfTheNoiseOfY(partial(constant, value=value), num_conditional=5, eta=eta), plain)
+    assert z > 4
+
+
 # Perturbed logits given their argmax
 
 
@@ -625,6 +704,7 @@ def test_a_baseline_is_the_same_whatever_the_cost_it_is_subtracted_from(
 # Two classes: the Concrete distribution is BinConcrete
 
 TEMPERATURES = [0.3, 1.0, 2.0]
+DENSITIES = [R.concrete_log_density, R.exp_concrete_log_density]  # of y, and of log y
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -648,6 +728,35 @@ def test_concrete_of_two_classes_is_binary_concrete(temperature: float) -> None:
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("logits", [[0.4, -0.3], [-2.0, 0.5]])
+def test_concrete_of_two_classes_is_binary_concrete_as_published(logits: list[float], temperature: float) -> None:
+    """Maddison et al. 2017, appendix B: X = 1 / (1 + exp(-(log a + L) / t)), L = log U - log(1 - U), with the density
+
+    t a x^(-t-1) (1 - x)^(-t-1) / (a x^-t + (1 - x)^-t)^2, and that of log x - log(1 - x) by dx = x (1 - x) d(logit x).
+    """
+    pi, t = torch.tensor(logits), temperature
+    a = math.exp(logits[0] - logits[1])
+    gumbels = R.gumbel((20_000, 2), generator=seeded(3))
+    log_y = R.concrete_log_sample(pi, gumbels, t)
+    x, log_a = log_y[:, 0].double().exp(), math.log(a)
+
+    u = (gumbels[:, 0] - gumbels[:, 1]).double().sigmoid()
+    published = 1 / (1 + (-(log_a + u.log() - (1 - u).log()) / t).exp())
+    torch.testing.assert_close(x, published, rtol=1e-4, atol=1e-6)
+    assert stats.kstest(u.numpy(), "uniform").pvalue > 1e-3
+    of_the_logit = stats.logistic(loc=log_a / t, scale=1 / t)
+    assert stats.kstest((log_y[:, 0] - log_y[:, 1]).numpy(), of_the_logit.cdf).pvalue > 1e-3
+
+    x = torch.linspace(0.01, 0.99, 99).double()
+    log_x = torch.stack([x, 1 - x], dim=-1).log()
+    density = t * a * (x * (1 - x)) ** (-t - 1) / (a * x**-t + (1 - x) ** -t) ** 2
+    of_x, of_its_logit = (log_density(log_x, pi, t).exp() for log_density in DENSITIES)
+    torch.testing.assert_close(of_x, density, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(of_its_logit, density * x * (1 - x), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(of_its_logit, torch.tensor(of_the_logit.pdf(x.logit().numpy())), rtol=1e-5, atol=1e-8)
 
 
 def test_the_concrete_estimator_of_two_classes_has_the_binary_concrete_bound() -> None:

@@ -23,6 +23,7 @@ from estimators.partial_enumeration import SparsemaxSum, SumAndSample, Unordered
 from estimators.relaxed_control import REBAR, RELAX
 from estimators.schedules import constant
 from estimators.score_function import (
+    VIMCO,
     Baseline,
     LearnedBaseline,
     LeaveOneOut,
@@ -31,7 +32,14 @@ from estimators.score_function import (
     NoBaseline,
     ScoreFunction,
 )
-from estimators.straight_through import GappedStraightThrough, GumbelRao, ReinMax, StraightThrough
+from estimators.straight_through import (
+    GappedStraightThrough,
+    GumbelRao,
+    ReinMax,
+    ReinMaxCV,
+    ReinMaxRao,
+    StraightThrough,
+)
 
 CostFamily = Callable[[Tensor], CostFunction]  # f from parameters W [B, K, H], some for each image
 
@@ -72,6 +80,7 @@ CASES = [
     Case("leave_one_out_4", lambda: ScoreFunction(LeaveOneOut(), num_samples=4), True, True, 4),
     Case("learned", lambda: ScoreFunction(LearnedBaseline(hidden=3)), True, True, 1),
     Case("learned_2", lambda: ScoreFunction(LearnedBaseline(hidden=3), num_samples=2), True, True, 2),
+    Case("vimco", lambda: VIMCO(num_samples=3), True, True, 3),
     Case("muprop", lambda: MuProp(), True, True, 2),
     Case("muprop_3", lambda: MuProp(num_samples=3), True, True, 4),
     Case("rebar", REBAR, True, True, 3),
@@ -79,6 +88,8 @@ CASES = [
     Case("relax", lambda: RELAX(hidden=3), True, True, 3),
     Case("straight_through", lambda: StraightThrough(at_one), False, True, 1),
     Case("reinmax", lambda: ReinMax(at_one, num_samples=2), False, True, 2),
+    Case("reinmax_rao", lambda: ReinMaxRao(at_one, num_conditional=3), False, True, 1),
+    Case("reinmax_cv", lambda: ReinMaxCV(at_one, num_samples=2, num_conditional=3), False, True, 2),
     Case("gumbel_rao", lambda: GumbelRao(at_one, num_conditional=3), False, True, 1),
     Case("gapped_straight_through", lambda: GappedStraightThrough(at_one), False, True, 1),
     Case("sum_and_sample_1", lambda: SumAndSample(num_exact=1), True, True, 2),
@@ -107,7 +118,7 @@ BIASED = [case for case in CASES if not case.unbiased]
 RANDOM = [case for case in CASES if case.random]
 SOFTMAX = [case for case in CASES if case.softmax]
 RELAXED = [GumbelSoftmax, StraightThroughGumbelSoftmax]
-THROUGH = [StraightThrough, ReinMax, GumbelRao, GappedStraightThrough]
+THROUGH = [StraightThrough, ReinMax, ReinMaxRao, ReinMaxCV, GumbelRao, GappedStraightThrough]
 TEMPERED: list[Callable[[Schedule], Estimator]] = [*RELAXED, *THROUGH]
 UNUSABLE_TEMPERATURES = [0.0, -1.0, math.nan, math.inf]
 
@@ -845,7 +856,8 @@ def tempered_cases() -> list[Case]:
     through: list[Callable[[Schedule, int], Estimator]] = [
         StraightThrough,
         ReinMax,
-        partial(GumbelRao, num_conditional=3),
+        *(partial(make, num_conditional=3) for make in (GumbelRao, ReinMaxRao, ReinMaxCV)),
+        partial(ReinMaxCV, num_conditional=1, eta=-2.0),
         GappedStraightThrough,
         partial(GappedStraightThrough, gap=0.0),
         partial(GappedStraightThrough, gap=1e4),
@@ -910,12 +922,14 @@ def test_a_class_of_probability_zero_is_never_drawn(case: Case) -> None:
         ("num_samples", lambda: ScoreFunction(NoBaseline(), num_samples=0)),
         ("num_samples", lambda: ScoreFunction(MovingAverage(), num_samples=0)),
         ("num_samples", lambda: ScoreFunction(LeaveOneOut(), num_samples=1)),
+        ("num_samples", lambda: VIMCO(num_samples=1)),
         *(("num_samples", partial(make, num_samples=0)) for make in (MuProp, REBAR, RELAX)),
         *(("num_samples", partial(make, at_one, num_samples=0)) for make in THROUGH),
         ("num_samples", lambda: UnorderedSet(num_samples=1)),
         ("num_samples", lambda: ScoreFunction(LearnedBaseline(), num_samples=0)),
         ("num_exact", lambda: SumAndSample(num_exact=0)),
-        ("num_conditional", lambda: GumbelRao(at_one, num_conditional=0)),
+        *(("num_conditional", partial(m, at_one, num_conditional=0)) for m in (GumbelRao, ReinMaxRao, ReinMaxCV)),
+        *(("eta", partial(ReinMaxCV, at_one, eta=eta)) for eta in (math.nan, math.inf)),
         ("gap", lambda: GappedStraightThrough(at_one, gap=-0.1)),
         ("gap", lambda: GappedStraightThrough(at_one, gap=math.nan)),
         ("gap", lambda: GappedStraightThrough(at_one, gap=math.inf)),
