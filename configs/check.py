@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from hydra.errors import HydraException
@@ -24,6 +25,7 @@ from configs.schema import Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import load
+from data.facts import DatasetFacts
 from data.splits import Indices, class_prior
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
@@ -69,8 +71,8 @@ def check(config: Config) -> None:
     from models.networks import ImageShape
 
     known = config.data.known()
-    model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
-    check_kind(config.model, "model", model, Networks)
+    networks = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
+    check_kind(config.model, "model", networks, Networks)
     estimator = build(config.estimator, "estimator")
     check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
@@ -90,6 +92,27 @@ def check(config: Config) -> None:
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
     if config.prior != "uniform":
         _check_reads_prior(config, estimator, known.num_classes)
+    _check_family(config, networks, known)
+
+
+def _check_family(config: Config, networks: Any, known: DatasetFacts) -> None:
+    """What a family of models cannot do with this estimator, objective and prior. Raises ConfigError."""
+    from models.contract import Weights
+    from models.likelihoods import likelihood
+
+    channels, num_classes = known.shape[0], known.num_classes
+    model = networks.model(likelihood(config.likelihood.value, channels), [1 / num_classes] * num_classes)
+    if config.prior != "uniform" and not model.has_labels:
+        raise ConfigError(
+            f"prior must be uniform with {config.model['_target_']}, whose y is no class that labels tell, got "
+            f"{shown(config.prior)}; model.prior is that of its variables"
+        )
+    try:
+        estimator = model.prepared(build(config.estimator, "estimator"), math.prod(known.shape))
+        model.check(Weights(**asdict(config.objective)), estimator)
+    except ValueError as error:
+        key, message = str(error).partition(" ")[0], str(error)
+        raise ConfigError(message if key == "estimator" or "." in key else f"estimator.{message}") from error
 
 
 def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:

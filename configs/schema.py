@@ -146,8 +146,10 @@ class ObjectiveConfig:
     labelled: float = 1.0
     unlabelled: float = 1.0
     alpha: float = 1.0
+    samples: int = 1  # of y in the bound, of models without labels
 
     def __post_init__(self) -> None:
+        _at_least(1, objective__samples=self.samples)
         for key in ("labelled", "unlabelled", "alpha"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):

@@ -52,6 +52,11 @@ class Estimator(nn.Module):
     takes_several_samples = False
     log_prior: Tensor | None = None
 
+    @property
+    def name(self) -> str:
+        """The class's, for logs and results."""
+        return type(self).__name__
+
     def depends_on(self, step: int) -> object:
         """What of `step` an estimate depends on: equal at two steps that do the same but for randomness and data.
 

@@ -6,6 +6,7 @@ the data's classes, are `Networks` and make a `Model` of it. All numbers are nat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass
 from typing import ClassVar
@@ -27,6 +28,7 @@ class Weights:
     labelled: float
     unlabelled: float
     alpha: float
+    samples: int = 1  # of y in the bound, where there are no labels
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Evaluation:
     accuracy: float | None
     bound: float
     reconstruction: float
-    kl_y: float
+    kl_y: float | None = None
     kl_z: float | None = None
     calibration_error: float | None = None
     log_likelihood: float | None = None
@@ -145,9 +147,17 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def check(self, weights: Weights, estimator: Estimator) -> None:
+        """Raises ValueError, naming the key, for what this family cannot do with a prepared estimator."""
+        raise NotImplementedError
+
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         """J with its weights, and what each image weighs in it, of so many labelled and unlabelled images."""
         raise NotImplementedError
+
+    def num_pixels(self, shape: torch.Size) -> int:
+        """Of how many pixels, times channels, p(x|...) tells the probability, in images [C, H, W] of this shape."""
+        return math.prod(shape)
 
     def measure(
         self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
@@ -163,8 +173,8 @@ class Model(nn.Module):
         """What goes wrong quietly, from an evaluation of images with these labels [N], -1 where unknown."""
         raise NotImplementedError
 
-    def pictures(self, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Pictures uint8 [C, H, W] by their tags, of held-out images x [B, C, H, W]."""
+    def pictures(self, x: Tensor, generator: torch.Generator, seen: PerImage | None) -> dict[str, Tensor]:
+        """Pictures uint8 [C, H, W] by their tags, of the first held-out images x [B, C, H, W], and what all came to."""
         raise NotImplementedError
 
     def draw(

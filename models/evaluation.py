@@ -91,7 +91,7 @@ def evaluate(
     per_image, labels = PerImage.joined(parts), data.labels[known]
     means = {name: (value / number).item() for name, value in sums.items()}
     if model.likelihood.of_grey_levels:
-        means["bits_per_dimension"] = -means["bound"] / (math.log(2) * math.prod(data.x.shape[1:]))
+        means["bits_per_dimension"] = -means["bound"] / (math.log(2) * model.num_pixels(data.x.shape[1:]))
     tells = model.has_labels and len(labels) > 0
     return Evaluation(
         accuracy=(per_image.q[known].argmax(dim=-1) == labels).double().mean().item() if tells else None,

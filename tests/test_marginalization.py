@@ -15,7 +15,8 @@ from estimators.marginalization import Marginalization, affordable_chunk, kept_b
 from models.contract import Weights
 from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
-from models.networks import ImageShape, conv, mlp, once_if_shared
+from models.networks import conv, mlp
+from models.parts import ImageShape, once_if_shared
 from tests.runs import ROOT
 from training.process import choose_precision
 
@@ -136,7 +137,8 @@ def test_shared_classes_are_seen_once_and_others_are_left_alone() -> None:
 
 MEMORY = """
 import resource, sys, torch
-from models.networks import ImageShape, mlp
+from models.networks import mlp
+from models.parts import ImageShape
 from models.contract import Weights
 from models.m2.objective import objective
 from models.m2.model import SemiSupervisedVAE

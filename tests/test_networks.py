@@ -17,19 +17,8 @@ from estimators.score_function import LeaveOneOut, MovingAverage, ScoreFunction
 from models.contract import Objective, Weights
 from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
-from models.networks import (
-    Dropout,
-    ImageShape,
-    Networks,
-    RandomMotion,
-    TransposedConvDoubleSize,
-    TransposedConvSameSize,
-    conv,
-    halvings,
-    joined_linear,
-    mlp,
-    over_latent_and_class,
-)
+from models.networks import Networks, TransposedConvDoubleSize, TransposedConvSameSize, conv, mlp
+from models.parts import Dropout, ImageShape, RandomMotion, halvings, joined_linear, over_latent_and_class
 
 LATENT = 3
 LABELLED, UNLABELLED = 2, 4

@@ -97,6 +97,8 @@ def test_evaluation_and_log_p_x_are_under_the_prior(monkeypatch: pytest.MonkeyPa
     q = model.classifier(x).softmax(dim=-1)
     worth = (q * (torch.tensor(PRIOR).log() + math.log(K))).sum(dim=-1).mean().item()
     assert unequal.bound - uniform.bound == pytest.approx(worth, abs=1e-4)
+    assert unequal.kl_y is not None
+    assert uniform.kl_y is not None
     assert unequal.kl_y - uniform.kl_y == pytest.approx(-worth, abs=1e-4)
     assert (unequal.reconstruction, unequal.kl_z) == (uniform.reconstruction, uniform.kl_z)
 

@@ -23,11 +23,11 @@ from torch import Tensor
 
 import train
 from configs.schema import TrainConfig
+from models import drawing
 from models.contract import Alarm
 from models.evaluation import calibration_error
 from models.m2.alarms import classes_collapsed, generator_ignores_y, z_unused
 from tests.runs import ANNEALED, MLP, command, curve, events, resume, run
-from training import charts
 from training.alarms import ENOUGH_NORMS, gradient_exploded
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.names import LONGEST, run_name
@@ -268,11 +268,11 @@ def test_worst_mistakes_come_first() -> None:
 
 @pytest.mark.parametrize("has_font", [True, False])
 def test_no_letter_is_drawn_as_a_box(has_font: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = charts._wide_font(13)
+    found = drawing._wide_font(13)
     if has_font and found is None:
         pytest.skip("this machine has no font beyond Pillow's own")
-    charts._lettered.cache_clear()
-    monkeypatch.setattr(charts, "_wide_font", lambda size: found if has_font else None)
+    drawing._lettered.cache_clear()
+    monkeypatch.setattr(drawing, "_wide_font", lambda size: found if has_font else None)
     expected = {
         "Ärger": ("Ärger", "Arger"),
         "ﬁn": ("ﬁn", "fin"),
@@ -281,10 +281,10 @@ def test_no_letter_is_drawn_as_a_box(has_font: bool, monkeypatch: pytest.MonkeyP
         "cat": ("cat", "cat"),
     }
     for text, (whole, plain) in expected.items():
-        assert charts._lettered(text, 13)[0] == (whole if has_font else plain)
+        assert drawing._lettered(text, 13)[0] == (whole if has_font else plain)
     names = ["Ärger", "日本"]
     assert draw_confusion(torch.ones(2, 2), names).shape[0] == 3
-    charts._lettered.cache_clear()
+    drawing._lettered.cache_clear()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import OnHost
+from models.drawing import (
+    BLACK,
+    BLUE,
+    GREY,
+    RED,
+    SMALL_TEXT,
+    TEXT,
+    WHITE,
+    WIDTH,
+    as_tensor,
+    ascii_font,
+    blank,
+    centred,
+    fitting,
+    mixed,
+    text_length,
+)
 from models.evaluation import calibration_bins
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
-
-Colour = tuple[int, int, int]
-WHITE, BLACK, GREY = (255, 255, 255), (0, 0, 0), (150, 150, 150)
-BLUE, RED = (31, 119, 180), (214, 39, 40)
-WIDTH = 350  # pixels, as wide as TensorBoard shows a picture: others are scaled, and their text is hard to read
-TEXT, SMALL_TEXT = 13, 11
+    pass
 
 
 def confusion(q: Tensor, labels: Tensor) -> Tensor:
@@ -46,23 +50,23 @@ def worst_mistakes(q: Tensor, labels: Tensor, number: int) -> list[tuple[int, in
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Tensor:
     """A picture uint8 [3, H, W] of counts [K, K]; the colour is a count's share of its row, red off the diagonal."""
     classes, height, top, right = len(counts), 26, 62, 42
-    left = max(28, min(WIDTH // 3, 8 + round(max(map(_length, names)))))
+    left = max(28, min(WIDTH // 3, 8 + round(max(map(text_length, names)))))
     width = max(28, (WIDTH - left - right) // classes)
-    image, draw = _blank(left + width * classes + right, top + height * classes + 8)
-    _centred(draw, "right", left + width * classes + right / 2, 48)
-    draw.text((4, 12), "row: true class; column: predicted class", BLACK, _font(TEXT))
+    image, draw = blank(left + width * classes + right, top + height * classes + 8)
+    centred(draw, "right", left + width * classes + right / 2, 48)
+    draw.text((4, 12), "row: true class; column: predicted class", BLACK, ascii_font(TEXT))
     for row, numbers in enumerate(counts.tolist()):
         y, total = top + height * row, max(sum(numbers), 1)
-        _centred(draw, _fitting(names[row], width), left + width * (row + 0.5), 48)
-        _centred(draw, _fitting(names[row], left), left / 2, y + height / 2)
-        _centred(draw, f"{numbers[row] / total:.0%}", left + width * classes + right / 2, y + height / 2)
+        centred(draw, fitting(names[row], width), left + width * (row + 0.5), 48)
+        centred(draw, fitting(names[row], left), left / 2, y + height / 2)
+        centred(draw, f"{numbers[row] / total:.0%}", left + width * classes + right / 2, y + height / 2)
         for column, number in enumerate(numbers):
             x, share = left + width * column, number / total
             # by the root, or a share of a few hundredths could not be seen
-            ground = _between(WHITE, BLUE if row == column else RED, share**0.5)
+            ground = mixed(WHITE, BLUE if row == column else RED, share**0.5)
             draw.rectangle((x, y, x + width - 1, y + height - 1), ground, outline=(225, 225, 225))
-            _centred(draw, str(number), x + width / 2, y + height / 2, WHITE if share > 0.4 else BLACK, SMALL_TEXT)
-    return _tensor(image)
+            centred(draw, str(number), x + width / 2, y + height / 2, WHITE if share > 0.4 else BLACK, SMALL_TEXT)
+    return as_tensor(image)
 
 
 def draw_mistakes(
@@ -88,8 +92,8 @@ def draw_tiles(title: str, tiles: Sequence[tuple[Tensor, str]], columns: int, wi
     side = width - 14
     lines = max((caption.count("\n") + 1 for _, caption in tiles), default=2)
     height, top = side + 12 + 15 * lines, 30
-    image, draw = _blank(width * columns, top + height * max(1, -(-len(tiles) // columns)))
-    draw.text((6, 7), title, BLACK, _font(TEXT))
+    image, draw = blank(width * columns, top + height * max(1, -(-len(tiles) // columns)))
+    draw.text((6, 7), title, BLACK, ascii_font(TEXT))
     for place, (pixels, caption) in enumerate(tiles):
         down, across = divmod(place, columns)
         left, upper = across * width, top + down * height
@@ -102,21 +106,13 @@ def draw_tiles(title: str, tiles: Sequence[tuple[Tensor, str]], columns: int, wi
         small = tile.resize(size, Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS)
         image.paste(small, (left + (width - small.width) // 2, upper + 4))
         for line, text in enumerate(caption.split("\n")):
-            _centred(draw, _fitting(text, width), left + width / 2, upper + side + 14 + 15 * line)
-    return _tensor(image)
+            centred(draw, fitting(text, width), left + width / 2, upper + side + 14 + 15 * line)
+    return as_tensor(image)
 
 
 def _arrow(true: str, predicted: str, width: int) -> str:
-    room = (width - _font(TEXT).getlength(" -> ")) / 2
-    return f"{_fitting(true, room)} -> {_fitting(predicted, room)}"
-
-
-def _fitting(text: str, width: float) -> str:
-    """The text, or as much of it as the width takes, and dots."""
-    if _length(text) <= width - 2:
-        return text
-    shorter = (text[:end] + ".." for end in range(len(text) - 1, 0, -1))
-    return next((part for part in shorter if _length(part) <= width - 2), text[:1])
+    room = (width - ascii_font(TEXT).getlength(" -> ")) / 2
+    return f"{fitting(true, room)} -> {fitting(predicted, room)}"
 
 
 def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
@@ -125,8 +121,8 @@ def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
     error = ((correct - confidence).abs().sum() / images.sum()).item()
     left, top, foot, between = 36, 52, 60, 30
     side = WIDTH - left - 14
-    image, draw = _blank(WIDTH, top + side + between + foot + 46)
-    _centred(draw, f"expected calibration error {error:.2%}", left + side / 2, 14)
+    image, draw = blank(WIDTH, top + side + between + foot + 46)
+    centred(draw, f"expected calibration error {error:.2%}", left + side / 2, 14)
     bottom, last = top + side, top + side + between + foot
     bin_width = side / len(images)
     for index, (number, right) in enumerate(zip(images.tolist(), correct.tolist(), strict=True)):
@@ -139,75 +135,11 @@ def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
     draw.rectangle((left, last - foot, left + side, last), outline=BLACK)
     draw.line((left, bottom, left + side, top), RED, 2)
     for tick in (0.0, 0.5, 1.0):
-        _centred(draw, f"{tick:g}", left - 16, bottom - side * tick)
-        _centred(draw, f"{tick:g}", left + side * tick, last + 14)
-    _centred(draw, "confidence: largest q(y|x)", left + side / 2, last + 32)
-    draw.text((left, top - 19), "accuracy (bars), and what confidence promises (line)", BLACK, _font(SMALL_TEXT))
-    draw.text((left, last - foot - 18), f"images: {int(images.max())} in the largest bin", BLACK, _font(SMALL_TEXT))
-    return _tensor(image)
-
-
-@lru_cache
-def _font(size: int) -> Any:
-    """Pillow's own, which has the letters of ASCII alone."""
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-@lru_cache
-def _wide_font(size: int) -> Any:
-    """One with the letters of most alphabets: Matplotlib's, or else the system's; None where there is neither."""
-    from PIL import ImageFont
-
-    names, matplotlib = ["DejaVuSans.ttf", "Arial.ttf", "arial.ttf"], find_spec("matplotlib")
-    if matplotlib and matplotlib.origin:
-        names.insert(0, str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"))
-    for name in names:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return None
-
-
-@lru_cache(maxsize=1024)
-def _lettered(text: str, size: int) -> tuple[str, Any]:
-    """The text and a font that draws it without boxes: a letter that the font lacks becomes its ASCII, or ?."""
-    if text.isascii():
-        return text, _font(size)
-    font = _wide_font(size) or _font(size)
-    box = bytes(font.getmask("\uffff"))  # no letter
-    drawn = []
-    for letter in text:
-        is_there = letter.isprintable() and font is not _font(size) and bytes(font.getmask(letter)) != box
-        if letter.isascii() or is_there:
-            drawn.append(letter)
-        else:
-            plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
-            drawn.append(plain or ("" if unicodedata.combining(letter) else "?"))
-    return "".join(drawn), font
-
-
-def _length(text: str) -> float:
-    text, font = _lettered(text, TEXT)
-    return float(font.getlength(text))
-
-
-def _blank(width: int, height: int) -> tuple[Image, ImageDraw]:
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (width, height), WHITE)
-    return image, ImageDraw.Draw(image)
-
-
-def _centred(draw: ImageDraw, text: str, x: float, y: float, colour: Colour = BLACK, size: int = TEXT) -> None:
-    text, font = _lettered(text, size)
-    draw.text((x, y), text, colour, font, anchor="mm")
-
-
-def _between(first: Colour, second: Colour, share: float) -> Colour:
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
-    return red, green, blue
-
-
-def _tensor(image: Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        centred(draw, f"{tick:g}", left - 16, bottom - side * tick)
+        centred(draw, f"{tick:g}", left + side * tick, last + 14)
+    centred(draw, "confidence: largest q(y|x)", left + side / 2, last + 32)
+    draw.text((left, top - 19), "accuracy (bars), and what confidence promises (line)", BLACK, ascii_font(SMALL_TEXT))
+    draw.text(
+        (left, last - foot - 18), f"images: {int(images.max())} in the largest bin", BLACK, ascii_font(SMALL_TEXT)
+    )
+    return as_tensor(image)

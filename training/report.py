@@ -121,10 +121,10 @@ class Report:
         if measured.accuracy is not None:
             values[f"{FIRST}/accuracy"] = measured.accuracy
         self.board.scalars(values, step)
+        seen, model, labels = measured.per_image, self.run.model, self.run.validation.labels
         draws = draws_pictures(step, self.run.config.train)
         if draws:
-            self.board.pictures(self.run.model, self.run.validation, self.run.binarization, step)
-        seen, model, labels = measured.per_image, self.run.model, self.run.validation.labels
+            self.board.pictures(model, self.run.validation, self.run.binarization, seen, step)
         if seen is not None:
             if draws and model.has_labels:
                 self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)

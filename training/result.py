@@ -72,7 +72,7 @@ def measure(run: Run, part: Literal["val", "test"]) -> dict[str, float | None]:
 def whole_result(run: Run, report: Report) -> dict[str, Any]:
     steps_here = run.step - report.start
     return {
-        "estimator": type(run.estimator).__name__,
+        "estimator": run.estimator.name,
         "seed": run.config.seed,
         "split_hash": run.split.hash,
         "steps": run.step,

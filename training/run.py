@@ -314,7 +314,7 @@ class Run:
         return (
             f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
             f"{len(split.validation)} validation images (split {split.hash[:12]}); "
-            f"{type(self.estimator).__name__}, {self.config.likelihood.value}, {count:,} parameters, "
+            f"{self.estimator.name}, {self.config.likelihood.value}, {count:,} parameters, "
             f"{self.device}, {self.precision}"
         )
 

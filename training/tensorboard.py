@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.batches import EvaluationData, binarize
 from data.randomness import keyed_generator
-from models.contract import Model
+from models.contract import Model, PerImage
 from models.evaluation import evaluating, rows_at_once
 from models.pictures import grid
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
@@ -98,12 +98,12 @@ class TensorBoard:
     def text(self, tag: str, text: str, step: int | None = None) -> None:
         self.writer.add_text(tag, text, step)
 
-    def pictures(self, model: Model, data: EvaluationData, binarization: Any, step: int) -> None:
+    def pictures(self, model: Model, data: EvaluationData, binarization: Any, seen: PerImage | None, step: int) -> None:
         """What the model makes of the first held-out images and of its latents."""
         generator = keyed_generator(data.x.device, 0, "pictures")
         images = binarize(data.x[:10], binarization, generator)
         with evaluating(model):
-            for tag, picture in model.pictures(images, generator).items():
+            for tag, picture in model.pictures(images, generator, seen).items():
                 self.writer.add_image(tag, picture, step)
 
     def predictions(self, q: Tensor, data: EvaluationData, names: Sequence[str], step: int) -> None:

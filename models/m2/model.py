@@ -158,6 +158,13 @@ class SemiSupervisedVAE(Model):
     ) -> Objective:
         return objective(self, estimator, weights, x, y_labelled, step=step, generator=generator)
 
+    def check(self, weights: Weights, estimator: Estimator) -> None:
+        if weights.samples != 1:
+            raise ValueError(
+                f"objective.samples must be 1 with a model that learns from labels, got {weights.samples}; "
+                "model=categorical_mlp takes several"
+            )
+
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         return describe(weights, labelled, unlabelled)
 
@@ -169,7 +176,7 @@ class SemiSupervisedVAE(Model):
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         return alarms.alarms(measured, labels, weights)
 
-    def pictures(self, x: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def pictures(self, x: Tensor, generator: torch.Generator, seen: PerImage | None) -> dict[str, Tensor]:
         return pictures.pictures(self, x, generator)
 
     def draw(

@@ -1,0 +1,134 @@
+"""The networks between images and categorical variables, fully connected."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from models import contract
+from models.categorical.model import CategoricalVAE
+from models.likelihoods import Likelihood
+from models.parts import ImageShape, positive
+
+Activation = Literal["relu", "tanh", "leaky_relu"]
+Prior = Literal["uniform", "learned"]
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU}
+
+
+class Dense(nn.Sequential):
+    """Fully connected layers [..., widths[0]] -> [..., widths[-1]]; with two widths, a linear map."""
+
+    def __init__(self, widths: Sequence[int], activation: Activation) -> None:
+        for width in widths:
+            positive("hidden", width)
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
+        super().__init__(*layers[:-1])
+
+
+class ToLogits(nn.Module):
+    """Float32 logits [R, N, K] of variables, from what is below them: images [R, C, H, W] or variables [R, N', K']."""
+
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], variables: int, classes: int, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.layers = Dense([inputs, *hidden, variables * classes], activation)
+        self.sizes = variables, classes
+
+    def forward(self, below: Tensor) -> Tensor:
+        return self.layers(below.flatten(1)).float().unflatten(-1, self.sizes)
+
+
+class FromClasses(nn.Module):
+    """A number a pixel [S, B, D] for the likelihood, or a number a class, from variables y [S, B, N, K]."""
+
+    def __init__(
+        self, variables: int, classes: int, hidden: Sequence[int], outputs: int, activation: Activation
+    ) -> None:
+        super().__init__()
+        self.layers = Dense([variables * classes, *hidden, outputs], activation)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.layers(y.flatten(-2))
+
+
+@dataclass
+class Networks(contract.Networks):
+    """Of each layer of variables, from the lowest: q(y|what is below), and p(what is below|y).
+
+    `posteriors` [R, ...] -> logits [R, N, K]; `generators` [S, B, N, K] -> [S, B, D], or the layer below [S, B, N' K'].
+    """
+
+    posteriors: list[nn.Module]
+    generators: list[nn.Module]
+    latents: list[tuple[int, int]]
+    learned_prior: bool
+
+    def model(self, likelihood: Likelihood, prior: Sequence[float]) -> CategoricalVAE:
+        return CategoricalVAE(self.posteriors, self.generators, self.latents, likelihood, self.learned_prior)
+
+
+def check_latents(variables: int, classes: int) -> tuple[int, int]:
+    """Raises ValueError for fewer than one variable or two classes."""
+    positive("variables", variables)
+    if classes < 2:
+        raise ValueError(f"classes must be >= 2, got {classes}")
+    return variables, classes
+
+
+def categorical_mlp(
+    shape: ImageShape,
+    num_classes: int,
+    *,
+    variables: int,
+    classes: int,
+    encoder: list[int],
+    decoder: list[int],
+    activation: Activation,
+    prior: Prior,
+) -> Networks:
+    """One layer: q(y|x) and p(x|y) by fully connected networks, `encoder` and `decoder` their hidden widths.
+
+    No hidden layer is the linear model of Maddison et al. 2017, 784-(20x10)-200-784 the one of Jang et al. 2017. The
+    data's classes have no part in it. Raises ValueError for sizes below 1 and fewer than two classes.
+    """
+    latents = check_latents(variables, classes)
+    posterior = ToLogits(shape.size, encoder, *latents, activation)
+    generator = FromClasses(*latents, decoder, shape.size, activation)
+    return Networks([posterior], [generator], [latents], prior == "learned")
+
+
+def categorical_two_layers(
+    shape: ImageShape,
+    num_classes: int,
+    *,
+    variables: int,
+    classes: int,
+    upper_variables: int,
+    encoder: list[int],
+    decoder: list[int],
+    between: list[int],
+    activation: Activation,
+    prior: Prior,
+) -> Networks:
+    """Two layers, q(y_2|y_1) q(y_1|x) and p(y_2) p(y_1|y_2) p(x|y_1), `between` the widths of what is in between.
+
+    Raises ValueError as `categorical_mlp`.
+    """
+    lower, upper = check_latents(variables, classes), check_latents(upper_variables, classes)
+    return Networks(
+        [ToLogits(shape.size, encoder, *lower, activation), ToLogits(math.prod(lower), between, *upper, activation)],
+        [
+            FromClasses(*lower, decoder, shape.size, activation),
+            FromClasses(*upper, between[::-1], math.prod(lower), activation),
+        ],
+        [lower, upper],
+        prior == "learned",
+    )

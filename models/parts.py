@@ -1,0 +1,134 @@
+"""Parts that networks of every family are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.randomness import random_int16
+
+
+def positive(name: str, size: int) -> None:
+    """Raises ValueError for a size below 1."""
+    if size < 1:
+        raise ValueError(f"{name} must be >= 1, got {size}")
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Channels and sides of an image, in pixels."""
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        return self.channels * self.height * self.width
+
+
+class Dropout(nn.Module):
+    """Inverted dropout whose mask comes from the generator that it is given; without one it is the identity.
+
+    The probability is rounded to a multiple of 2^-16, and the scale is that of the rounded one.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {probability}")
+        self.probability = probability
+        self.kept = max(1, round((1 - probability) * 2**16))  # of 2^16
+
+    def forward(self, input: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or self.kept == 2**16:
+            return input
+        mask = random_int16(input.shape, generator) < self.kept - 2**15
+        return input * mask.to(input.dtype).mul_(2**16 / self.kept)
+
+
+class RandomMotion(nn.Module):
+    """Turns and shifts each image [B, C, H, W] by chance; without a generator, as in evaluation, it is the identity.
+
+    The angle is uniform within +-`rotation` degrees and each shift within +-`shift` of that side, rounded up to whole
+    pixels, as less than half of one would move nothing: a pixel's value is the nearest one's, so that binary images
+    stay so, and 0 where the image has none. Raises ValueError for a rotation outside [0, 180] and a shift outside
+    [0, 1].
+    """
+
+    def __init__(self, rotation: float, shift: float) -> None:
+        super().__init__()
+        if not 0 <= rotation <= 180:
+            raise ValueError(f"rotation must be in [0, 180] degrees, got {rotation}")
+        if not 0 <= shift <= 1:
+            raise ValueError(f"shift must be in [0, 1], a part of the image's sides, got {shift}")
+        self.rotation, self.shift = rotation, shift
+
+    def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None or not (self.rotation or self.shift):
+            return x
+        batch, channels, height, width = x.shape
+        chance = 2 * torch.rand(3, batch, 1, 1, device=x.device, generator=generator) - 1
+        angle = chance[0] * math.radians(self.rotation)
+        right = chance[1] * math.ceil(round(self.shift * width, 6))
+        down = chance[2] * math.ceil(round(self.shift * height, 6))
+        row = torch.arange(height, device=x.device).view(height, 1) - (height - 1) / 2
+        column = torch.arange(width, device=x.device) - (width - 1) / 2
+        from_row = (angle.cos() * row + angle.sin() * column + down + (height - 1) / 2).round().long()
+        from_column = (angle.cos() * column - angle.sin() * row + right + (width - 1) / 2).round().long()
+        inside = (from_row >= 0) & (from_row < height) & (from_column >= 0) & (from_column < width)
+        source = from_row.clamp(0, height - 1) * width + from_column.clamp(0, width - 1)
+        pixels = x.flatten(2).gather(2, source.view(batch, 1, -1).expand(-1, channels, -1))
+        return (pixels * inside.view(batch, 1, -1)).view(x.shape)
+
+
+def joined_linear(first: int, num_classes: int, out: int) -> tuple[nn.Linear, nn.Linear]:
+    """A linear layer over the concatenation of `first` inputs and a class vector, as two layers to be added.
+
+    Initialised as the one layer would be: with a scale of its own, y would outweigh the rest from the start, and the
+    bounds of the classes differ by tens of nats before the classifier has learned anything.
+    """
+    layers = nn.Linear(first, out), nn.Linear(num_classes, out, bias=False)
+    limit = (first + num_classes) ** -0.5
+    for parameter in (layers[0].weight, layers[0].bias, layers[1].weight):
+        nn.init.uniform_(parameter, -limit, limit)
+    return layers
+
+
+def once_if_shared(y: Tensor) -> Tensor:
+    """y [S, 1, K] instead of y [S, B, K] where all images are given the same classes, as in an enumeration.
+
+    What depends on y alone is then computed once, and enumeration costs as many steps as there are classes, not their
+    square.
+    """
+    return y[:, :1] if y.stride(1) == 0 else y
+
+
+def over_latent_and_class(from_latent: nn.Linear, from_class: nn.Linear, z: Tensor, y: Tensor) -> Tensor:
+    """from_latent(z) + from_class(y) [S, B, H], for z [S, B, Z] and y [S, B, K].
+
+    In one product of the joined weights, unless images share their classes, or there are more classes than rows S B
+    and joining would cost more than it spares.
+    """
+    y = once_if_shared(y)
+    *rows, num_classes = y.shape
+    if y.shape[:-1] != z.shape[:-1] or num_classes > math.prod(rows):
+        return from_class(y) + from_latent(z)
+    weight = torch.cat([from_latent.weight, from_class.weight], dim=1)
+    return F.linear(torch.cat([z, y], dim=-1), weight, from_latent.bias)
+
+
+def halvings(shape: ImageShape, side: int) -> list[tuple[int, int]]:
+    """An image's sides as it is halved, rounding up, until the shorter is at most `side`: from the first to the last.
+
+    So networks fit images of any size: 28 x 28 is halved three times to 4 x 4, 8 x 8 once, 128 x 96 five times.
+    """
+    sides = [(shape.height, shape.width)]
+    while min(sides[-1]) > side:
+        height, width = sides[-1]
+        sides.append(((height + 1) // 2, (width + 1) // 2))
+    return sides
