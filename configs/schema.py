@@ -23,6 +23,7 @@ class ConfigError(Exception):
 
 class Binarization(Enum):
     dynamic = "dynamic"
+    fixed = "fixed"
     threshold = "threshold"
     none = "none"
 

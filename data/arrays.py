@@ -104,7 +104,7 @@ def load(
     whole = Images(images, labels, num_classes, digest, names, notes, {"data.path": digest})
     rows = parts(labels, num_classes, bool(test), num_test, str(file))
     if test and part == "test":
-        return replace(whole, images=test[0], labels=test[1])
+        return replace(whole, images=test[0], labels=test[1], part="test")
     chosen = rows[part == "test"]
     inside = tuple(inside[row] for row in chosen) if inside else ()
     chosen_images = images.of(chosen) if isinstance(images, InFile) else images[chosen]

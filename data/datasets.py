@@ -132,7 +132,9 @@ def load(
             f"delete {raw} to download it again"
         )
     names = DATASETS[name].class_names
-    return Images(images[:, None], labels.astype(np.int64), num_classes, class_names=names, contents=contents)
+    return Images(
+        images[:, None], labels.astype(np.int64), num_classes, class_names=names, contents=contents, part=part
+    )
 
 
 def _contents(raw: Path) -> dict[str, str]:
@@ -160,7 +162,7 @@ def _load_digits(part: str) -> Images:
     images = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = bundle.target.astype(np.int64)
     rows = slice(-DIGITS_TEST_IMAGES) if part == "train" else slice(-DIGITS_TEST_IMAGES, None)
-    return Images(images[rows], labels[rows], 10)
+    return Images(images[rows], labels[rows], 10, part=part)
 
 
 def _stored(path: Path, md5: dict[str, str]) -> Path | None:

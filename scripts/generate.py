@@ -64,7 +64,7 @@ def drawn(
     """The picture uint8 [C, H, W] of a kind; `images` are for those that encode some."""
     import torch
 
-    from data.batches import binarize
+    from data.batches import binarize, binarize_by_itself, own_generators
     from data.randomness import keyed_generator
     from training.pictures import (
         analogies,
@@ -85,7 +85,11 @@ def drawn(
     if kind == "interpolation":
         return grid(interpolation(vae, shape, generator, columns), columns)
     assert images is not None
-    x = binarize(images[:columns].to(model.device), model.facts.binarization, generator)
+    images, how = images[:columns], model.facts.binarization
+    if how == "fixed":  # of validation images they are drawn already, and others have no row
+        x = binarize_by_itself(images, how, own_generators(images)).to(model.device)
+    else:
+        x = binarize(images.to(model.device), how, generator)
     if kind == "reconstructions":
         return grid(reconstructions(vae, x), len(x))
     styles = analogies(vae, x).unflatten(0, (len(x), -1))

@@ -140,9 +140,14 @@ BAD = [
     ("data.name=cifar", "data.name must be one of mnist", "got cifar"),
     ("data=mnist data.path=mine.npz", "data.path is read by data=arrays alone", "got mine.npz with data=mnist"),
     ("data=arrays", "data=arrays needs data.path, an .npz file", "got nothing"),
-    ("data.binarization=always", "data.binarization must be one of dynamic, threshold, none", "got always"),
+    ("data.binarization=always", "data.binarization must be one of dynamic, fixed, threshold, none", "got always"),
     ("likelihood=poisson", "likelihood must be one of auto, bernoulli, continuous_bernoulli, gaussian", "got poisson"),
     ("likelihood=gaussian", "likelihood must be bernoulli (or auto) where data.binarization=dynamic", "got gaussian"),
+    (
+        "data.binarization=fixed likelihood=gaussian",
+        "where data.binarization=fixed makes pixels 0 or 1",
+        "got gaussian",
+    ),
     (
         "data.binarization=threshold likelihood=discretized_logistic",
         "data.binarization=none keeps the grey levels",

@@ -461,7 +461,7 @@ def test_without_binarization_the_intensity_stays() -> None:
     torch.testing.assert_close(binarize(pixels, "none", generator()), torch.linspace(0, 1, 256))
 
 
-@pytest.mark.parametrize("binarization", ["dynamic", "threshold", "none"])
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
 def test_same_generator_gives_the_same_bits_and_global_randomness_is_left_alone(
     binarization: Binarization,
 ) -> None:

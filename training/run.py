@@ -63,6 +63,7 @@ class Run:
         tune_process()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
+        self.binarization: Binarization = config.data.binarization.value
         self.contents: dict[str, str] = {}  # digests of the files that images came from
         source = self.load_images("train")
         self.notes = source.notes
@@ -71,7 +72,7 @@ class Run:
         self.facts = Facts(
             shape=(channels, height, width),
             class_names=source.class_names,
-            binarization=config.data.binarization.value,
+            binarization=self.binarization,
             resize=config.data.resize,
             likelihood=config.likelihood.value,
             prior=class_prior(config.prior, source.labels[self.split.labelled], source.num_classes),
@@ -90,7 +91,6 @@ class Run:
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
-        self.binarization: Binarization = self.facts.binarization
         self.batches = Batches(
             training_data(source, self.split, self.device, self._on_host(source)),
             batch_size_labelled=config.train.batch_size_labelled,
@@ -101,9 +101,16 @@ class Run:
         self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
 
     def load_images(self, part: str) -> Images:
+        """The images of the `train` or `test` part, their fixed pixels if those are asked for. Raises DataError."""
         source = self.config.data.load(part, mapped=True)
         self._check_contents(source.contents)
-        return source
+        return source.fixed() if self.binarization == "fixed" else source
+
+    def look_at(self, binarization: Binarization) -> None:
+        """Has evaluation look at other pixels than those that the run is trained with."""
+        self.binarization = binarization
+        source = self.load_images("train")
+        self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
 
     def _on_host(self, source: Images) -> bool:
         """Whether images stay on the host, or in their file, and come to the device a minibatch at a time."""
