@@ -68,8 +68,10 @@ def check(config: Config) -> None:
     from models.networks import ImageShape, Networks
 
     known = config.data.known()
-    model = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
+    num_classes = known.num_classes or 1  # without labels: a layer for no class is no error, and PyTorch warns of it
+    model = build(config.model, "model", ImageShape(*known.shape), num_classes)
     check_kind(config.model, "model", model, Networks)
+    check_labels(config, model)
     estimator = build(config.estimator, "estimator")
     check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
@@ -89,6 +91,26 @@ def check(config: Config) -> None:
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
     if config.prior != "uniform":
         _check_reads_prior(config, estimator, known.num_classes)
+
+
+def check_labels(config: Config, model: Any) -> None:
+    """Raises ConfigError, DataError where there are no labels and `model` trains with them.
+
+    Every model does, but for one that says `trains_with_labels = False`.
+    """
+    batch_size, without = config.train.batch_size_labelled, config.data.num_labelled == 0
+    if getattr(model, "trains_with_labels", True):
+        if without:
+            try:
+                config.data.check_sizes(needs_labels=True)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        if not batch_size:
+            raise ConfigError("train.batch_size_labelled must be >= 1 with a model that trains with labels, got 0")
+    elif without and batch_size:
+        raise ConfigError(
+            f"train.batch_size_labelled must be 0 where data.num_labelled=0 leaves no labelled image, got {batch_size}"
+        )
 
 
 def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:
@@ -159,7 +181,14 @@ def check_machine(config: Config) -> None:
     data = config.data
     try:
         labels, num_classes = _labels(
-            data.name, data.root, data.checksum, data.path, data.random_classes, data.num_test, data.resize
+            data.name,
+            data.root,
+            data.checksum,
+            data.path,
+            data.random_classes,
+            data.num_test,
+            data.resize,
+            data.num_labelled != 0,
         )
         split = data.split(labels, num_classes)
         class_prior(config.prior, labels[split.labelled], num_classes)
@@ -176,9 +205,11 @@ def _labels(
     random_classes: int | None,
     num_test: float | None,
     resize: str | None,
+    needs_labels: bool,
 ) -> tuple[Indices, int]:
     """The training images' labels, and the number of classes."""
-    source = load(name, root, "train", checksum, path, random_classes, num_test=num_test, resize=resize, mapped=True)
+    how: dict[str, Any] = {"num_test": num_test, "resize": resize, "needs_labels": needs_labels}
+    source = load(name, root, "train", checksum, path, random_classes, mapped=True, **how)
     return source.labels, source.num_classes
 
 

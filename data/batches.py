@@ -84,8 +84,7 @@ class EvaluationData:
 
 def training_data(source: Images, split: Split, device: torch.device, on_host: bool = False) -> TrainingData:
     """On the device, or with images that stay on the host and come to the device a minibatch at a time."""
-    labels = torch.from_numpy(source.labels[split.labelled])
-    y_labelled = torch.nn.functional.one_hot(labels, source.num_classes).float().to(device)
+    y_labelled = torch.eye(source.num_classes)[torch.from_numpy(source.labels[split.labelled])].to(device)
     x_labelled, x_unlabelled = (OnHost(source.images, rows, device) for rows in (split.labelled, split.unlabelled))
     if on_host:
         return TrainingData(x_labelled, y_labelled, x_unlabelled)
@@ -139,7 +138,7 @@ def _highest_that_lights(images: Tensor) -> Tensor:
 class ShuffledIndices:
     """Row numbers of minibatch `step` out of `size` rows, a new permutation each epoch; a function of the step alone.
 
-    A minibatch may span epochs, so every row is seen equally often whatever the sizes are.
+    A minibatch may span epochs, so every row is seen equally often whatever the sizes are. One of size 0 has no rows.
     """
 
     def __init__(
@@ -151,6 +150,8 @@ class ShuffledIndices:
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
+        if not self.batch_size:
+            return torch.empty(0, dtype=torch.int64, device="cpu" if self.on_host else self.device)
         first = step * self.batch_size
         epochs = range(first // self.size, (first + self.batch_size - 1) // self.size + 1)
         self._epochs = {epoch: self._permutation(epoch) for epoch in epochs}
@@ -167,7 +168,10 @@ class ShuffledIndices:
 
 
 class Batches:
-    """The images [B + B', C, H, W] of a step, binarized, the labelled ones first; and their classes [B, K]."""
+    """The images [B + B', C, H, W] of a step, binarized, the labelled ones first; and their classes [B, K].
+
+    B is 0 where training is without labels.
+    """
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 Philox4x64 of ten rounds (Salmon et al. 2011) is a function of a key and a counter: a block of four words, which are
 sixteen numbers of 16 bits, the lowest bits of the first word first. An image of D = C H W pixels has ceil(D / 16)
-blocks of its own, those from row * ceil(D / 16) on; the key is (SEED, 0) of the training and (SEED, 1) of the test part.
+blocks of its own, from row * ceil(D / 16) on; the key is (SEED, 0) of the training part and (SEED, 1) of the test part.
 Pixel d, counted channel by channel and line by line, is white where max(u_d, 1) <= 257 v_d, of u_d its number in
 0..65535 and v_d its grey level in 0..255.
 """

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, check, typed
+from configs.check import build_optimizer, check, check_labels, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
@@ -81,6 +81,7 @@ class Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = build_model(config.model, self.facts)
+            check_labels(config, self.model)  # a search's settings come here unseen
             self.estimator: Estimator = build(config.estimator, "estimator")
             self.estimator.prepare(shape.size, 1, source.num_classes)
             self.estimator.log_prior = self.model.log_prior
