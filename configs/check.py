@@ -25,7 +25,6 @@ from configs.schema import Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import load
-from data.facts import DatasetFacts
 from data.splits import Indices, class_prior
 
 # what composing a configuration raises; Hydra refuses some arguments with ValueError
@@ -68,10 +67,12 @@ def check(config: Config) -> None:
 
     from estimators.contract import Estimator
     from models.contract import Networks
+    from models.likelihoods import likelihood
     from models.networks import ImageShape
 
     known = config.data.known()
-    networks = build(config.model, "model", ImageShape(*known.shape), known.num_classes)
+    num_classes = known.num_classes or 1  # without labels: a layer for no class is no error, and PyTorch warns of it
+    networks = build(config.model, "model", ImageShape(*known.shape), num_classes)
     check_kind(config.model, "model", networks, Networks)
     estimator = build(config.estimator, "estimator")
     check_kind(config.estimator, "estimator", estimator, Estimator)
@@ -92,27 +93,43 @@ def check(config: Config) -> None:
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
     if config.prior != "uniform":
         _check_reads_prior(config, estimator, known.num_classes)
-    _check_family(config, networks, known)
+    model = networks.model(likelihood(config.likelihood.value, known.shape[0]), [1 / num_classes] * num_classes)
+    check_labels(config, model)
+    _check_family(config, model, math.prod(known.shape))
 
 
-def _check_family(config: Config, networks: Any, known: DatasetFacts) -> None:
+def _check_family(config: Config, model: Any, context_size: int) -> None:
     """What a family of models cannot do with this estimator, objective and prior. Raises ConfigError."""
     from models.contract import Weights
-    from models.likelihoods import likelihood
 
-    channels, num_classes = known.shape[0], known.num_classes
-    model = networks.model(likelihood(config.likelihood.value, channels), [1 / num_classes] * num_classes)
     if config.prior != "uniform" and not model.has_labels:
         raise ConfigError(
             f"prior must be uniform with {config.model['_target_']}, whose y is no class that labels tell, got "
             f"{shown(config.prior)}; model.prior is that of its variables"
         )
     try:
-        estimator = model.prepared(build(config.estimator, "estimator"), math.prod(known.shape))
+        estimator = model.prepared(build(config.estimator, "estimator"), context_size)
         model.check(Weights(**asdict(config.objective)), estimator)
     except ValueError as error:
         key, message = str(error).partition(" ")[0], str(error)
         raise ConfigError(message if key == "estimator" or "." in key else f"estimator.{message}") from error
+
+
+def check_labels(config: Config, model: Any) -> None:
+    """Raises ConfigError, DataError where there are no labels and `model` learns from them, or the other way round."""
+    num_labelled, batch_size = config.data.num_labelled, config.train.batch_size_labelled
+    if model.has_labels:
+        if num_labelled == 0:
+            try:
+                config.data.check_sizes(needs_labels=True)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        if not batch_size:
+            raise ConfigError("train.batch_size_labelled must be >= 1 with a model that learns from labels, got 0")
+        return
+    for key, value in (("data.num_labelled", num_labelled), ("train.batch_size_labelled", batch_size)):
+        if value != 0:
+            raise ConfigError(f"{key} must be 0 with a model without labels, got {value}")
 
 
 def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:
@@ -183,7 +200,14 @@ def check_machine(config: Config) -> None:
     data = config.data
     try:
         labels, num_classes = _labels(
-            data.name, data.root, data.checksum, data.path, data.random_classes, data.num_test, data.resize
+            data.name,
+            data.root,
+            data.checksum,
+            data.path,
+            data.random_classes,
+            data.num_test,
+            data.resize,
+            data.num_labelled != 0,
         )
         split = data.split(labels, num_classes)
         class_prior(config.prior, labels[split.labelled], num_classes)
@@ -200,9 +224,11 @@ def _labels(
     random_classes: int | None,
     num_test: float | None,
     resize: str | None,
+    needs_labels: bool,
 ) -> tuple[Indices, int]:
     """The training images' labels, and the number of classes."""
-    source = load(name, root, "train", checksum, path, random_classes, num_test=num_test, resize=resize, mapped=True)
+    how: dict[str, Any] = {"num_test": num_test, "resize": resize, "needs_labels": needs_labels}
+    source = load(name, root, "train", checksum, path, random_classes, mapped=True, **how)
     return source.labels, source.num_classes
 
 

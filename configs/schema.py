@@ -23,6 +23,7 @@ class ConfigError(Exception):
 
 class Binarization(Enum):
     dynamic = "dynamic"
+    fixed = "fixed"
     threshold = "threshold"
     none = "none"
 
@@ -73,7 +74,7 @@ class DataConfig:
     path: str | None = None  # of data=arrays, and of that alone: an .npz file or a folder
     checksum: bool = True  # files other than those published are refused
     # any: OmegaConf has no union that may be missing
-    num_labelled: Any = MISSING  # a number, or all that have a label
+    num_labelled: Any = MISSING  # a number, or all that have a label; 0 is training without labels
     num_validation: Any = MISSING  # a number; below 1: of the images with a label; 0 is none
     num_test: Any = None  # of data=arrays, likewise; null is a sixth of each class
     balanced: bool = True  # as many labelled images of each class; else in proportion to how many there are
@@ -97,19 +98,34 @@ class DataConfig:
             size_of(self.resize)
         if self.random_classes is not None:
             _at_least(2, data__random_classes=self.random_classes)
+        self.check_sizes()
+        _at_least(0, data__split_seed=self.split_seed)
+
+    def check_sizes(self, needs_labels: bool = False) -> None:
+        """Raises ValueError, DataError for a split that cannot be drawn; with `needs_labels`, for one without any."""
         check_sizes(
-            self.known(),
+            self.known(needs_labels),
             num_labelled=self.num_labelled,
             num_validation=self.num_validation,
             balanced=self.balanced,
             stratified=self.stratified,
             labelled_in_unlabelled=self.labelled_in_unlabelled,
+            needs_labels=needs_labels,
         )
-        _at_least(0, data__split_seed=self.split_seed)
 
-    def known(self) -> DatasetFacts:
-        """What is known of the dataset without reading pixels. Raises DataError."""
-        return facts(self.name, self.path, self.random_classes, num_test=self.num_test, resize=self.resize)
+    def known(self, needs_labels: bool = False) -> DatasetFacts:
+        """What is known of the dataset without reading pixels; if no label is asked for, it needs none.
+
+        Raises DataError.
+        """
+        return facts(
+            self.name,
+            self.path,
+            self.random_classes,
+            num_test=self.num_test,
+            resize=self.resize,
+            needs_labels=needs_labels or self.num_labelled != 0,
+        )
 
     def load(self, part: str, mapped: bool = False) -> Images:
         """The `train` or `test` part, as data.datasets.load gives it. Raises DataError."""
@@ -123,6 +139,7 @@ class DataConfig:
             num_test=self.num_test,
             resize=self.resize,
             mapped=mapped,
+            needs_labels=self.num_labelled != 0,
         )
 
     def split(self, labels: Indices, num_classes: int, class_names: tuple[str, ...] = (), digest: str = "") -> Split:
@@ -161,7 +178,7 @@ class ObjectiveConfig:
 @dataclass
 class TrainConfig:
     steps: int = MISSING
-    batch_size_labelled: int = MISSING
+    batch_size_labelled: int = MISSING  # 0 where the model trains without labels
     batch_size_unlabelled: int = MISSING
     log_every: int = MISSING
     validate_every: int = MISSING
@@ -171,17 +188,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
             if value is not None:
-                _at_least(0 if key == "pictures_every" else 1, **{f"train__{key}": value})
+                _at_least(0 if key in ("pictures_every", "batch_size_labelled") else 1, **{f"train__{key}": value})
 
 
 @dataclass
 class EvaluationConfig:
     batch_size: int = MISSING
-    importance_samples: int = MISSING  # draws of z per class in the estimate of log p(x)
+    importance_samples: int = MISSING  # draws, of M2 those of z per class, in the estimate of log p(x) of test images
+    validation_samples: int = 0  # the same of validation images
     test: bool = True  # at the end of the run; a default, so that runs from before have it
 
     def __post_init__(self) -> None:
         _at_least(1, evaluation__batch_size=self.batch_size, evaluation__importance_samples=self.importance_samples)
+        _at_least(0, evaluation__validation_samples=self.validation_samples)
 
 
 @dataclass
@@ -228,6 +247,11 @@ class Config:
         if self.likelihood is Likelihood.auto and data.known().is_binary:
             self.likelihood = Likelihood.bernoulli
         self.likelihood = resolved_likelihood(self.likelihood, data.binarization)
+        if self.prior == "labelled" and data.num_labelled == 0:
+            raise ValueError(
+                "prior must be uniform or a list of probabilities where data.num_labelled=0 leaves no label to count, "
+                "got labelled"
+            )
         if self.prior not in ("uniform", "labelled"):
             self.prior = _probabilities(self.prior, data.known())
 

@@ -41,14 +41,19 @@ WANTED = (
 )
 
 
-def facts(path: str | None, num_test: float | None = None, resize: str | None = None) -> DatasetFacts:
-    """What is known without reading the pixels: from the headers and the labels. Raises DataError."""
+def facts(
+    path: str | None, num_test: float | None = None, resize: str | None = None, needs_labels: bool = True
+) -> DatasetFacts:
+    """What is known without reading the pixels: from the headers and the labels. Raises DataError.
+
+    Images without any label are refused, or, if not `needs_labels`, have 0 classes.
+    """
     file = _found(path)
     if _has_pictures(file):
-        files, labels = _listed(file)
-        shape, test_labels, names = shape_of_all(stamped(files), resize)[0], None, _names(file)
+        files, labels = _listed(file, needs_labels=needs_labels)
+        shape, test_labels, names = shape_of_all(stamped(files), resize)[0], None, _names(file, needs_labels)
     else:
-        shape, labels, test_labels = npz.read_labels(file)
+        shape, labels, test_labels = npz.read_labels(file, needs_labels)
         shape, names = (shape[0], *size_of(resize)) if resize else shape, ()
     if not resize and max(shape[1:]) > LARGEST_SIDE:
         size = "x".join(map(str, shape[1:]))
@@ -56,7 +61,7 @@ def facts(path: str | None, num_test: float | None = None, resize: str | None = 
             f"{file} has images of {size} pixels (height x width): data.resize=64x64 brings them to a size that "
             f"trains, and data.resize={size} leaves them as they are"
         )
-    num_classes = _check_classes(labels, str(file))
+    num_classes = _check_classes(labels, str(file), needs_labels)
     names = names or npz.read_names(file, num_classes)
     rows, test = parts(labels, num_classes, test_labels is not None, num_test, str(file))
     sizes = np.bincount(labels[rows] + 1, minlength=num_classes + 1).tolist()
@@ -73,11 +78,17 @@ def facts(path: str | None, num_test: float | None = None, resize: str | None = 
 
 
 def load(
-    path: str | None, part: str, num_test: float | None = None, resize: str | None = None, mapped: bool = False
+    path: str | None,
+    part: str,
+    num_test: float | None = None,
+    resize: str | None = None,
+    mapped: bool = False,
+    needs_labels: bool = True,
 ) -> Images:
     """The `train` or `test` part, and a digest of all pixels and labels. Raises DataError.
 
     With `mapped` the images stay in their file, where it is one that lets them: .npy, or .npz without compression.
+    Images without any label are refused, or, if not `needs_labels`, have 0 classes.
     """
     file = _found(path)
     test: tuple[Array | InFile, Indices] | None = None
@@ -85,26 +96,29 @@ def load(
     inside: tuple[str, ...] = ()
     if _has_pictures(file):
         left_out = LeftOut()
-        files, labels = _listed(file, left_out)
+        files, labels = _listed(file, left_out, needs_labels)
         shape, deep = shape_of_all(stamped(files), resize)
         are_deep = deep == len(files)
-        images, names = read_pictures(files, shape, resize is not None), _names(file)
-        notes, inside = _notes(file, left_out, deep), tuple(path.relative_to(file).as_posix() for path in files)
+        images, names = read_pictures(files, shape, resize is not None), _names(file, needs_labels)
+        notes, inside = (
+            _notes(file, left_out, deep, needs_labels),
+            tuple(path.relative_to(file).as_posix() for path in files),
+        )
     else:
-        _, labels, test_labels = npz.read_labels(file)
+        _, labels, test_labels = npz.read_labels(file, needs_labels)
         are_deep = npz.is_deep(file)
         images, notes = _arrays(file, "images", resize, mapped)
         names = ()
         if test_labels is not None:
             test_images, more = _arrays(file, "test_images", resize, mapped)
             test, notes = (test_images, test_labels), notes + more
-    num_classes = _check_classes(labels, str(file))
+    num_classes = _check_classes(labels, str(file), needs_labels)
     names = names or npz.read_names(file, num_classes)
     digest = _checked_digest(file, images, labels, test, resize, are_deep)
     whole = Images(images, labels, num_classes, digest, names, notes, {"data.path": digest})
     rows = parts(labels, num_classes, bool(test), num_test, str(file))
     if test and part == "test":
-        return replace(whole, images=test[0], labels=test[1])
+        return replace(whole, images=test[0], labels=test[1], part="test")
     chosen = rows[part == "test"]
     inside = tuple(inside[row] for row in chosen) if inside else ()
     chosen_images = images.of(chosen) if isinstance(images, InFile) else images[chosen]
@@ -132,9 +146,13 @@ def parts(
     """The rows of the training and the test part, each sorted. Raises DataError.
 
     Without test images in the file, `num_test` labelled ones are the test part, a number or a fraction of the labelled,
-    by class in proportion; if None, a sixth of each class, at least one. Each class keeps a labelled image. They are
-    drawn by a generator of their own, so that they are the same whatever data.split_seed is.
+    by class in proportion; if None, a sixth of each class, at least one. Each class keeps a labelled image. Where no
+    image has a label (0 classes) they are drawn over all. They are drawn by a generator of their own, so that they are
+    the same whatever data.split_seed is.
     """
+    are_labelled = num_classes > 0
+    if not are_labelled:
+        labels, num_classes = np.zeros_like(labels), 1
     everything = np.arange(len(labels))
     if has_test:
         if num_test is not None:
@@ -149,8 +167,9 @@ def parts(
         try:
             numbers = by_class(sizes, count_of("data.num_test", num_test, int(sizes.sum())))
         except ValueError as error:
+            reason = f" with a label: {error}" if are_labelled else f": at most {sizes.sum() - 1}"
             raise DataError(
-                f"data.num_test={num_test} is too many for the {sizes.sum()} images of {where} with a label: {error}"
+                f"data.num_test={num_test} is too many for the {sizes.sum()} images of {where}{reason}"
             ) from error
     order = np.random.default_rng(0).permutation(len(labels))
     test = np.sort(np.concatenate([order[labels[order] == k][:number] for k, number in enumerate(numbers)]))
@@ -170,15 +189,17 @@ def _found(path: str | None) -> Path:
     return file
 
 
-def _check_classes(labels: Indices, where: str, name: str = "labels") -> int:
-    """The number of classes, each of which has an image. Raises DataError."""
+def _check_classes(labels: Indices, where: str, needs_labels: bool) -> int:
+    """The number of classes, each of which has an image; 0 where no image has a label, if it may. Raises DataError."""
     there = np.unique(labels[labels >= 0])
+    if not len(there) and not needs_labels:
+        return 0
     if len(there) < 2:
-        raise DataError(f"{where}: {name} must have at least 2 classes, got {len(there)}")
+        raise DataError(f"{where}: labels must have at least 2 classes, got {len(there)}")
     if len(there) <= there[-1]:
         missing = int(np.argmax(there != np.arange(len(there))))
         raise DataError(
-            f"{where}: {name} must be the classes 0 to {there[-1]} without a gap, as the highest is {there[-1]}, "
+            f"{where}: labels must be the classes 0 to {there[-1]} without a gap, as the highest is {there[-1]}, "
             f"got no image of class {missing}"
         )
     return len(there)
@@ -251,10 +272,10 @@ def _read_through(file: Path, key: str, images: Array | InFile, are_deep: bool, 
 # ---- folders ----
 
 
-def _listed(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], Indices]:
+def _listed(folder: Path, left_out: LeftOut | None = None, needs_labels: bool = True) -> tuple[list[Path], Indices]:
     """The picture files, sub-folder by sub-folder in the order of their names, and their labels."""
     left_out = LeftOut() if left_out is None else left_out
-    classes, unlabelled = _sub_folders(folder, left_out)
+    classes, unlabelled = _sub_folders(folder, left_out, needs_labels)
     files: list[Path] = []
     labels: list[int] = []
     for path in sorted([*classes, *unlabelled]):
@@ -271,6 +292,8 @@ def _listed(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], 
         left_out.update(of_this)
         files += own
         labels += [classes.index(path) if path in classes else -1] * len(own)
+    if not files:
+        raise DataError(f"{folder} must have pictures in a format that Pillow reads, in it or below, got none")
     return files, np.array(labels, dtype=np.int64)
 
 
@@ -284,24 +307,28 @@ def _check_labelled(folder: Path, files: list[Path]) -> None:
             )
 
 
-def _names(folder: Path) -> tuple[str, ...]:
-    return tuple(path.name for path in _sub_folders(folder, LeftOut())[0])
+def _names(folder: Path, needs_labels: bool) -> tuple[str, ...]:
+    return tuple(path.name for path in _sub_folders(folder, LeftOut(), needs_labels)[0])
 
 
-def _sub_folders(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
-    """Those of the classes, and those of images without a label. Raises DataError."""
+def _sub_folders(folder: Path, left_out: LeftOut, needs_labels: bool) -> tuple[list[Path], list[Path]]:
+    """Those of the classes, and those of images without a label. Raises DataError.
+
+    One of fewer than two classes has no labels: it is refused, or, if not `needs_labels`, all in it is without a label.
+    """
     try:
         inside = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror}); mend that, or set data.path") from error
     classes: list[Path] = []
     unlabelled: list[Path] = []
+    beside = LeftOut()
     for path in inside:
         if path.name.startswith("."):
-            left_out.add("hidden", str(path))
+            beside.add("hidden", str(path))
         elif not path.is_dir():
             is_picture = path.suffix.lower() in suffixes()
-            left_out.add(
+            beside.add(
                 "beside the class folders" if is_picture else path.suffix.lower() or "without a suffix", str(path)
             )
         else:
@@ -317,9 +344,12 @@ def _sub_folders(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path
     twice = [path for path in classes if any(path.samefile(other) for other in classes if other < path)]
     if twice:
         raise DataError(f"{twice[0]} is a link to another class of {folder}; remove one of the two")
+    if len(classes) < 2 and not needs_labels:
+        return [], [folder]
     if len(classes) < 2:
         got = ", ".join(path.name for path in classes) or "none"
         raise DataError(f"{folder} must have a sub-folder of pictures for each of 2 or more classes, got {got}")
+    left_out.update(beside)
     return classes, unlabelled
 
 
@@ -337,11 +367,14 @@ def _means_unlabelled(path: Path) -> bool:
     return False
 
 
-def _notes(folder: Path, left_out: LeftOut, deep: int) -> tuple[str, ...]:
+def _notes(folder: Path, left_out: LeftOut, deep: int, needs_labels: bool) -> tuple[str, ...]:
     """What a person should know of how a folder was read."""
-    others = [path.name for path in _sub_folders(folder, LeftOut())[1] if path.name != UNLABELLED]
+    unlabelled = _sub_folders(folder, LeftOut(), needs_labels)[1]
+    others = [path.name for path in unlabelled if path.name != UNLABELLED]
     notes = [left_out.sentence(folder)] if left_out.counts else []
-    if others:
+    if unlabelled == [folder]:
+        notes.append(f"all pictures in {folder} and below are taken as those without a label")
+    elif others:
         notes.append(f"the pictures in {' and in '.join(others)} of {folder} are taken as those without a label")
     if deep:
         notes.append(f"{deep} pictures in {folder} have 16 bits a channel, of which the higher 8 are read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,16 +17,16 @@ from data.facts import Array
 from data.pictures import memory
 from data.randomness import keyed_generator, random_int16
 from data.splits import Indices, Split
-from data.stored import Images, InFile
+from data.stored import Drawn, Images, InFile
 
-Binarization = Literal["dynamic", "threshold", "none"]
+Binarization = Literal["dynamic", "fixed", "threshold", "none"]
 AHEAD = 2  # minibatches that are read before they are asked for
 
 
 class OnHost:
     """Images uint8 [N, C, H, W] that stay on the host or in their file; those that are asked for come to the device."""
 
-    def __init__(self, images: Array | InFile, rows: Indices, device: torch.device) -> None:
+    def __init__(self, images: Array | InFile | Drawn, rows: Indices, device: torch.device) -> None:
         self.images, self.rows, self.device = images, rows, device
 
     def __len__(self) -> int:
@@ -44,7 +45,7 @@ class OnHost:
         return torch.from_numpy(self.images[rows])
 
 
-def fit(images: Array | InFile, device: torch.device) -> bool:
+def fit(images: Array | InFile | Drawn, device: torch.device) -> bool:
     """Whether images fit into half of a GPU's free memory, or a quarter of the machine's, beside the training."""
     free, part = (torch.cuda.mem_get_info(device)[0], 2) if device.type == "cuda" else (memory(), 4)
     return math.prod(images.shape) * part <= free
@@ -83,8 +84,7 @@ class EvaluationData:
 
 def training_data(source: Images, split: Split, device: torch.device, on_host: bool = False) -> TrainingData:
     """On the device, or with images that stay on the host and come to the device a minibatch at a time."""
-    labels = torch.from_numpy(source.labels[split.labelled])
-    y_labelled = torch.nn.functional.one_hot(labels, source.num_classes).float().to(device)
+    y_labelled = torch.eye(source.num_classes)[torch.from_numpy(source.labels[split.labelled])].to(device)
     x_labelled, x_unlabelled = (OnHost(source.images, rows, device) for rows in (split.labelled, split.unlabelled))
     if on_host:
         return TrainingData(x_labelled, y_labelled, x_unlabelled)
@@ -102,7 +102,8 @@ def binarize(images: Tensor, binarization: Binarization, generator: torch.Genera
     """Pixels in [0, 1] as float, from uint8.
 
     `dynamic` draws each pixel anew, Bernoulli(intensity / 255) (Salakhutdinov & Murray 2008), its probability exact at
-    0 and 255 and within 2^-16 between; `threshold` is 1 above half intensity; `none` keeps the intensity.
+    0 and 255 and within 2^-16 between; `threshold` is 1 above half intensity; `none` keeps the intensity, and so does
+    `fixed`, whose images are black or white since they were read (data/fixed.py).
     """
     if binarization == "dynamic":
         uniform = random_int16(images.shape, generator).clamp_(min=1 - 2**15)
@@ -111,6 +112,21 @@ def binarize(images: Tensor, binarization: Binarization, generator: torch.Genera
     if binarization == "threshold":
         return (intensity > 0.5).float()
     return intensity
+
+
+def own_generators(images: Tensor) -> list[torch.Generator]:
+    """A generator on the CPU for each image uint8 [N, C, H, W] there, whose key the image itself is."""
+    return [torch.Generator().manual_seed(zlib.crc32(image.numpy())) for image in images.contiguous()]
+
+
+def binarize_by_itself(images: Tensor, binarization: Binarization, generators: Sequence[torch.Generator]) -> Tensor:
+    """Pixels [N, C, H, W] of images on the CPU that are of no part, each image's drawn by its own generator.
+
+    `fixed` draws them too, as they have no row; images whose pixels are drawn already stay as they are.
+    """
+    if binarization in ("dynamic", "fixed"):
+        return torch.stack([binarize(image, "dynamic", own) for image, own in zip(images, generators, strict=True)])
+    return binarize(images, binarization, generators[0])  # nothing is drawn
 
 
 def _highest_that_lights(images: Tensor) -> Tensor:
@@ -122,7 +138,7 @@ def _highest_that_lights(images: Tensor) -> Tensor:
 class ShuffledIndices:
     """Row numbers of minibatch `step` out of `size` rows, a new permutation each epoch; a function of the step alone.
 
-    A minibatch may span epochs, so every row is seen equally often whatever the sizes are.
+    A minibatch may span epochs, so every row is seen equally often whatever the sizes are. One of size 0 has no rows.
     """
 
     def __init__(
@@ -134,6 +150,8 @@ class ShuffledIndices:
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
+        if not self.batch_size:
+            return torch.empty(0, dtype=torch.int64, device="cpu" if self.on_host else self.device)
         first = step * self.batch_size
         epochs = range(first // self.size, (first + self.batch_size - 1) // self.size + 1)
         self._epochs = {epoch: self._permutation(epoch) for epoch in epochs}
@@ -150,7 +168,10 @@ class ShuffledIndices:
 
 
 class Batches:
-    """The images [B + B', C, H, W] of a step, binarized, the labelled ones first; and their classes [B, K]."""
+    """The images [B + B', C, H, W] of a step, binarized, the labelled ones first; and their classes [B, K].
+
+    B is 0 where training is without labels.
+    """
 
     def __init__(
         self,

@@ -73,15 +73,19 @@ def facts(
     *,
     num_test: float | None = None,
     resize: str | None = None,
+    needs_labels: bool = True,
 ) -> DatasetFacts:
-    """The facts of a dataset; those of data=arrays are read from `path`, without its pixels. Raises DataError."""
+    """The facts of a dataset; those of data=arrays are read from `path`, without its pixels. Raises DataError.
+
+    Images of one's own without any label are refused, or, if not `needs_labels`, have 0 classes.
+    """
     if random_classes is not None:
-        known = facts(name, path, num_test=num_test, resize=resize)
+        known = facts(name, path, num_test=num_test, resize=resize, needs_labels=needs_labels)
         return replace(known, num_classes=random_classes, class_names=(), class_sizes=())
     if name == OWN:
         from data import arrays
 
-        return arrays.facts(path, num_test, resize)
+        return arrays.facts(path, num_test, resize, needs_labels)
     return DATASETS[name]
 
 
@@ -96,15 +100,18 @@ def load(
     num_test: float | None = None,
     resize: str | None = None,
     mapped: bool = False,
+    needs_labels: bool = True,
 ) -> Images:
     """The `train` or `test` part of a dataset; torchvision downloads it on first use.
 
-    With `mapped`, images of data=arrays stay in their file if that can be.
+    With `mapped`, images of data=arrays stay in their file if that can be; without any label they are refused, or, if
+    not `needs_labels`, have 0 classes.
     With `checksum`, files other than those published are refused. With `random_classes` = K every known label is
     replaced by one of 0..K-1 at random, the same each time: for timing (Jang et al. 2017, figure 5). Raises DataError.
     """
     if random_classes is not None:
-        source = load(name, root, part, checksum, path, num_test=num_test, resize=resize, mapped=mapped)
+        how: dict[str, Any] = {"num_test": num_test, "resize": resize, "mapped": mapped, "needs_labels": needs_labels}
+        source = load(name, root, part, checksum, path, **how)
         drawn = np.random.default_rng(RANDOM_LABELS).integers(random_classes, size=len(source.labels))
         return replace(
             source, labels=np.where(source.labels < 0, -1, drawn), num_classes=random_classes, class_names=()
@@ -112,7 +119,7 @@ def load(
     if name == OWN:
         from data import arrays
 
-        return arrays.load(path, part, num_test, resize, mapped)
+        return arrays.load(path, part, num_test, resize, mapped, needs_labels)
     if name == "digits":
         return _load_digits(part)
     folder = _at_home(root)
@@ -132,7 +139,9 @@ def load(
             f"delete {raw} to download it again"
         )
     names = DATASETS[name].class_names
-    return Images(images[:, None], labels.astype(np.int64), num_classes, class_names=names, contents=contents)
+    return Images(
+        images[:, None], labels.astype(np.int64), num_classes, class_names=names, contents=contents, part=part
+    )
 
 
 def _contents(raw: Path) -> dict[str, str]:
@@ -160,7 +169,7 @@ def _load_digits(part: str) -> Images:
     images = np.rint(bundle.images * (255 / 16)).astype(np.uint8)[:, None]
     labels = bundle.target.astype(np.int64)
     rows = slice(-DIGITS_TEST_IMAGES) if part == "train" else slice(-DIGITS_TEST_IMAGES, None)
-    return Images(images[rows], labels[rows], 10)
+    return Images(images[rows], labels[rows], 10, part=part)
 
 
 def _stored(path: Path, md5: dict[str, str]) -> Path | None:

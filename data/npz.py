@@ -101,25 +101,27 @@ def notes_on(file: Path, key: str, array: npt.NDArray[Any] | Placed) -> tuple[st
     return tuple(notes)
 
 
-def read_labels(file: Path) -> tuple[tuple[int, int, int], Indices, Indices | None]:
-    """The shape [C, H, W] of all images, the labels, and those of the test images if there are any."""
+def read_labels(file: Path, needs_labels: bool = True) -> tuple[tuple[int, int, int], Indices, Indices | None]:
+    """The shape [C, H, W] of all images, the labels, and those of the test images if there are any.
+
+    A file without labels is refused, or, if not `needs_labels`, has -1 for all of them.
+    """
     headers = read_headers(file)
-    missing = [key for key in ("images", "labels") if key not in headers]
+    needed = ("images", "labels") if needs_labels or "test_labels" in headers else ("images",)
+    missing = [key for key in needed if key not in headers]
     if missing:
         has = ", ".join(headers) or "none"
         raise DataError(f"{file}: {missing[0]} is missing, and the file has the keys {has}; {WANTED}")
     shape = _check_images(file, "images", headers["images"])
+    if "labels" not in headers:
+        return shape, _no_labels(headers["images"]), _unlabelled_test(file, headers, shape)
     labels = _check_labels(file, "labels", headers["labels"], headers["images"][0][0], lowest=-1)
     if ("test_images" in headers) != ("test_labels" in headers):
         there, absent = sorted(("test_images", "test_labels"), key=headers.__contains__, reverse=True)
         raise DataError(f"{file}: {absent} is missing, and {there} is there; both belong together")
     if "test_images" not in headers:
         return shape, labels, None
-    test_shape = _check_images(file, "test_images", headers["test_images"])
-    if test_shape != shape:
-        raise DataError(
-            f"{file}: test_images must be as images are, {_by(shape)} (channels, height, width), got {_by(test_shape)}"
-        )
+    _check_test_images(file, headers["test_images"], shape)
     number = headers["test_images"][0][0]
     test_labels = _check_labels(file, "test_labels", headers["test_labels"], number, lowest=0)
     if test_labels.max() > labels.max():
@@ -127,6 +129,26 @@ def read_labels(file: Path) -> tuple[tuple[int, int, int], Indices, Indices | No
             f"{file}: test_labels must be classes that labels has, 0 to {labels.max()}, got {test_labels.max()}"
         )
     return shape, labels, test_labels
+
+
+def _no_labels(images: Header) -> Indices:
+    return np.full(images[0][0], -1, dtype=np.int64)
+
+
+def _unlabelled_test(file: Path, headers: dict[str, Header], shape: tuple[int, int, int]) -> Indices | None:
+    """-1 for each test image of a file without labels; None where it has no test images."""
+    if "test_images" not in headers:
+        return None
+    _check_test_images(file, headers["test_images"], shape)
+    return _no_labels(headers["test_images"])
+
+
+def _check_test_images(file: Path, header: Header, shape: tuple[int, int, int]) -> None:
+    test_shape = _check_images(file, "test_images", header)
+    if test_shape != shape:
+        raise DataError(
+            f"{file}: test_images must be as images are, {_by(shape)} (channels, height, width), got {_by(test_shape)}"
+        )
 
 
 def _check_images(file: Path, key: str, header: Header) -> tuple[int, int, int]:

@@ -87,7 +87,8 @@ class Room:
     known: int
     num_classes: int
     balanced: bool
-    described: str = ""  # for messages
+    described: str = " with a known label"  # the images, for messages
+    needs_labels: bool = False  # whether a split without any is refused
 
     def check(self, num_labelled: Any, num_validation: int) -> None:
         """Raises ValueError that names what is wrong, and the largest numbers that are possible."""
@@ -98,12 +99,13 @@ class Room:
         possible = got == ALL or (
             is_count and got >= self.num_classes and not (self.balanced and got % self.num_classes)
         )
+        possible = possible or (is_count and got == 0 and not self.needs_labels)
         if possible and self._fits(got, num_validation):
             return
         if possible:
             problem = (
-                f"data.num_labelled + data.num_validation must fit into the {self.known} training images with a known "
-                f"label{self.described}, got {got} + {num_validation}"
+                f"data.num_labelled + data.num_validation must fit into the {self.known} training images"
+                f"{self.described}, got {got} + {num_validation}"
             )
         largest = []
         if most := self._most_labelled(num_validation, self.balanced):
@@ -124,6 +126,8 @@ class Room:
         return int(left.min() * self.num_classes if balanced else left.sum() if left.min() > 0 else 0)
 
     def _fits(self, num_labelled: int | str, num_validation: int) -> bool:
+        if num_labelled == 0:  # an image that validation could take is left to train on
+            return num_validation <= self.known and self.left(num_validation).sum() > 0
         most = self._most_labelled(num_validation, self.balanced and num_labelled != ALL)
         return most > 0 if num_labelled == ALL else int(num_labelled) <= most
 
@@ -136,10 +140,16 @@ def check_sizes(
     balanced: bool,
     stratified: bool,
     labelled_in_unlabelled: bool,
+    needs_labels: bool = False,
 ) -> None:
-    """Raises ValueError, naming the keys, for a split that a dataset with these facts cannot give."""
+    """Raises ValueError, naming the keys, for a split that a dataset with these facts cannot give.
+
+    With `needs_labels` also for one without any labelled image.
+    """
     known, num_classes = facts.train_images - facts.unknown_labels, facts.num_classes
-    sizes = np.array(facts.class_sizes, dtype=np.int64)
+    sizes, names = np.array(facts.class_sizes, dtype=np.int64), facts.class_names
+    if num_labelled == 0 and not known:  # images without any label are all alike
+        known, num_classes, sizes, names = facts.train_images, 1, np.array([facts.train_images]), ()
 
     def left(number: int) -> Indices:
         if stratified and len(sizes):
@@ -148,10 +158,11 @@ def check_sizes(
         even = min([rest // num_classes, *sizes])
         return np.array([even] * (num_classes - 1) + [rest - even * (num_classes - 1)])
 
-    held_out = f"; data.num_test holds out {facts.held_out} more" if facts.held_out else ""
-    described = f" ({_described(sizes, facts.class_names)}{held_out})" if len(sizes) else ""
+    held_out = f"data.num_test holds out {facts.held_out} more" if facts.held_out else ""
+    inside = "; ".join(filter(None, [_described(sizes, names) if len(sizes) == len(names) else "", held_out]))
+    described = (" with a known label" if names else "") + (f" ({inside})" if inside else "")
     number = count_of("data.num_validation", num_validation, known)
-    Room(left, known, num_classes, balanced, described).check(num_labelled, number)
+    Room(left, known, num_classes, balanced, described, needs_labels).check(num_labelled, number)
     taken = known if num_labelled == ALL else num_labelled + number
     if not labelled_in_unlabelled and taken == facts.train_images:
         raise ValueError(NONE_UNLABELLED)
@@ -180,7 +191,7 @@ def class_prior(prior: str | list[float], labels: Indices, num_classes: int) -> 
     if isinstance(prior, list):
         return prior
     if prior == "uniform":
-        return [1 / num_classes] * num_classes
+        return [1 / num_classes for _ in range(num_classes)]
     counts = np.bincount(labels, minlength=num_classes)
     if not counts.all():
         raise ValueError(
@@ -205,14 +216,17 @@ def draw_split(
 ) -> Split:
     """Draws validation images and, of the others, `num_labelled` with their labels; the rest is unlabelled.
 
-    `num_labelled` is a number or "all" that have a label. A number is `balanced`, as many of each class, or by class
-    in proportion to how many there are, at least one. `num_validation` is a number or a fraction of the images with a
-    label, drawn over all of them or, `stratified`, by class in proportion. An image whose label is -1 can only be
-    unlabelled.
+    `num_labelled` is a number, 0 for none, or "all" that have a label. A number is `balanced`, as many of each class,
+    or by class in proportion to how many there are, at least one. `num_validation` is a number or a fraction of the
+    images with a label, drawn over all of them or, `stratified`, by class in proportion. An image whose label is -1 can
+    only be unlabelled; but where none has a label, validation images are drawn over all.
     Depends on `split_seed` and nothing else; the validation images are drawn first, so that they are the same
     whatever num_labelled is. With `labelled_in_unlabelled` the labelled images are also seen without their labels.
     Raises ValueError for sizes that cannot be drawn, with the largest that can.
     """
+    has_labels = bool((labels >= 0).any())
+    if num_labelled == 0 and not has_labels:  # all are alike
+        labels, num_classes = np.zeros_like(labels), 1
     order = np.random.default_rng(split_seed).permutation(len(labels))
     with_label = order[labels[order] >= 0]
     sizes = np.bincount(labels[with_label], minlength=num_classes)
@@ -222,13 +236,14 @@ def draw_split(
         return _left(sizes, number) if stratified else np.bincount(labels[with_label[number:]], minlength=num_classes)
 
     names = class_names or tuple(map(str, range(num_classes)))
-    Room(left, len(with_label), num_classes, balanced, f" ({_described(sizes, names)})").check(num_labelled, number)
+    described = f" with a known label ({_described(sizes, names)})" if has_labels else ""
+    Room(left, len(with_label), num_classes, balanced, described).check(num_labelled, number)
     validation = _first(with_label, labels, sizes - left(number)) if stratified else with_label[:number]
     rest = order[np.isin(order, validation, invert=True)]
     available = left(number)
     if num_labelled == ALL:
         per_class = available
-    elif balanced:
+    elif balanced or num_labelled == 0:
         per_class = np.full(num_classes, int(num_labelled) // num_classes)
     else:
         per_class = apportion(available, int(num_labelled), 1, available)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.facts import Array, DataError, numbered
+from data.fixed import fixed_pixels
 
 BLOCK = 2**26  # bytes that are looked at in one go
 
@@ -95,13 +96,33 @@ class InFile:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Images whose fixed pixels are drawn as they are read: uint8 [N, C, H, W] of 0 and 255."""
+
+    images: Array | InFile
+    rows: npt.NDArray[np.int64]  # each image's, in the array that it comes from
+    part: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.images.shape
+
+    def __getitem__(self, chosen: Any) -> Array:
+        """Some images, in memory. Raises DataError if their file has changed."""
+        return fixed_pixels(self.images[chosen], self.rows[chosen], self.part)
+
+
+@dataclass(frozen=True)
 class Images:
     """Images uint8 [N, C, H, W] with labels int64 [N] in 0..num_classes-1, or -1 where no label is known.
 
     Of images that stay in their file, those come to memory that are asked for by images[rows].
     """
 
-    images: Array | InFile
+    images: Array | InFile | Drawn
     labels: npt.NDArray[np.int64]
     num_classes: int
     digest: str = ""  # of the whole dataset, where it is not a published one
@@ -110,6 +131,13 @@ class Images:
     contents: dict[str, str] = field(default_factory=dict)  # a digest of each file that train and test come from
     files: tuple[str, ...] = ()  # each image's, below the folder that they were read from
     rows: npt.NDArray[np.int64] | None = None  # each image's, in the array of a file that has more
+    part: str = "train"  # whose fixed pixels these are; of an array that both parts are taken from, train
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", self.class_names or numbered(self.num_classes))
+
+    def fixed(self) -> Images:
+        """The same with the pixels of data.binarization=fixed, which are drawn once for each row of a part."""
+        assert not isinstance(self.images, Drawn)
+        rows = np.arange(len(self.labels)) if self.rows is None else self.rows
+        return replace(self, images=Drawn(self.images, rows, self.part))

@@ -9,7 +9,8 @@ accuracy, out of the grids in scripts/baseline_methods.py; test images are looke
 predicted one by one: no method has seen them. Every method writes a folder that scripts.compare shows as a row.
 Pixels are those of train.py. Where it draws them (data.binarization=dynamic, as of MNIST), it draws a training image
 anew at each step, and here that image keeps its intensities, which is kinder than a draw; validation and test images
-are drawn as the evaluation of a run draws them. With data.binarization=none all are grey.
+are drawn as the evaluation of a run draws them. With data.binarization=fixed all are drawn once, for the runs too; with
+data.binarization=none all are grey.
 What is finished in --output is skipped, so that the same command goes on where it stopped.
 """
 
@@ -273,7 +274,7 @@ def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
     """Chooses each method's settings, measures it on test images, and writes its folder."""
     from scripts.baseline_methods import METHODS, choose
 
-    source = job.config.data.load("train")
+    source = pixels_of("train", job.config)
     split = job.config.data.split(source.labels, source.num_classes, source.class_names, source.digest)
     known = known_of(source, split, job.config)
     for name in names:
@@ -283,10 +284,16 @@ def run_classical(job: Job, folder: Path, names: Sequence[str]) -> None:
         seconds = time.perf_counter() - start
         measured = scores("val", *chosen.predict(known.x_validation), known.y_validation)
         if job.config.evaluation.test:
-            test = job.config.data.load("test")
-            measured |= scores("test", *chosen.predict(as_evaluated(test.images, job.config)), test.labels)
+            test = pixels_of("test", job.config)
+            measured |= scores("test", *chosen.predict(as_evaluated(test.images[:], job.config)), test.labels)
         write(job, folder / name, split, name, chosen, {"seconds": seconds, **measured})
         say(folder / name)
+
+
+def pixels_of(part: str, config: Config) -> Images:
+    """The `train` or `test` part as a run has it."""
+    source = config.data.load(part)
+    return source.fixed() if config.data.binarization.value == "fixed" else source
 
 
 def known_of(source: Images, split: Split, config: Config) -> Known:

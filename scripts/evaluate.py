@@ -52,7 +52,7 @@ def main() -> None:
         help="draws of z per class for log p(x), of every part; if not given, the run's own number, of the test part",
     )
     parser.add_argument(
-        "--binarization", choices=("dynamic", "threshold", "none"), help="other pixels than the run was trained with"
+        "--binarization", choices=[how.value for how in Binarization], help="other pixels than the run was trained with"
     )
     parser.add_argument("--output", type=Path, help="a .json file to write the same to")
     add_trust(parser)
@@ -67,7 +67,7 @@ def main() -> None:
         run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
         if arguments.binarization:
             _check_pixels(run.config.likelihood, arguments.binarization)
-            run.binarization = arguments.binarization
+            run.look_at(arguments.binarization)
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(part, arguments.importance_samples)

@@ -64,7 +64,7 @@ def drawn(
     """The picture uint8 [C, H, W] of a kind; `images` are for those that encode some."""
     import torch
 
-    from data.batches import binarize
+    from data.batches import binarize, binarize_by_itself, own_generators
     from data.randomness import keyed_generator
     from models.evaluation import evaluating
 
@@ -72,7 +72,11 @@ def drawn(
     with evaluating(model.model):
         x = None
         if images is not None and model.model.kinds[kind]:
-            x = binarize(images[:columns].to(model.device), model.facts.binarization, generator)
+            images, how = images[:columns], model.facts.binarization
+            if how == "fixed":  # of validation images they are drawn already, and others have no row
+                x = binarize_by_itself(images, how, own_generators(images)).to(model.device)
+            else:
+                x = binarize(images.to(model.device), how, generator)
         return model.model.draw(kind, torch.Size(model.facts.shape), columns, generator, x, draw_pixels)
 
 

@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 
 import train
+from configs.check import typed
 from data import arrays
 from data.batches import training_data
 from data.facts import DataError
 from data.splits import draw_split
 from scripts import evaluate, generate
+from scripts.command import composed
 from tests.runs import SMALL, Ended, checkpoint, command, curve, equal, resume, run
 
 NETWORKS = {"mlp": "model=mlp model.hidden=8", "conv": "model=conv model.channels=2 model.hidden=8"}
@@ -473,6 +475,114 @@ def test_the_same_arrays_packed_differently_are_the_same(tmp_path: Path) -> None
     before = arrays.load(str(path), "train").digest
     np.savez_compressed(path, **contents())
     assert arrays.load(str(path), "train").digest == before
+
+
+# ---- no labels ----
+
+
+def flat(folder: Path) -> Path:
+    """30 pictures, of no class."""
+    noise = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for index in range(30):
+        Image.fromarray(noise.integers(256, size=(8, 6), dtype=np.uint8)).save(folder / f"{index:02}.png")
+    return folder
+
+
+def below(folder: Path) -> Path:
+    flat(folder / "album" / "2024")
+    (folder / "readme.txt").write_text("no picture")
+    return folder
+
+
+NO_LABELS: dict[str, Callable[[Path], Path]] = {
+    "a flat folder": lambda folder: flat(folder / "mine"),
+    "a folder in a folder": lambda folder: below(folder / "mine"),
+    "unlabelled alone": lambda folder: flat(folder / "mine" / "unlabelled").parent,
+    "no key": lambda folder: stored(folder, images=IMAGES[:30], labels=None),
+    "-1": lambda folder: stored(folder, images=IMAGES[:30], labels=np.full(30, -1)),
+    "test images": lambda folder: stored(
+        folder, images=IMAGES[:25], labels=None, test_images=IMAGES[25:30], test_labels=None
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_images_without_any_label(kind: str, tmp_path: Path) -> None:
+    """Are all unlabelled; validation and test part are drawn over all of them."""
+    path = str(NO_LABELS[kind](tmp_path))
+    known = arrays.facts(path, needs_labels=False)
+    assert (known.train_images, known.unknown_labels, known.num_classes, known.class_names) == (25, 25, 0, ())
+    train_part, test_part = (arrays.load(path, part, needs_labels=False) for part in ("train", "test"))
+    assert (train_part.labels.tolist(), test_part.labels.tolist()) == ([-1] * 25, [-1] * 5)
+    assert (train_part.num_classes, train_part.digest) == (0, test_part.digest)
+    both = np.concatenate([train_part.images[:], test_part.images[:]])
+    assert len(np.unique(both.reshape(30, -1), axis=0)) == 30
+    given = f"data=arrays data.path={path} data.num_labelled=0 train.batch_size_labelled=0"
+    config = typed(composed(*given.split()))
+    split = config.data.split(train_part.labels, 0)
+    assert [len(rows) for rows in (split.labelled, split.unlabelled, split.validation)] == [0, 20, 5]
+    source = config.data.load("train", mapped=True)
+    assert np.array_equal(source.images[:], train_part.images[:])
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_a_model_with_labels_refuses_images_without_any(kind: str, tmp_path: Path) -> None:
+    """With the sentence that it has always said, whatever data.num_labelled is."""
+    path = NO_LABELS[kind](tmp_path)
+    before = refusal(path).err
+    assert "2 or more classes" in before or "labels is missing" in before or "at least 2 classes, got 0" in before
+    asked = f"data=arrays data.path={path} data.num_labelled=0 train.batch_size_labelled=0"
+    ended = command(train.main, f"{asked} hydra.run.dir='{tmp_path}/run'")
+    assert (ended.code, ended.err) == (2, before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_of_a_folder_without_labels_is_told(tmp_path: Path) -> None:
+    notes = arrays.load(str(below(tmp_path / "mine")), "train", needs_labels=False).notes
+    assert notes == (
+        f"1 file of {tmp_path}/mine is left out: 1 .txt (readme.txt)",
+        f"all pictures in {tmp_path}/mine and below are taken as those without a label",
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        ("data.num_test=30", "data.num_test=30 is too many for the 30 images of"),
+        (
+            "data.num_validation=25",
+            "the 25 training images (data.num_test holds out 5 more), got 0 + 25; possible are ",
+        ),
+    ],
+)
+def test_numbers_of_images_without_labels(number: str, words: str, tmp_path: Path) -> None:
+    path = flat(tmp_path / "mine")
+    asked = f"data=arrays data.path={path} data.num_labelled=0 train.batch_size_labelled=0 {number}"
+    ended = command(train.main, asked)
+    assert ended.code == 2, ended.said
+    assert words in ended.err
+
+
+def test_folders_and_files_that_are_no_images_without_labels_either(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="must have pictures in a format that Pillow reads, in it or below, got none"):
+        arrays.facts(str(tmp_path / "empty"), needs_labels=False)
+    path = stored(tmp_path, labels=None, test_images=IMAGES, test_labels=LABELS)
+    with pytest.raises(DataError, match="labels is missing"):
+        arrays.facts(str(path), needs_labels=False)
+    path = stored(tmp_path, labels=None, test_images=IMAGES[:, :7])
+    with pytest.raises(DataError, match="test_images must be as images are, 1x8x8"):
+        arrays.facts(str(path), needs_labels=False)
+
+
+def test_labels_that_are_there_stay_for_measuring(tmp_path: Path) -> None:
+    """With data.num_labelled=0 an image's label is seen by nothing but an accuracy."""
+    path = str(stored(tmp_path))
+    for part in ("train", "test"):
+        with_labels, without = (arrays.load(path, part, needs_labels=needed) for needed in (True, False))
+        assert np.array_equal(with_labels.labels, without.labels)
+        assert with_labels.digest == without.digest
 
 
 # ---- refusals ----

@@ -345,6 +345,7 @@ def test_a_repeated_draw_counts_once(tmp_path: Path) -> None:
 KINDS: dict[str, dict[str, Any]] = {
     "none": {"likelihood": "bernoulli", "data__binarization": "none"},
     "dynamic": {"likelihood": "bernoulli", "data__binarization": "dynamic"},
+    "fixed": {"likelihood": "bernoulli", "data__binarization": "fixed"},
     "grey": {"likelihood": "discretized_logistic", "data__binarization": "none"},
     "other data": {"likelihood": "bernoulli", "data__binarization": "dynamic", "data__name": "mnist"},
 }
@@ -372,8 +373,8 @@ def other_pixels(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("metric", [name for name in METRICS if METRICS[name].of_pixels])
 def test_bounds_are_ranked_and_subtracted_among_the_same_pixels_alone(metric: str, other_pixels: Path) -> None:
     found = comparison(other_pixels, metric=metric)
-    assert len(found.parts) == 4
-    assert sorted(map(len, [part.groups for part in found.parts])) == [2] * 4
+    assert len(found.parts) == len(KINDS)
+    assert sorted(map(len, [part.groups for part in found.parts])) == [2] * len(KINDS)
     for part in found.parts:
         assert len({run.pixels for group in part.groups for run in group.runs}) == 1
         base, other = part.groups
@@ -381,7 +382,7 @@ def test_bounds_are_ranked_and_subtracted_among_the_same_pixels_alone(metric: st
         assert other.against_baseline is not None
         assert abs(other.against_baseline.difference.mean) < 50
     said = run_compare(other_pixels, more=f"--metric {metric}").out
-    assert said.count("== Bounds of data.name=") == 4
+    assert said.count("== Bounds of data.name=") == len(KINDS)
     assert "neither ranked nor subtracted across them" in " ".join(said.split())
     for text in (as_markdown(found), page(found)):
         for part in found.parts:
@@ -404,7 +405,7 @@ def test_beside_accuracies_bounds_are_in_tables_of_their_own(other_pixels: Path)
     assert "test bound" not in ranked.partition("mean ±")[0]
     assert all("test bound" in part and "not ranked ==" in part for part in apart)
     (several,) = (part for part in found.parts if part.parts)
-    assert len(apart) == len(several.parts) == 3
+    assert len(apart) == len(several.parts) == len(KINDS) - 1
     html = page(found)
     assert all(f"Bounds of {part.pixels}" in html for part in several.parts)
     assert all(f"Groups: {part.data}" in html for part in found.parts)

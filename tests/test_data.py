@@ -12,13 +12,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models.m2.model import SemiSupervisedVAE
 
 import train
+from configs.check import check_labels, typed
+from configs.schema import ConfigError
 from data import datasets
 from data.batches import (
     Batches,
@@ -32,9 +36,12 @@ from data.batches import (
 from data.datasets import load
 from data.facts import Array, DataError
 from data.randomness import random_int16
-from data.splits import ALL, Split, draw_split
+from data.splits import ALL, Split, class_prior, draw_split
 from data.stored import Images
-from tests.runs import SMALL, checkpoint, command, resume
+from scripts.command import composed
+from tests.runs import MLP, SMALL, checkpoint, command, resume
+from training.process import threads_kept
+from training.run import Run
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -134,7 +141,17 @@ def test_validation_is_the_same_whatever_is_labelled() -> None:
     ("changes", "message"),
     [
         ({"num_labelled": 7}, r"data\.num_labelled must be all, or a positive multiple of the 10 classes.*got 7;"),
-        ({"num_labelled": 0}, r"data\.num_labelled must be all, or a positive multiple.*got 0;"),
+        ({"num_labelled": -10}, r"data\.num_labelled must be all, or a positive multiple.*got -10;"),
+        ({"num_labelled": False}, r"data\.num_labelled must be all, or a positive multiple.*got false;"),
+        (
+            {"num_labelled": 0, "num_validation": 600},
+            r"must fit into the 600 .*got 0 \+ 600; .* data\.num_validation=599",
+        ),
+        (
+            {"num_labelled": 0, "num_validation": 600, "labels": LABELS * 0 - 1},
+            r"must fit into the 600 training images, got 0 \+ 600; possible are at most data\.num_validation=599 with",
+        ),
+        ({"labels": LABELS * 0 - 1}, r"data\.num_labelled \+ data\.num_validation.*got 50 \+ 100"),
         ({"num_labelled": 15}, r"data\.num_labelled must be all, or a positive multiple.*got 15;"),
         ({"num_labelled": 9, "balanced": False}, r"data\.num_labelled must be all, or at least the 10 classes, got 9;"),
         ({"num_labelled": "some"}, r"data\.num_labelled must be all, or a positive multiple.*got some;"),
@@ -262,6 +279,119 @@ def test_what_a_refusal_calls_possible_is_and_one_more_is_not(
         step = CLASSES if is_labelled and choice.get("balanced", True) else 1
         with pytest.raises(ValueError, match="must fit into"):
             draw(**choice | {key: choice[key] + step})
+
+
+# --- no labels
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+def test_without_labels_all_but_validation_is_unlabelled(both: bool, balanced: bool, stratified: bool) -> None:
+    """And the validation images are those of a split with labels."""
+    how: dict[str, Any] = {"balanced": balanced, "stratified": stratified, "labelled_in_unlabelled": both}
+    for num_validation in (100, 0.2, 0, 590 if stratified else 599):
+        split = split_of(num_labelled=0, num_validation=num_validation, **how)
+        assert len(split.labelled) == 0
+        assert split.labelled.dtype == np.int64
+        assert np.array_equal(np.sort(np.concatenate([split.unlabelled, split.validation])), np.arange(600))
+        if num_validation in (100, 0.2):
+            with_labels = split_of(num_validation=num_validation, **how)
+            assert np.array_equal(split.validation, with_labels.validation)
+            assert split.hash != with_labels.hash
+
+
+@pytest.mark.parametrize("stratified", [True, False])
+@pytest.mark.parametrize("num_classes", [0, CLASSES])
+def test_where_no_image_has_a_label_validation_is_drawn_over_all(num_classes: int, stratified: bool) -> None:
+    unknown = np.full(50, -1)
+    how: dict[str, Any] = {"labelled_in_unlabelled": True, "stratified": stratified}
+    splits = [
+        draw_split(unknown, num_classes, num_labelled=0, num_validation=0.2, split_seed=seed, **how)
+        for seed in (0, 1, 0)
+    ]
+    for split in splits:
+        assert (len(split.labelled), len(split.validation)) == (0, 10)
+        assert np.array_equal(np.sort(np.concatenate([split.unlabelled, split.validation])), np.arange(50))
+    assert splits[0].hash == splits[2].hash != splits[1].hash
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("size", [0, 50])
+def test_minibatches_without_labels(size: int, on_host: bool) -> None:
+    """Whether there are no labelled images, or none of them are asked for."""
+    split = split_of(num_labelled=size)
+    batches = Batches(
+        training_data(numbered_images(), split, CPU, on_host),
+        batch_size_labelled=0,
+        batch_size_unlabelled=125,
+        binarization="none",
+        seed=0,
+    )
+    seen: list[int] = []
+    for step in range(4):
+        x, y = batches(step, generator())
+        assert (x.shape, x.dtype, y.shape, y.dtype) == ((125, 1, 1, 2), torch.float32, (0, CLASSES), torch.float32)
+        seen += row_numbers(x)
+    assert sorted(seen) == split.unlabelled.tolist()
+    labelled, _ = batches.rows(7)
+    assert (labelled.shape, labelled.dtype) == ((0,), torch.int64)
+
+
+def test_images_without_any_class_are_trained_on_and_measured() -> None:
+    source = Images(numbered_images().images, np.full(600, -1), 0)
+    split = draw_split(source.labels, 0, num_labelled=0, num_validation=100, split_seed=0, labelled_in_unlabelled=True)
+    data = training_data(source, split, CPU)
+    assert (data.x_labelled.shape, data.y_labelled.shape, len(data.x_unlabelled)) == ((0, 1, 1, 2), (0, 0), 500)
+    held_out = evaluation_data(source, split.validation, CPU)
+    assert held_out.labels.tolist() == [-1] * 100
+    assert row_numbers(held_out.x[:]) == split.validation.tolist()
+    assert class_prior("uniform", source.labels[split.labelled], 0) == []
+
+
+def test_a_batch_without_rows_is_empty_at_every_step() -> None:
+    for size in (0, 7):
+        assert [order(size, 0)(step).shape for step in (0, 1, 9)] == [(0,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "validation"),
+    [
+        ("data=digits", 200),
+        ("data=digits data.balanced=false data.stratified=true data.num_validation=0.1", 144),
+        ("data=digits data.labelled_in_unlabelled=false data.num_validation=0", 0),
+        ("data=digits data.random_classes=3 data.binarization=fixed", 200),
+    ],
+)
+def test_a_configuration_without_labels(overrides: str, validation: int) -> None:
+    """Its keys make sense; whether the model trains without labels is asked of the model."""
+    config = typed(composed(*overrides.split(), "data.num_labelled=0", "train.batch_size_labelled=0"))
+    source = config.data.load("train")
+    split = config.data.split(source.labels, source.num_classes, source.class_names, source.digest)
+    assert (len(split.labelled), len(split.validation), len(split.unlabelled)) == (0, validation, 1437 - validation)
+    with pytest.raises(ConfigError, match=r"data\.num_labelled must be all, or .* got 0; possible are at most"):
+        check_labels(config, object())
+    check_labels(config, SimpleNamespace(trains_with_labels=False))
+    config.train.batch_size_labelled = 10
+    with pytest.raises(ConfigError, match=r"batch_size_labelled must be 0 where data\.num_labelled=0 .* got 10"):
+        check_labels(config, SimpleNamespace(trains_with_labels=False))
+
+
+def test_a_run_whose_model_trains_without_labels_has_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = typed(composed(*f"{MLP} data.num_labelled=0 train.batch_size_labelled=0".split()))
+    with pytest.raises(ConfigError, match=r"data\.num_labelled must be all, or"):  # such as of a search, unseen before
+        Run(config)
+    monkeypatch.setattr(SemiSupervisedVAE, "trains_with_labels", False, raising=False)
+    with threads_kept():
+        made = Run(config)
+        x, y = made.batches(3, generator())
+        assert (x.shape, y.shape) == ((10, 1, 8, 8), (0, 10))
+        with_label = made.validate()
+        assert with_label.accuracy is not None
+        held_out = replace(made.validation, labels=made.validation.labels * 0 - 1)
+        without = made.evaluate(held_out)
+    assert (without.accuracy, without.n, without.n_with_label) == (None, 200, 0)
+    assert without.bound == with_label.bound
 
 
 def test_classes_are_named_in_a_refusal() -> None:
@@ -461,7 +591,7 @@ def test_without_binarization_the_intensity_stays() -> None:
     torch.testing.assert_close(binarize(pixels, "none", generator()), torch.linspace(0, 1, 256))
 
 
-@pytest.mark.parametrize("binarization", ["dynamic", "threshold", "none"])
+@pytest.mark.parametrize("binarization", ["dynamic", "fixed", "threshold", "none"])
 def test_same_generator_gives_the_same_bits_and_global_randomness_is_left_alone(
     binarization: Binarization,
 ) -> None:

@@ -216,7 +216,8 @@ def test_the_default_follows_the_pixels() -> None:
 def test_only_a_log_probability_is_called_one() -> None:
     called = {name: log_likelihood_name(name, "none") for name in NAMES}
     assert [name for name, title in called.items() if title == "log p(x)"] == ["discretized_logistic"]
-    assert log_likelihood_name("bernoulli", "dynamic") == "log p(x)"
+    for how in ("dynamic", "fixed", "threshold"):
+        assert log_likelihood_name("bernoulli", how) == "log p(x)"
 
 
 def test_of_grey_levels_a_bernoulli_gives_the_mean_over_drawn_pixels() -> None:

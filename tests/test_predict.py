@@ -44,7 +44,7 @@ def images() -> Array:
     return load("digits", "", "test").images[:]
 
 
-@pytest.fixture(scope="module", params=["none", "dynamic"])
+@pytest.fixture(scope="module", params=["none", "dynamic", "fixed"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a person's own data, which is gone by now."""
     path = tmp_path_factory.mktemp(request.param)

@@ -114,8 +114,9 @@ def test_importance_samples(folder: Path) -> None:
 def test_evaluate_with_other_pixels_than_the_runs(folder: Path) -> None:
     own = measured(f"{folder} --part val")
     assert measured(f"{folder} --part val --binarization none") == own
-    bounds = {measured(f"{folder} --part val --binarization {how}")["val_bound"] for how in ("dynamic", "threshold")}
-    assert len(bounds | {own["val_bound"]}) == 3
+    binary = ("dynamic", "fixed", "threshold")
+    bounds = {measured(f"{folder} --part val --binarization {how}")["val_bound"] for how in binary}
+    assert len(bounds | {own["val_bound"]}) == 4
 
 
 def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:

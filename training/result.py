@@ -66,7 +66,8 @@ def measure(run: Run, part: Literal["val", "test"]) -> dict[str, float | None]:
     if f"{part}_bound" not in measured:
         measured |= {f"{part}_{field.name}": None for field in fields(Evaluation)}
         measured |= dict.fromkeys((f"{part}_n", f"{part}_n_with_label"), None if for_later else 0)
-    return measured
+    of_classes = (f"{part}_accuracy", f"{part}_calibration_error")  # of a model that tells some
+    return dict.fromkeys(of_classes) | measured
 
 
 def whole_result(run: Run, report: Report) -> dict[str, Any]:

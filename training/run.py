@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, check, typed
+from configs.check import build_optimizer, check, check_labels, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
@@ -63,6 +63,7 @@ class Run:
         tune_process()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
         torch.use_deterministic_algorithms(config.deterministic)
+        self.binarization: Binarization = config.data.binarization.value
         self.contents: dict[str, str] = {}  # digests of the files that images came from
         source = self.load_images("train")
         self.notes = source.notes
@@ -71,7 +72,7 @@ class Run:
         self.facts = Facts(
             shape=(channels, height, width),
             class_names=source.class_names,
-            binarization=config.data.binarization.value,
+            binarization=self.binarization,
             resize=config.data.resize,
             likelihood=config.likelihood.value,
             prior=class_prior(config.prior, source.labels[self.split.labelled], source.num_classes),
@@ -80,6 +81,7 @@ class Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = build_model(config.model, self.facts)
+            check_labels(config, self.model)  # a search's settings come here unseen
             self.estimator: Estimator = self.model.prepared(build(config.estimator, "estimator"), shape.size)
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
@@ -88,7 +90,6 @@ class Run:
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
         self.lr_factor: Schedule = build(config.lr_factor, "lr_factor")
         self.weights = Weights(**asdict(config.objective))
-        self.binarization: Binarization = self.facts.binarization
         self.batches = Batches(
             training_data(source, self.split, self.device, self._on_host(source)),
             batch_size_labelled=config.train.batch_size_labelled,
@@ -99,9 +100,16 @@ class Run:
         self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
 
     def load_images(self, part: str) -> Images:
+        """The images of the `train` or `test` part, their fixed pixels if those are asked for. Raises DataError."""
         source = self.config.data.load(part, mapped=True)
         self._check_contents(source.contents)
-        return source
+        return source.fixed() if self.binarization == "fixed" else source
+
+    def look_at(self, binarization: Binarization) -> None:
+        """Has evaluation look at other pixels than those that the run is trained with."""
+        self.binarization = binarization
+        source = self.load_images("train")
+        self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
 
     def _on_host(self, source: Images) -> bool:
         """Whether images stay on the host, or in their file, and come to the device a minibatch at a time."""
@@ -144,7 +152,8 @@ class Run:
 
     def validate(self, after_batch: Callable[[], None] = lambda: None) -> Evaluation:
         """Evaluation of the validation images, whose bounds are kept for the checkpoint."""
-        evaluation = self.evaluate(self.validation, after_batch=after_batch, doing="validation")
+        samples = self.config.evaluation.validation_samples
+        evaluation = self.evaluate(self.validation, samples, after_batch, doing="validation")
         if evaluation.per_image is not None:
             self.bounds = self.step, spread_out(evaluation.per_image.bound)
         return evaluation
@@ -165,12 +174,16 @@ class Run:
         PART_n is the number of its images, which means are over, and PART_n_with_label that of those with a known
         label, which accuracy and calibration are over.
 
-        log p(x) is by `importance_samples`, None for the configuration's on the test part and without it elsewhere.
+        log p(x) is by `importance_samples`; None for the configuration's on the test and the validation part, and
+        without it elsewhere.
         """
+        settings = self.config.evaluation
         if part == "test":
-            data, samples = self.load_test(), self.config.evaluation.importance_samples
+            data, samples = self.load_test(), settings.importance_samples
+        elif part == "val":
+            data, samples = self.validation, settings.validation_samples
         else:
-            data, samples = self.validation if part == "val" else self.load_training(part), 0
+            data, samples = self.load_training(part), 0
         if not len(data.labels):
             return {}
         samples = samples if importance_samples is None else importance_samples

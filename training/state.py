@@ -27,6 +27,7 @@ FREE_TO_CHANGE |= {
     "data.checksum",
     "evaluation.batch_size",
     "evaluation.importance_samples",
+    "evaluation.validation_samples",
     "evaluation.test",
 }
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from configs.schema import ConfigError, Likelihood
 from configs.targets import build
 from configs.trust import stored_config
-from data.batches import Binarization, binarize
+from data.batches import Binarization, binarize_by_itself, own_generators
 from data.datasets import facts
 from data.facts import DataError
 from data.pictures import picture_files, read_pictures
@@ -187,13 +186,8 @@ class Trained:
             part = images[first : first + self.batch_size]
             pixels = part.cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
             pixels = pixels.contiguous().view(len(pixels), *self.facts.shape)
-            generators = [torch.Generator().manual_seed(zlib.crc32(image.numpy())) for image in pixels]
-            if self.facts.binarization == "dynamic":
-                drawn = [binarize(image, "dynamic", own) for image, own in zip(pixels, generators, strict=True)]
-                x = torch.stack(drawn).to(self.device)
-            else:
-                x = binarize(pixels.to(self.device), self.facts.binarization, generators[0])
-            yield x, generators
+            generators = own_generators(pixels)
+            yield binarize_by_itself(pixels, self.facts.binarization, generators).to(self.device), generators
 
     def _embed(self, x: Tensor) -> Tensor:
         return self.model.embed(x, self.model.posterior(x)).cpu()
