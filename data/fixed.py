@@ -35,7 +35,8 @@ def fixed_pixels(images: Array, rows: npt.NDArray[np.int64], part: str) -> Array
         uniform = _numbers(int(rows[first]), end - first, size, part)
         highest = images[first:end].reshape(-1, size).astype(np.uint16) * np.uint16(257)
         drawn[first:end] = (np.maximum(uniform, 1) <= highest).reshape(-1, *images.shape[1:])
-    return drawn * np.uint8(255)
+    drawn *= np.uint8(255)
+    return drawn
 
 
 def _numbers(row: int, rows: int, size: int, part: str) -> npt.NDArray[np.uint16]:
