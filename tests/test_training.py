@@ -140,6 +140,10 @@ CHOICES = [
     "precision=auto device=auto",
 ]  # every estimator, model and dataset has a test of its own below
 MODELS = {"mlp": MLP, "conv": CONV}
+MODELS |= {
+    family: f"data=digits model={family} device=cpu train.log_every=1 evaluation.importance_samples=2"
+    for family in ("categorical_mlp", "categorical_two_layers", "structured_mlp")
+}
 
 
 def assert_trained(folder: Path, steps: int) -> None:
@@ -952,6 +956,7 @@ def loaded_names(target: Any) -> set[str]:
 def test_every_key_of_a_target_is_read(group: str) -> None:
     for choice in choices(group):
         node = OmegaConf.load(ROOT / "configs" / group / f"{choice}.yaml")
+        node = node.get(group, node)  # of a family of models, which sets other keys as well
         if "_target_" not in node:  # it builds upon another choice
             node = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / group / f"{node.defaults[0]}.yaml"), node)
         assert OmegaConf.is_dict(node)
