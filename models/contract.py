@@ -7,14 +7,14 @@ the data's classes, are `Networks` and make a `Model` of it. All numbers are nat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from estimators.contract import Estimate, Estimator
+from estimators.contract import Estimate, Estimator, check_estimate, entropy
 from estimators.reference import reference
 from models.likelihoods import Likelihood
 
@@ -105,15 +105,36 @@ class Alarm:
 
 
 class Model(nn.Module):
-    """A family of models, as everything outside of its folder sees it."""
+    """A family of models, as everything outside of its folder sees it.
 
-    has_labels: ClassVar[bool]  # whether it learns the data's classes from labels, and tells them
-    kinds: ClassVar[Mapping[str, bool]]  # what `draw` can draw, and whether it takes images
-    charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]  # of TensorBoard's custom scalars: section, chart, tags
-    embedding: ClassVar[str]  # what the points of `embed` are
+    A family gives its latents, likelihood, `posterior` and `categorical_term`; the rest here does for one layer of few
+    enough variables, without labels, and is there to be defined by those that can do more.
+    """
+
+    has_labels: ClassVar[bool] = False  # whether it learns the data's classes from labels, and tells them
+    kinds: ClassVar[Mapping[str, bool]] = {}  # what `draw` can draw, and whether it takes images
+    charts: ClassVar[
+        Mapping[str, Mapping[str, Sequence[str]]]
+    ] = {}  # TensorBoard's custom scalars: section, chart, tags
+    embedding: ClassVar[str] = "q(y|x): the probabilities of all variables"  # what the points of `embed` are
     likelihood: Likelihood
     latents: Sequence[tuple[int, int]]  # categorical variables and their classes, by layer
     log_prior: Tensor | None  # log p(y) [K] or [N, K] of the first layer; None where it is uniform
+
+    # ---- what every family has of its own ----
+
+    def posterior(self, x: Tensor) -> Tensor:
+        """q(y|x) of images x [B, C, H, W]: [B, K] where y is the class of an image, else [B, N, K]."""
+        raise NotImplementedError
+
+    def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
+        """The logits [B, N, K] of images x [B, C, H, W], and the term of J that needs an estimator, by one.
+
+        What else is drawn by chance is drawn here, by the generator, and is the same for all estimates.
+        """
+        raise NotImplementedError
+
+    # ---- training ----
 
     def prepared(self, estimator: Estimator, context_size: int) -> Estimator:
         """The estimator, told its sizes and p(y), once, before its parameters are counted.
@@ -125,10 +146,15 @@ class Model(nn.Module):
         estimator.log_prior = self.log_prior
         return estimator
 
-    def reference(self, context_size: int) -> tuple[Estimator, bool]:
-        """What estimators are held against, prepared, and whether it is exact."""
-        estimator, is_exact = reference(*max(self.latents, key=lambda latents: latents[1] ** latents[0]))
-        return self.prepared(estimator, context_size), is_exact
+    def check(self, weights: Weights, estimator: Estimator) -> None:
+        """Raises ValueError, naming the key, for what this family cannot do with a prepared estimator."""
+        for name, wanted in (("labelled", 0), ("alpha", 0), ("samples", 1)):
+            if (value := getattr(weights, name)) != wanted:
+                raise ValueError(f"objective.{name} must be {wanted} with this model, got {value:g}")
+        if type(self).terms_by is Model.terms_by and not reference(*self.latents[0])[1]:
+            raise ValueError(
+                f"model.latents must be few enough to enumerate, or terms_by be defined, got {self.latents}"
+            )
 
     def objective(
         self,
@@ -142,40 +168,94 @@ class Model(nn.Module):
     ) -> Objective:
         """J of a minibatch: x [L + U, C, H, W] is L labelled images of classes y_labelled [L, K], then U unlabelled.
 
-        A function of its arguments and the parameters: the generator is the only source of randomness. Raises
-        ContractError for an estimate of other shapes.
+        Here J = E_q(y|x)[f(x, y)] - KL(q(y|x) || p(y)), f that of `categorical_term`. A function of its arguments and
+        the parameters: the generator is the only source of randomness. Raises ContractError for an estimate of other
+        shapes.
         """
-        raise NotImplementedError
-
-    def check(self, weights: Weights, estimator: Estimator) -> None:
-        """Raises ValueError, naming the key, for what this family cannot do with a prepared estimator."""
-        raise NotImplementedError
+        logits, estimated = self.categorical_term(x, generator)
+        estimate = estimated(estimator, step, generator)
+        check_estimate(estimate, len(x))
+        terms = {
+            "J": weights.unlabelled * (estimate.value - estimate.kl).mean(),
+            "reconstruction": estimate.value.mean(),
+            "kl_y": estimate.kl.mean(),
+            "entropy_y": entropy(logits).sum(dim=-1).mean(),
+        }
+        return maximised(terms, estimate.metrics, estimate.auxiliary)
 
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         """J with its weights, and what each image weighs in it, of so many labelled and unlabelled images."""
-        raise NotImplementedError
+        return f"J = {weights.unlabelled:g} x the bound, a mean over {unlabelled} images"
+
+    # ---- evaluation ----
 
     def num_pixels(self, shape: torch.Size) -> int:
         """Of how many pixels, times channels, p(x|...) tells the probability, in images [C, H, W] of this shape."""
         return math.prod(shape)
 
-    def measure(
-        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
-    ) -> tuple[dict[str, Tensor], PerImage]:
+    def noise(self, number: int, generator: torch.Generator) -> Tensor:
+        """What images need of chance for `terms_by`, [number, ...]; nothing, where y is enumerated and all there is."""
+        return torch.empty(number, 0, device=generator.device)
+
+    def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
         """Terms of the bound, each [B], under the names of `Evaluation`, and what is kept of each image x [B, C, H, W].
 
-        y is enumerated, or drawn as one-hot classes where it has too many: no estimator has a part in it. Also
-        `log_likelihood` if importance_samples > 0, by so many draws. `after_draw` is called after each, 1 + them.
+        y is enumerated, or drawn as one-hot classes where it has too many, by `noise` [B, ...]: no estimator that
+        trains has a part in it.
+        """
+        exact, _ = self.reference(math.prod(x.shape[1:]))
+        nothing = torch.Generator(x.device)  # is drawn
+        estimate = self.categorical_term(x, nothing)[1](exact, 0, nothing)
+        bound = estimate.value - estimate.kl
+        terms = {"bound": bound, "reconstruction": estimate.value, "kl_y": estimate.kl}
+        return terms, PerImage(self.posterior(x), bound)
+
+    def log_likelihood_by(self, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
+        """log p(x) [B], nats, by importance weighting: a lower bound on average. Each draw is noise [B, ...].
+
+        A family that does not define it has no such number.
         """
         raise NotImplementedError
 
+    def measure(
+        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], PerImage]:
+        """`terms_by` of images x [B, C, H, W], and `log_likelihood` if importance_samples > 0, by so many draws.
+
+        `after_draw` is called after each, 1 + them.
+        """
+
+        def draws(number: int) -> Iterator[Tensor]:
+            for _ in range(number):
+                yield self.noise(len(x), generator)
+                after_draw()
+
+        (one,) = draws(1)
+        terms, seen = self.terms_by(x, one)
+        if importance_samples > 0 and type(self).log_likelihood_by is not Model.log_likelihood_by:
+            terms["log_likelihood"] = self.log_likelihood_by(x, draws(importance_samples))
+        return terms, seen
+
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         """What goes wrong quietly, from an evaluation of images with these labels [N], -1 where unknown."""
-        raise NotImplementedError
+        return []
+
+    # ---- the laboratory ----
+
+    def reference(self, context_size: int) -> tuple[Estimator, bool]:
+        """What estimators are held against, prepared, and whether it is exact."""
+        estimator, is_exact = reference(*max(self.latents, key=lambda latents: latents[1] ** latents[0]))
+        return self.prepared(estimator, context_size), is_exact
+
+    def networks(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters of each network, by its name: parts of the gradient that gradient_quality tells apart."""
+        return {name: parameters for name, part in self.named_children() if (parameters := list(part.parameters()))}
+
+    # ---- pictures, and a model that is used ----
 
     def pictures(self, x: Tensor, generator: torch.Generator, seen: PerImage | None) -> dict[str, Tensor]:
         """Pictures uint8 [C, H, W] by their tags, of the first held-out images x [B, C, H, W], and what all came to."""
-        raise NotImplementedError
+        return {}
 
     def draw(
         self,
@@ -189,25 +269,9 @@ class Model(nn.Module):
         """A picture uint8 [C, H, W] of a kind in `kinds`; images x [B, C, H, W] are for those that take some."""
         raise NotImplementedError
 
-    def posterior(self, x: Tensor) -> Tensor:
-        """q(y|x) of images x [B, C, H, W]: [B, K] where y is the class of an image, else [B, N, K]."""
-        raise NotImplementedError
-
     def embed(self, x: Tensor, q: Tensor) -> Tensor:
         """A point [B, E] for each image x [B, C, H, W], whose `posterior` is q."""
-        raise NotImplementedError
-
-    def noise(self, generator: torch.Generator) -> Tensor:
-        """What an image needs of chance for `terms_by`."""
-        raise NotImplementedError
-
-    def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
-        """`measure` of images x [B, C, H, W] without log p(x), by this noise [B, ...]."""
-        raise NotImplementedError
-
-    def log_likelihood_by(self, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
-        """log p(x) [B], nats, by importance weighting: a lower bound on average. Each draw is noise [B, ...]."""
-        raise NotImplementedError
+        return q.flatten(1)
 
     def sample(self, number: int, generator: torch.Generator, draw_pixels: bool = False) -> Tensor:
         """Draws of the model [number, D] in [0, 1]: the mean of p(x|...), or pixels drawn from it."""
@@ -219,17 +283,6 @@ class Model(nn.Module):
 
     def of_class(self, index: int, styles: Tensor) -> Tensor:
         """Mean pictures [number, D] in [0, 1] of a class, in these styles [number, ...]."""
-        raise NotImplementedError
-
-    def networks(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters of each network, by its name: parts of the gradient that gradient_quality tells apart."""
-        raise NotImplementedError
-
-    def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
-        """The logits [B, N, K] of images x [B, C, H, W], and the term of J that needs an estimator, by one.
-
-        What else is drawn by chance is drawn here, by the generator, and is the same for all estimates.
-        """
         raise NotImplementedError
 
 

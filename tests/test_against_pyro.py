@@ -232,7 +232,7 @@ def ours(
     model: SemiSupervisedVAE, batch: Batch, estimator: Estimator, monkeypatch: pytest.MonkeyPatch, seed: int = 0
 ) -> Objective:
     noise = torch.cat(batch.noise)
-    monkeypatch.setattr(model, "draw_noise", lambda x, generator: noise)
+    monkeypatch.setattr(model, "noise", lambda number, generator: noise)
     return objective(
         model,
         estimator,
@@ -292,7 +292,7 @@ def test_j_is_one_pyro_program(make: Make, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_evaluation_measures_pyro_s_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_mlp()
-    monkeypatch.setattr(model, "draw_noise", lambda x, generator: BATCH.noise[1])
+    monkeypatch.setattr(model, "noise", lambda number, generator: BATCH.noise[1])
     x = BATCH.x_unlabelled
     data = EvaluationData((255 * x).to(torch.uint8), torch.zeros(len(x), dtype=torch.long))
     actual = evaluate(model, data, binarization="none", batch_size=len(x)).bound
@@ -320,9 +320,7 @@ def test_importance_weighted_estimate_is_pyro_s(samples: int, monkeypatch: pytes
     """Pyro's importance-weighted bound of log p(x, y), class by class: a sum over y is all that is added to it."""
     model = make_mlp()
     noise = list(torch.randn(samples, UNLABELLED, Z, generator=seeded(6)))
-    draws = iter(noise)
-    monkeypatch.setattr(model, "draw_noise", lambda x, generator: next(draws))
-    actual = importance_weighted(model, BATCH.x_unlabelled[:UNLABELLED], samples, seeded(0))
+    actual = importance_weighted(model, BATCH.x_unlabelled[:UNLABELLED], noise)
     elbo = RenyiELBO(alpha=0, num_particles=samples)
     for image in range(UNLABELLED):
         x = BATCH.x_unlabelled[image : image + 1]

@@ -26,7 +26,6 @@ from estimators.straight_through import ReinMax
 from models.contract import Evaluation, Objective, Weights
 from models.evaluation import calibration_error, evaluate
 from models.likelihoods import bernoulli_log_likelihood
-from models.m2.evaluation import importance_weighted
 from models.m2.model import Bound, SemiSupervisedVAE, gaussian_kl
 from models.m2.objective import objective
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
@@ -126,7 +125,7 @@ def expected_terms(model: SemiSupervisedVAE) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fix_noise(model: SemiSupervisedVAE, noise: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "draw_noise", lambda x, generator: noise[: len(x)])
+    monkeypatch.setattr(model, "noise", lambda number, generator: noise[:number])
 
 
 def bound(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> Bound:
@@ -225,6 +224,11 @@ def broad_model() -> SemiSupervisedVAE:
     return model
 
 
+def log_p(model: SemiSupervisedVAE, x: Tensor, samples: int, seed: int) -> Tensor:
+    """The importance-weighted estimate [B]."""
+    return model.measure(x, samples, generator(seed), lambda: None)[0]["log_likelihood"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("samples", [1, 4])
 def test_importance_weighted_estimate_of_p_x_is_unbiased(samples: int) -> None:
@@ -233,7 +237,9 @@ def test_importance_weighted_estimate_of_p_x_is_unbiased(samples: int) -> None:
     exact = integrated_log_likelihood(model, X).exp()
     for row in range(len(X)):
         image = X[row : row + 1]
-        estimate = importance_weighted(model, image.expand(draws, -1, -1, -1), samples, generator(row))
+        estimate = model.measure(image.expand(draws, -1, -1, -1), samples, generator(row), lambda: None)[0][
+            "log_likelihood"
+        ]
         weights = estimate.double().exp()
         mean, error = weights.mean(), weights.std() / draws**0.5
         assert error < 0.01 * exact[row]
@@ -246,7 +252,8 @@ def test_importance_weighted_estimate_rises_to_log_p_x() -> None:
     x = X.repeat_interleave(draws, dim=0)
     exact = integrated_log_likelihood(model, X)
     gaps = [
-        exact - importance_weighted(model, x, samples, generator(samples)).view(-1, draws).mean(dim=1)
+        exact
+        - model.measure(x, samples, generator(samples), lambda: None)[0]["log_likelihood"].view(-1, draws).mean(dim=1)
         for samples in (1, 10, 500)
     ]
     assert gaps[0].mean() > 0.2
@@ -413,7 +420,7 @@ def test_noise_comes_from_the_generator_alone() -> None:
 
 
 def test_each_image_has_noise_of_its_own() -> None:
-    noise = small_model(latent_size=2).draw_noise(X, generator())
+    noise = small_model(latent_size=2).noise(len(X), generator())
     assert noise.shape == (5, 2)
     assert len(set(noise.flatten().tolist())) == 10
 

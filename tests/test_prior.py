@@ -20,7 +20,6 @@ from estimators.contract import CostFunction, Estimate, categorical_kl
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, sparsemax
 from models.contract import Weights
-from models.m2.evaluation import importance_weighted
 from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
 from models.networks import mlp
@@ -60,7 +59,7 @@ def with_prior(model: SemiSupervisedVAE, prior: list[float]) -> SemiSupervisedVA
 
 def test_l_and_u_in_j_are_those_of_torch_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_prior(small_model(), PRIOR)
-    monkeypatch.setattr(model, "draw_noise", lambda x, generator: NOISE[: len(x)])
+    monkeypatch.setattr(model, "noise", lambda number, generator: NOISE[:number])
     estimator = Marginalization()
     estimator.log_prior = model.log_prior
     x = torch.cat([X_LABELLED, X_UNLABELLED])
@@ -90,7 +89,7 @@ def test_evaluation_and_log_p_x_are_under_the_prior(monkeypatch: pytest.MonkeyPa
         (at_nodes(model, x, k, z) + LOG_MASSES.unsqueeze(1)).logsumexp(dim=0) + math.log(PRIOR[k]) for k in range(K)
     ]
     exact = torch.stack(rows).logsumexp(dim=0)
-    found = importance_weighted(model, x, 2000, generator())
+    found = model.measure(x, 2000, generator(), lambda: None)[0]["log_likelihood"]
     torch.testing.assert_close(found, exact, rtol=0, atol=0.1)
 
     uniform, unequal = measure(plain), measure(model)

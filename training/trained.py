@@ -212,7 +212,7 @@ class Trained:
 
     def _noise(self, generators: list[torch.Generator]) -> Tensor:
         """The model's noise [B, ...], each row by its image's own generator."""
-        return torch.stack([self.model.noise(generator) for generator in generators]).to(self.device)
+        return torch.cat([self.model.noise(1, generator) for generator in generators]).to(self.device)
 
     def _novelty(self, bound: Tensor) -> Tensor:
         known = self.validation_bounds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,31 +42,6 @@ def draw_prior(model: CategoricalVAE, number: int, generator: torch.Generator) -
         if layer > 0:
             logits = model.generators[layer](y.unsqueeze(0))[0].unflatten(-1, model.latents[layer - 1])
     return y
-
-
-def measure(
-    model: CategoricalVAE,
-    x: Tensor,
-    importance_samples: int,
-    generator: torch.Generator,
-    after_draw: Callable[[], None],
-) -> tuple[dict[str, Tensor], PerImage]:
-    """Of images x [B, C, H, W]: the bound by one draw of y, and log p(x) by importance_samples > 0 of them."""
-
-    def uniform() -> Tensor:
-        return torch.rand(len(x), variables, device=x.device, generator=generator)
-
-    def draws() -> Iterator[Tensor]:
-        for _ in range(importance_samples):
-            yield uniform()
-            after_draw()
-
-    variables = sum(number for number, _ in model.latents)
-    found, seen = terms(model, x, uniform())
-    after_draw()
-    if importance_samples > 0:
-        found["log_likelihood"] = importance_weighted(model, x, draws())
-    return found, seen
 
 
 def terms(model: CategoricalVAE, x: Tensor, uniform: Tensor) -> tuple[dict[str, Tensor], PerImage]:

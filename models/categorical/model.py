@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -24,13 +24,11 @@ class CategoricalVAE(Model):
     parameters [S, B, D], or logits [S, B, N K] of the layer below. A layer's y are one-hot, or in the simplex.
     """
 
-    has_labels = False
     kinds = pictures.KINDS
     charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {
         "Bound (nats per image)": {"J, and held-out bounds": ["train/J", "val/bound", "val/log_likelihood"]},
         "Alarms (1 is up)": {"alarms": ["warning/variables_unused"]},
     }
-    embedding = "q(y|x): the probabilities of all variables"
 
     def __init__(
         self,
@@ -177,11 +175,6 @@ class CategoricalVAE(Model):
 
     # ---- the rest of the contract of models/contract.py ----
 
-    def measure(
-        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
-    ) -> tuple[dict[str, Tensor], PerImage]:
-        return evaluation.measure(self, x, importance_samples, generator, after_draw)
-
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         return pictures.alarms(measured)
 
@@ -202,12 +195,10 @@ class CategoricalVAE(Model):
     def posterior(self, x: Tensor) -> Tensor:
         return self.logits(0, x).softmax(dim=-1)
 
-    def embed(self, x: Tensor, q: Tensor) -> Tensor:
-        return q.flatten(1)
-
-    def noise(self, generator: torch.Generator) -> Tensor:
-        """A number in [0, 1) for each variable of each layer."""
-        return torch.rand(sum(variables for variables, _ in self.latents), generator=generator)
+    def noise(self, number: int, generator: torch.Generator) -> Tensor:
+        """A number in [0, 1) for each variable of each layer, [number, N + ..]."""
+        variables = sum(number for number, _ in self.latents)
+        return torch.rand(number, variables, device=generator.device, generator=generator)
 
     def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
         return evaluation.terms(self, x, noise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,21 +28,6 @@ def class_chunks(num_classes: int, x: Tensor) -> tuple[Tensor, ...]:
     return one_hot_classes(num_classes, len(x), x.device).split(max(1, at_once // len(x)))
 
 
-def measure(
-    model: SemiSupervisedVAE,
-    x: Tensor,
-    importance_samples: int,
-    generator: torch.Generator,
-    after_draw: Callable[[], None],
-) -> tuple[dict[str, Tensor], PerImage]:
-    """Of images x [B, C, H, W]: the exact terms by one draw of z, log p(x) if importance_samples > 0, and q(y|x)."""
-    terms, seen = exact_terms(model, x, model.draw_noise(x, generator))
-    after_draw()
-    if importance_samples > 0:
-        terms["log_likelihood"] = importance_weighted(model, x, importance_samples, generator, after_draw)
-    return terms, seen
-
-
 def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
     """The exact bound and its parts, each [B], of images x [B, C, H, W] and z's noise [B, Z], and what is kept of each.
 
@@ -62,28 +47,12 @@ def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[dic
     return terms, PerImage(q, bound, (reconstructions - kls).std(dim=0, correction=0))
 
 
-def importance_weighted(
-    model: SemiSupervisedVAE,
-    x: Tensor,
-    samples: int,
-    generator: torch.Generator,
-    after_draw: Callable[[], None] = lambda: None,
-) -> Tensor:
+def importance_weighted(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
     """log p(x) ~ log sum_y p(y) (1/S) sum_s p(x|y,z_ys) p(z_ys) / q(z_ys|x,y), [B], nats; y enumerated.
 
-    A lower bound in expectation that tightens with S (Burda et al. 2016, eq. 8).
+    By these S draws of z's noise, each [B, Z], for images x [B, C, H, W]. A lower bound in expectation that tightens
+    with S (Burda et al. 2016, eq. 8).
     """
-
-    def draws() -> Iterator[Tensor]:
-        for _ in range(samples):
-            yield model.draw_noise(x, generator)
-            after_draw()
-
-    return importance_weighted_by(model, x, draws())
-
-
-def importance_weighted_by(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
-    """`importance_weighted` by these S draws of z's noise, each [B, Z]."""
     features = model.inference.features(x)
     log_weights = []
     for noise in draws:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -126,9 +126,9 @@ class SemiSupervisedVAE(Model):
         log_prior_ratio = (0.5 * (noise.square() - z.square()) + scale.log()).sum(dim=-1)
         return self.likelihood.log_prob(self.generator(y, z), x.flatten(1)) + log_prior_ratio
 
-    def draw_noise(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Standard normal noise [B, Z] for z, a row an image."""
-        return torch.randn(x.shape[0], self.latent_size, device=x.device, generator=generator)
+    def noise(self, number: int, generator: torch.Generator) -> Tensor:
+        """Standard normal noise [number, Z] for z, a row an image."""
+        return torch.randn(number, self.latent_size, device=generator.device, generator=generator)
 
     def generate(self, y: Tensor, z: Tensor) -> Tensor:
         """Mean pictures [S, B, D] in [0, 1] at y [S, B, K] and z [S, B, Z], clipped where a Gaussian's leaves that."""
@@ -168,11 +168,6 @@ class SemiSupervisedVAE(Model):
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         return describe(weights, labelled, unlabelled)
 
-    def measure(
-        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
-    ) -> tuple[dict[str, Tensor], PerImage]:
-        return evaluation.measure(self, x, importance_samples, generator, after_draw)
-
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         return alarms.alarms(measured, labels, weights)
 
@@ -198,15 +193,11 @@ class SemiSupervisedVAE(Model):
         y = F.one_hot(q.argmax(dim=-1), self.num_classes).float().unsqueeze(0)
         return self.inference(self.inference.features(x), y)[0][0]
 
-    def noise(self, generator: torch.Generator) -> Tensor:
-        """Of z, [Z]."""
-        return torch.randn(self.latent_size, generator=generator)
-
     def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
         return evaluation.exact_terms(self, x, noise)
 
     def log_likelihood_by(self, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
-        return evaluation.importance_weighted_by(self, x, draws)
+        return evaluation.importance_weighted(self, x, draws)
 
     def sample(self, number: int, generator: torch.Generator, draw_pixels: bool = False) -> Tensor:
         """y from p(y), z from p(z)."""
@@ -215,7 +206,7 @@ class SemiSupervisedVAE(Model):
 
     def styles(self, number: int, generator: torch.Generator) -> Tensor:
         """Draws of z from p(z), [number, Z]."""
-        return torch.randn(number, self.latent_size, generator=generator, device=generator.device)
+        return self.noise(number, generator)
 
     def of_class(self, index: int, styles: Tensor) -> Tensor:
         y = F.one_hot(torch.tensor(index, device=styles.device), self.num_classes).float()
@@ -229,7 +220,7 @@ class SemiSupervisedVAE(Model):
     def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
         """The logits [B, 1, K] of q(y|x), and E_q(y|x)[b(x, y)] by one draw of z's noise."""
         logits = self.classifier(x).unsqueeze(-2)
-        features, noise = self.inference.features(x), self.draw_noise(x, generator)
+        features, noise = self.inference.features(x), self.noise(len(x), generator)
 
         def cost(y: Tensor) -> Tensor:
             return self.bound(x, features, y.squeeze(-2), noise).value

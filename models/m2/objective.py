@@ -43,7 +43,7 @@ def objective(
         j = weights.alpha * classification
         return maximised({"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
     features = model.inference.features(x)
-    noise = model.draw_noise(x, generator)
+    noise = model.noise(len(x), generator)
     bound: Bound | None = None  # of the labelled images
 
     def cost(y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,14 +27,13 @@ class StructuredModel(Model):
     There is no posterior: y is drawn from the model itself (Raiko et al. 2015, section 5), so J has no KL.
     """
 
-    has_labels = False
     kinds: ClassVar[Mapping[str, bool]] = {"completions": True}
     charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {
         "Bound (nats per image)": {"J, and held-out bounds": ["train/J", "val/bound", "val/log_likelihood"]},
         "Alarms (1 is up)": {"alarms": ["warning/variables_unused"]},
     }
-    embedding = "p(y_1|upper half): the probabilities of all variables"
     log_prior = None
+    embedding = "p(y_1|upper half): the probabilities of all variables"
 
     def __init__(
         self,
@@ -146,9 +145,10 @@ class StructuredModel(Model):
         channels, height, width = shape
         return channels * (height - height // 2) * width
 
-    def noise(self, generator: torch.Generator) -> Tensor:
-        """A number in [0, 1) for each variable of each layer."""
-        return torch.rand(sum(variables for variables, _ in self.latents), generator=generator)
+    def noise(self, number: int, generator: torch.Generator) -> Tensor:
+        """A number in [0, 1) for each variable of each layer, [number, N + ..]."""
+        variables = sum(number for number, _ in self.latents)
+        return torch.rand(number, variables, device=generator.device, generator=generator)
 
     def at(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """One-hot y_L [S, B, N, K] from y_1's logits [B, N, K], by uniform numbers [S, B, N + ..] for all layers."""
@@ -191,20 +191,6 @@ class StructuredModel(Model):
             number += len(uniform)
         return total - math.log(number)
 
-    def measure(
-        self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
-    ) -> tuple[dict[str, Tensor], PerImage]:
-        def draws(number: int) -> Iterator[Tensor]:
-            for _ in range(number):
-                yield torch.rand(len(x), sum(n for n, _ in self.latents), device=x.device, generator=generator)
-                after_draw()
-
-        (one,) = draws(1)
-        found, seen = self.terms_by(x, one)
-        if importance_samples > 0:
-            found["log_likelihood"] = self.log_likelihood_by(x, draws(importance_samples))
-        return found, seen
-
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         return alarms(measured)
 
@@ -227,7 +213,7 @@ class StructuredModel(Model):
         """A row an image x [B, C, H, W]: the whole, its upper half, and that with `columns` draws of the lower one."""
         assert x is not None
         upper, lower = x[:, :, : x.shape[2] // 2], x[:, :, x.shape[2] // 2 :]
-        uniform = torch.rand(columns, len(x), sum(n for n, _ in self.latents), device=x.device, generator=generator)
+        uniform = self.noise(columns * len(x), generator).unflatten(0, (columns, len(x)))
         outputs = self.generator(self.at(self.layers[0](upper.flatten(1)), uniform))
         pixels = self.likelihood.sample(outputs, generator) if draw_pixels else self.likelihood.mean(outputs)
         unseen = torch.full_like(lower, 0.5).unsqueeze(0)
@@ -241,9 +227,6 @@ class StructuredModel(Model):
 
     def posterior(self, x: Tensor) -> Tensor:
         return self.layers[0](halves(x)[0]).softmax(dim=-1)
-
-    def embed(self, x: Tensor, q: Tensor) -> Tensor:
-        return q.flatten(1)
 
     def networks(self) -> dict[str, list[nn.Parameter]]:
         generator = [*self.generator.parameters(), *self.likelihood.parameters()]
