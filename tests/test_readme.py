@@ -11,7 +11,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import train
-from tests.runs import MLP, ROOT, command, run
+from tests.runs import MLP, ROOT, command, events, resume, run
 
 README = (ROOT / "README.md").read_text()
 TINY = "data=digits train.steps=2 train.log_every=1 evaluation.importance_samples=1 device=cpu"
@@ -62,9 +62,12 @@ def test_command_is_accepted(line: str, tmp_path: Path) -> None:
     assert ended.code == 0, ended.said
 
 
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, group: str, name: str, yaml: str) -> str:
+def plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, module_text: str, group: str, name: str, yaml: str
+) -> str:
+    """The arguments that find a person's own module, README's block with `module_text`, and its configuration."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / f"{module}.py").write_text(block_with("python", {"estimator": "SoftmaxMean", "model": "wide("}[group]))
+    (tmp_path / f"{module}.py").write_text(block_with("python", module_text))
     (tmp_path / group).mkdir()
     (tmp_path / group / f"{name}.yaml").write_text(yaml)
     return f"--config-dir {tmp_path} {group}={name}"
@@ -72,7 +75,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, group: 
 
 def test_estimator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     yaml = block_with("yaml", "SoftmaxMean")
-    line = plugin(tmp_path, monkeypatch, "estimators_of_mine", "estimator", "softmax_mean", yaml)
+    line = plugin(tmp_path, monkeypatch, "estimators_of_mine", "SoftmaxMean", "estimator", "softmax_mean", yaml)
     run(f"{line} {TINY} estimator.noise=0.2", tmp_path / "run")
 
 
@@ -80,8 +83,25 @@ def test_networks_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     yaml = "_target_: networks_of_mine.wide\nlatent_size: 10\nhidden: 300\n"
     for setting in yaml.split("\n")[:-1]:
         assert f"`{setting}`" in README
-    line = plugin(tmp_path, monkeypatch, "networks_of_mine", "model", "wide", yaml)
+    line = plugin(tmp_path, monkeypatch, "networks_of_mine", "wide(", "model", "wide", yaml)
     run(f"{line} {TINY}", tmp_path / "run")
+
+
+def test_a_family_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains by any estimator, is evaluated exactly, held against the exact gradient, resumed and told nothing."""
+    yaml = block_with("yaml", "clusters: 20")
+    line = plugin(tmp_path, monkeypatch, "clusters_of_mine", "class Clusters", "model", "clusters", yaml)
+    small = f"{line} {TINY} model.clusters=5 lr_factor=constant diagnostics.every=2 diagnostics.draws=3"
+    for estimator in ("marginalization", "score_function"):
+        folder = tmp_path / estimator
+        ended = run(f"{small} estimator={estimator}", folder)
+        assert "test bound" in ended.said
+        scalars = events(folder).Tags()["scalars"]
+        assert {"train/kl_y", "val/bound", "diagnostics/variance_encoder"} <= set(scalars)
+        resume(folder, "train.steps=3 --trust clusters_of_mine")
+    ended = command(train.main, f"{line} {TINY} objective.alpha=1 hydra.run.dir={tmp_path / 'refused'}")
+    assert ended.code == 2
+    assert "objective.alpha must be 0" in ended.err
 
 
 def test_images_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

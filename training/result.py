@@ -53,10 +53,10 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         report.say(f"{reason}; {path}")
         return
     accuracy = "" if result["test_accuracy"] is None else f"accuracy {result['test_accuracy']:.4f}, "
-    report.say(
-        f"test {accuracy}bound {result['test_bound']:.2f}, "
-        f"{run.log_likelihood_name} >= {result['test_log_likelihood']:.2f} nats ({result['test_n']} images); {path}"
-    )
+    likelihood = ""  # which not every family has
+    if result.get("test_log_likelihood") is not None:
+        likelihood = f", {run.log_likelihood_name} >= {result['test_log_likelihood']:.2f}"
+    report.say(f"test {accuracy}bound {result['test_bound']:.2f}{likelihood} nats ({result['test_n']} images); {path}")
 
 
 def measure(run: Run, part: Literal["val", "test"]) -> dict[str, float | None]:
