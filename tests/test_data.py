@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models.m2.model import SemiSupervisedVAE
 
 import train
 from configs.check import check_labels, typed
@@ -38,6 +37,7 @@ from data.facts import Array, DataError
 from data.randomness import random_int16
 from data.splits import ALL, Split, class_prior, draw_split
 from data.stored import Images
+from models.m2.model import SemiSupervisedVAE
 from scripts.command import composed
 from tests.runs import MLP, SMALL, checkpoint, command, resume
 from training.process import threads_kept

@@ -53,9 +53,10 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         report.say(f"{reason}; {path}")
         return
     accuracy = "" if result["test_accuracy"] is None else f"accuracy {result['test_accuracy']:.4f}, "
+    sign = "=" if run.model.is_exact else ">="
     report.say(
         f"test {accuracy}bound {result['test_bound']:.2f}, "
-        f"{run.log_likelihood_name} >= {result['test_log_likelihood']:.2f} nats ({result['test_n']} images); {path}"
+        f"{run.log_likelihood_name} {sign} {result['test_log_likelihood']:.2f} nats ({result['test_n']} images); {path}"
     )
 
 
