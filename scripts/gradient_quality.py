@@ -6,8 +6,9 @@ Prints a table, and writes gradient_quality.csv and a picture. The gradient is t
 of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels, for the logits of y and for each network's
 parameters apart, in float32 and evaluation mode. The images are the first of the run's unlabelled training images; they
 and all noise but y's are the same for all estimators. Where y has too many joint classes to enumerate, the exact
-gradient is the mean of many draws of an unbiased estimator (reference=). The run's own estimator is measured as it was trained; others are made anew, and those with parameters or
-running state are warmed up first, on training images and with the model fixed (models.gradient_quality.warm_up).
+gradient is the mean of many draws of an unbiased estimator (reference=). The run's own estimator is measured as it was
+trained; others are made anew, and those with parameters or running state are warmed up first, on training images and
+with the model fixed (models.gradient_quality.warm_up).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Settings:
     draws: int = setting(200, "gradients of each estimator", minimum=3)
     reference: int = setting(
         200,
-        "where the exact gradient cannot be enumerated, draws that its stand-in is the mean of; each calls the generator "
+        "where the exact gradient cannot be enumerated, draws whose mean stands for it; each calls the generator once "
         "for every class of every variable",
         minimum=3,
     )
@@ -207,9 +208,8 @@ def make_estimators(run: Run, settings: Settings, config_dir: Path | None = None
                 found.made[name] = run.model.prepared(built, math.prod(known.shape))
             except ValueError as error:
                 if settings.estimators:
-                    raise ConfigError(
-                        f"estimators must be ones that this model can have, got {name}: {error}"
-                    ) from error
+                    message = f"estimators must be ones that this model can have, got {name}: {error}"
+                    raise ConfigError(message) from error
                 found.left_out.append(name)
     return found
 

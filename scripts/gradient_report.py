@@ -125,8 +125,8 @@ def picture(measured: dict[str, Measurement], about: str, estimated: str = "E_q(
         fontsize=13,
     )
     legend = (
-        "areas, and numbers in brackets: calls of the generator per image; ≈ 0: no bias within two standard errors, or no "
-        "variance"
+        "areas, and numbers in brackets: calls of the generator per image; "
+        "≈ 0: no bias within two standard errors, or no variance"
     )
     lines = filter(None, [legend, about, reference(measured)])
     figure.supxlabel("\n".join(lines), fontsize=8.5, color="0.3")
