@@ -94,6 +94,13 @@ def check(config: Config) -> None:
             f"{shown(config.prior)}; model.prior is that of its variables"
         )
     prepared_estimator(config, model, math.prod(known.shape))
+    if config.diagnostics.every:
+        from models.gradient_quality import check_images
+
+        try:
+            check_images(model, config.diagnostics.batch_size, "diagnostics.batch_size")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def built_model(config: Config) -> Any:

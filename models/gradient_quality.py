@@ -20,12 +20,14 @@ from torch import Tensor
 
 from data.randomness import keyed_generator
 from estimators.contract import Estimator, check_estimate
+from estimators.joint import MOST
 from models.contract import Model
 
 LOGITS = "logits"  # the part of the gradient at the logits [B, N, K]; the others are at each network's parameters
 GROUPS = 10  # of draws, whose means are stored; the draws themselves are not
 MINIMUM_DRAWS = 3  # a group each, which the jackknife needs
 WARM_UP_RATE = 1e-2
+MOST_CALLS = 2**18  # of the generator at once by a reference through several layers, which one cannot take in parts
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,20 @@ class Reference:
 
     found: Draws
     is_exact: bool
+
+
+def check_images(model: Model, number: int, key: str) -> None:
+    """Raises ValueError, naming the key, where the reference of a model in layers has no room for so many images."""
+    if len(model.latents) == 1:
+        return
+    enumerates = all(classes**variables <= MOST for variables, classes in model.latents)
+    calls = math.prod(classes**variables if enumerates else classes * variables for variables, classes in model.latents)
+    most = max(1, MOST_CALLS // calls)
+    if number > most:
+        raise ValueError(
+            f"{key} must be <= {most} with {len(model.latents)} layers of variables, where what gradients are held "
+            f"against takes {calls:,} calls of the generator an image, got {number}"
+        )
 
 
 def reference_gradient(
@@ -121,11 +137,11 @@ def gradient_quality(
             cosines[draw] = torch.stack(list(map(_cosine, one.split(term.sizes), direction.split(term.sizes))))
             after_draw()
 
-    means = exact.group_means
-    references = means.expand(len(drawn.group_means), -1) if reference.is_exact else means
+    groups = drawn.groups if reference.is_exact else min(drawn.groups, exact.groups)
+    means, references = drawn.group_means(groups), exact.group_means(groups).expand(groups, -1)
     columns = zip(
         references.split(term.sizes, dim=1),
-        drawn.group_means.split(term.sizes, dim=1),
+        means.split(term.sizes, dim=1),
         drawn.variances,
         cosines.mean(dim=0).tolist(),
         strict=True,
@@ -189,11 +205,12 @@ class Draws:
         self.squares += torch.stack([part.square().sum() for part in deviation.split(self.sizes)]).cpu()
         self.seen += 1
 
-    @property
-    def group_means(self) -> Tensor:
-        """[G, P]."""
-        counts = self.sums.new_tensor([len(range(group, self.number, self.groups)) for group in range(self.groups)])
-        return self.sums / counts.unsqueeze(1) + self.first
+    def group_means(self, groups: int) -> Tensor:
+        """[G, P], of so many groups at most."""
+        groups, counts = min(groups, self.groups), torch.arange(self.number, device=self.sums.device) % self.groups
+        sums = self.sums.new_zeros(groups, self.sums.shape[1])
+        sums.index_add_(0, torch.arange(self.groups, device=sums.device) % groups, self.sums)
+        return sums / torch.bincount(counts % groups).unsqueeze(1) + self.first
 
     @property
     def mean(self) -> Tensor:

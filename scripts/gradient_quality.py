@@ -188,7 +188,12 @@ def make_estimators(run: Run, settings: Settings, config_dir: Path | None = None
     from configs.check import check_kind
     from configs.targets import build
     from estimators.contract import Estimator
+    from models.gradient_quality import check_images
 
+    try:
+        check_images(run.model, settings.batch_size, "batch_size")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     names = split_names(settings.estimators, config_dir) or all_names(config_dir)
     nodes = {name: compose_estimator(name, run.config, config_dir) for name in names if name != OWN}
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
