@@ -1,4 +1,4 @@
-"""Trains a semi-supervised VAE. `uv run train.py --help` lists the choices; README.md explains them."""
+"""Trains a VAE with categorical latents. `uv run train.py --help` lists the choices; README.md explains them."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def way_to_resume(config: DictConfig, folder: Path) -> str:
 
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def hydra_main(config: DictConfig) -> float | None:
-    """Runs a job; returns its validation accuracy in a sweep, for a search, and exits with its code elsewhere."""
+    """Runs a job; returns what a search maximises in a sweep, and exits with its code elsewhere."""
     if errors.disabled:  # hydra/job_logging=disabled is about what a run logs, not about what ends it
         errors.disabled, errors.handlers = False, []  # without any, it comes to standard error
     folder = Path(HydraConfig.get().runtime.output_dir)

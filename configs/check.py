@@ -66,14 +66,8 @@ def check(config: Config) -> None:
     import torch
 
     from estimators.contract import Estimator
-    from models.contract import Networks
-    from models.likelihoods import likelihood
-    from models.networks import ImageShape
 
-    known = config.data.known()
-    num_classes = known.num_classes or 1  # without labels: a layer for no class is no error, and PyTorch warns of it
-    networks = build(config.model, "model", ImageShape(*known.shape), num_classes)
-    check_kind(config.model, "model", networks, Networks)
+    known, model = config.data.known(), built_model(config)
     estimator = build(config.estimator, "estimator")
     check_kind(config.estimator, "estimator", estimator, Estimator)
     on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
@@ -93,26 +87,51 @@ def check(config: Config) -> None:
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
     if config.prior != "uniform":
         _check_reads_prior(config, estimator, known.num_classes)
-    model = networks.model(likelihood(config.likelihood.value, known.shape[0]), [1 / num_classes] * num_classes)
     check_labels(config, model)
-    _check_family(config, model, math.prod(known.shape))
-
-
-def _check_family(config: Config, model: Any, context_size: int) -> None:
-    """What a family of models cannot do with this estimator, objective and prior. Raises ConfigError."""
-    from models.contract import Weights
-
     if config.prior != "uniform" and not model.has_labels:
         raise ConfigError(
             f"prior must be uniform with {config.model['_target_']}, whose y is no class that labels tell, got "
             f"{shown(config.prior)}; model.prior is that of its variables"
         )
+    prepared_estimator(config, model, math.prod(known.shape))
+    if config.diagnostics.every:
+        from models.gradient_quality import check_images
+
+        try:
+            check_images(model, config.diagnostics.batch_size, "diagnostics.batch_size")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def built_model(config: Config) -> Any:
+    """A model of the family and of the sizes that the configuration names, on the CPU. Raises ConfigError."""
+    from models.contract import Networks
+    from models.likelihoods import likelihood
+    from models.networks import ImageShape
+
+    known = config.data.known()
+    num_classes = known.num_classes or 1  # without labels: a layer for no class is no error, and PyTorch warns of it
+    networks = build(config.model, "model", ImageShape(*known.shape), num_classes)
+    check_kind(config.model, "model", networks, Networks)
+    return networks.model(likelihood(config.likelihood.value, known.shape[0]), [1 / num_classes] * num_classes)
+
+
+class EstimatorError(ConfigError):
+    """An estimator that cannot be had with a model."""
+
+
+def prepared_estimator(config: Config, model: Any, context_size: int) -> Any:
+    """The estimator that the configuration names, prepared for the model. Raises EstimatorError, ConfigError."""
+    from models.contract import Weights
+
+    estimator = build(config.estimator, "estimator")
     try:
-        estimator = model.prepared(build(config.estimator, "estimator"), context_size)
+        estimator = model.prepared(estimator, context_size)
         model.check(Weights(**asdict(config.objective)), estimator)
     except ValueError as error:
         key, message = str(error).partition(" ")[0], str(error)
-        raise ConfigError(message if key == "estimator" or "." in key else f"estimator.{message}") from error
+        raise EstimatorError(message if key == "estimator" or "." in key else f"estimator.{message}") from error
+    return estimator
 
 
 def check_labels(config: Config, model: Any) -> None:

@@ -7,7 +7,7 @@ the data's classes, are `Networks` and make a `Model` of it. All numbers are nat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass
 from typing import ClassVar
 
@@ -113,10 +113,12 @@ class Model(nn.Module):
 
     has_labels: ClassVar[bool] = False  # whether it learns the data's classes from labels, and tells them
     kinds: ClassVar[Mapping[str, bool]] = {}  # what `draw` can draw, and whether it takes images
-    charts: ClassVar[
-        Mapping[str, Mapping[str, Sequence[str]]]
-    ] = {}  # TensorBoard's custom scalars: section, chart, tags
+    kinds_of_pixels: ClassVar[Collection[str]] = ("samples",)  # those of them whose pixels can be drawn
+    charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {}  # custom scalars: section, chart, tags
     embedding: ClassVar[str] = "q(y|x): the probabilities of all variables"  # what the points of `embed` are
+    estimated: str = "E_q(y|x)[f(x, y)]"  # the term of J that needs an estimator, as a formula
+    evidence: ClassVar[str] = "log p(x)"  # what `log_likelihood` is of
+    is_exact: bool = False  # `log_likelihood` is no bound: everything that is not seen is enumerated
     likelihood: Likelihood
     latents: Sequence[tuple[int, int]]  # categorical variables and their classes, by layer
     log_prior: Tensor | None  # log p(y) [K] or [N, K] of the first layer; None where it is uniform

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from data.randomness import keyed_generator
 from estimators.contract import Estimator, check_estimate
+from estimators.joint import MOST
 from models.contract import Model
 
 LOGITS = "logits"  # the part of the gradient at the logits [B, N, K]; the others are at each network's parameters
 GROUPS = 10  # of draws, whose means are stored; the draws themselves are not
 MINIMUM_DRAWS = 3  # a group each, which the jackknife needs
 WARM_UP_RATE = 1e-2
+MOST_CALLS = 2**18  # of the generator at once by a reference through several layers, which one cannot take in parts
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,46 @@ class Measurement:
     reference_error: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The gradient that estimators are held against: of one exact draw, or of several of an unbiased estimator."""
+
+    found: Draws
+    is_exact: bool
+
+
+def check_images(model: Model, number: int, key: str) -> None:
+    """Raises ValueError, naming the key, where the reference of a model in layers has no room for so many images."""
+    if len(model.latents) == 1:
+        return
+    enumerates = all(classes**variables <= MOST for variables, classes in model.latents)
+    calls = math.prod(classes**variables if enumerates else classes * variables for variables, classes in model.latents)
+    most = max(1, MOST_CALLS // calls)
+    if number > most:
+        raise ValueError(
+            f"{key} must be <= {most} with {len(model.latents)} layers of variables, where what gradients are held "
+            f"against takes {calls:,} calls of the generator an image, got {number}"
+        )
+
+
+def reference_gradient(
+    model: Model, x: Tensor, *, step: int, draws: int, seed: int, after_draw: Callable[[], object] = lambda: None
+) -> Reference:
+    """The exact gradient on images x [B, C, H, W], or where that is too much to enumerate the mean of `draws` >= 3.
+
+    It depends on no estimator: several can share it.
+    """
+    _enough(reference_draws=draws)
+    unbiased, is_exact = model.reference(math.prod(x.shape[1:]))
+    with _evaluating(model, unbiased, x.device):
+        term = _Term(model, x, step, seed)
+        found = Draws(1 if is_exact else draws, term.sizes)
+        for draw in range(found.number):
+            found.add(term.gradient(unbiased, "reference", draw))
+            after_draw()
+    return Reference(found, is_exact)
+
+
 def gradient_quality(
     model: Model,
     estimator: Estimator,
@@ -70,69 +112,84 @@ def gradient_quality(
     draws: int,
     seed: int,
     reference_draws: int | None = None,
+    reference: Reference | None = None,
     after_draw: Callable[[], object] = lambda: None,
 ) -> Measurement:
     """Measures the estimator at `step` on images x [B, C, H, W], by `draws` >= 3 gradients of its own.
 
     In evaluation mode and float32, so that neither dropout nor rounding is taken for variance or bias. The logits and
     whatever else depends on x alone are evaluated once, which `seconds` leaves out. The model, the estimator and
-    the global random state are left as they were. `reference_draws` are as many as `draws` where they are not given.
+    the global random state are left as they were. `reference` is that of the same model, images, step and seed; without
+    it, it is made here, by `reference_draws`, which are as many as `draws` where they are not given.
     """
-    reference_draws = draws if reference_draws is None else reference_draws
-    for name, number in (("draws", draws), ("reference_draws", reference_draws)):
-        if number < MINIMUM_DRAWS:
-            raise ValueError(f"{name} must be >= {MINIMUM_DRAWS}, got {number}")
+    _enough(draws=draws)
+    if reference is None:
+        many = draws if reference_draws is None else reference_draws
+        reference = reference_gradient(model, x, step=step, draws=many, seed=seed, after_draw=after_draw)
+    exact = reference.found
     with _evaluating(model, estimator, x.device):
-        logits, estimated = model.categorical_term(x, keyed_generator(x.device, seed, "gradient quality"))
-        parts: dict[str, list[Tensor]] = {LOGITS: [logits]}
-        parts |= {name: [p for p in network if p.requires_grad] for name, network in model.networks().items()}
-        sizes = [sum(tensor.numel() for tensor in part) for part in parts.values()]
-        inputs = [tensor for part in parts.values() for tensor in part]
-        seconds, evaluations = [], []
-
-        def gradient(estimator: Estimator, purpose: str, draw: int) -> Tensor:
-            # other draws at each step, so that a curve over steps does not keep the same luck
-            generator = keyed_generator(x.device, seed, f"{purpose} at step {step}", draw)
-            started = _clock(x.device)
-            estimate = estimated(estimator, step, generator)
-            check_estimate(estimate, len(x))
-            mean = estimate.value.mean()
-            gradients = torch.autograd.grad(mean, inputs, retain_graph=True, materialize_grads=True)
-            seconds.append(_clock(x.device) - started)
-            evaluations.append(float(estimate.metrics["evaluations"]))
-            return _joined(gradients)
-
-        unbiased, is_exact = model.reference(math.prod(x.shape[1:]))
-        exact = _Draws(1 if is_exact else reference_draws, sizes)
-        for draw in range(exact.number):
-            exact.add(gradient(unbiased, "reference", draw))
-        seconds, evaluations = [], []
-        drawn, direction = _Draws(draws, sizes), exact.mean
-        cosines = direction.new_zeros(draws, len(parts))
+        term = _Term(model, x, step, seed)
+        drawn, direction = Draws(draws, term.sizes), exact.mean
+        cosines = direction.new_zeros(draws, len(term.sizes))
         for draw in range(draws):
-            one = gradient(estimator, "gradient quality", draw)
+            one = term.gradient(estimator, "gradient quality", draw)
             drawn.add(one)
-            cosines[draw] = torch.stack(list(map(_cosine, one.split(sizes), direction.split(sizes))))
+            cosines[draw] = torch.stack(list(map(_cosine, one.split(term.sizes), direction.split(term.sizes))))
             after_draw()
 
-    references = exact.group_means.expand(len(drawn.group_means), -1) if is_exact else exact.group_means
+    groups = drawn.groups if reference.is_exact else min(drawn.groups, exact.groups)
+    means, references = drawn.group_means(groups), exact.group_means(groups).expand(groups, -1)
     columns = zip(
-        references.split(sizes, dim=1),
-        drawn.group_means.split(sizes, dim=1),
+        references.split(term.sizes, dim=1),
+        means.split(term.sizes, dim=1),
         drawn.variances,
         cosines.mean(dim=0).tolist(),
         strict=True,
     )
-    qualities = dict(zip(parts, (_quality(*column) for column in columns), strict=True))
-    found = Measurement(qualities, sum(evaluations) / draws, median(seconds))
-    if is_exact:
+    qualities = dict(zip(term.parts, (_quality(*column) for column in columns), strict=True))
+    found = Measurement(qualities, sum(term.evaluations) / draws, median(term.seconds))
+    if reference.is_exact:
         return found
-    squares = [part.square().sum().item() for part in direction.split(sizes)]
-    errors = [_ratio(v / reference_draws, square) for v, square in zip(exact.variances, squares, strict=True)]
-    return replace(found, reference_draws=reference_draws, reference_error=dict(zip(parts, errors, strict=True)))
+    squares = [part.square().sum().item() for part in direction.split(term.sizes)]
+    errors = [_ratio(v / exact.number, square) for v, square in zip(exact.variances, squares, strict=True)]
+    return replace(found, reference_draws=exact.number, reference_error=dict(zip(term.parts, errors, strict=True)))
 
 
-class _Draws:
+def _enough(**numbers: int) -> None:
+    """Raises ValueError for too few draws, naming what they are."""
+    for name, number in numbers.items():
+        if number < MINIMUM_DRAWS:
+            raise ValueError(f"{name} must be >= {MINIMUM_DRAWS}, got {number}")
+
+
+class _Term:
+    """The term of J that needs an estimator, on some images, and its gradients by parts, which are timed."""
+
+    def __init__(self, model: Model, x: Tensor, step: int, seed: int) -> None:
+        self.x, self.step, self.seed = x, step, seed
+        logits, self.estimated = model.categorical_term(x, keyed_generator(x.device, seed, "gradient quality"))
+        self.parts: dict[str, list[Tensor]] = {LOGITS: [logits]}
+        self.parts |= {name: [p for p in network if p.requires_grad] for name, network in model.networks().items()}
+        self.sizes = [sum(tensor.numel() for tensor in part) for part in self.parts.values()]
+        self.seconds: list[float] = []
+        self.evaluations: list[float] = []
+
+    def gradient(self, estimator: Estimator, purpose: str, draw: int) -> Tensor:
+        """Of the mean over images by an estimator, [P] over all parts."""
+        # other draws at each step, so that a curve over steps does not keep the same luck
+        generator = keyed_generator(self.x.device, self.seed, f"{purpose} at step {self.step}", draw)
+        inputs = [tensor for part in self.parts.values() for tensor in part]
+        started = _clock(self.x.device)
+        estimate = self.estimated(estimator, self.step, generator)
+        check_estimate(estimate, len(self.x))
+        mean = estimate.value.mean()
+        gradients = torch.autograd.grad(mean, inputs, retain_graph=True, materialize_grads=True)
+        self.seconds.append(_clock(self.x.device) - started)
+        self.evaluations.append(float(estimate.metrics["evaluations"]))
+        return _joined(gradients)
+
+
+class Draws:
     """Sums over gradients [P] that are drawn one by one, for their means in groups and their variance by part."""
 
     def __init__(self, number: int, sizes: list[int]) -> None:
@@ -148,11 +205,12 @@ class _Draws:
         self.squares += torch.stack([part.square().sum() for part in deviation.split(self.sizes)]).cpu()
         self.seen += 1
 
-    @property
-    def group_means(self) -> Tensor:
-        """[G, P]."""
-        counts = self.sums.new_tensor([len(range(group, self.number, self.groups)) for group in range(self.groups)])
-        return self.sums / counts.unsqueeze(1) + self.first
+    def group_means(self, groups: int) -> Tensor:
+        """[G, P], of so many groups at most."""
+        groups, counts = min(groups, self.groups), torch.arange(self.number, device=self.sums.device) % self.groups
+        sums = self.sums.new_zeros(groups, self.sums.shape[1])
+        sums.index_add_(0, torch.arange(self.groups, device=sums.device) % groups, self.sums)
+        return sums / torch.bincount(counts % groups).unsqueeze(1) + self.first
 
     @property
     def mean(self) -> Tensor:

@@ -30,6 +30,14 @@ def beside(left: Tensor, right: Tensor, gap: int = 6) -> Tensor:
 
 
 def turn_about(labels: Tensor) -> Tensor:
-    """The rows of labels [N], ordered so that the classes take turns: the first of each, then the second of each."""
+    """The rows of labels [N], ordered so that the classes take turns: the first of each, then the second of each.
+
+    Labels of -1, which are unknown, come last.
+    """
+    unknown = (labels < 0).nonzero().flatten()
+    rows = (labels >= 0).nonzero().flatten()
+    if not len(rows):
+        return unknown
+    labels = labels[rows]
     earlier = F.one_hot(labels).cumsum(dim=0).gather(1, labels.unsqueeze(1)).squeeze(1)
-    return torch.argsort(earlier * (labels.max() + 1) + labels)
+    return torch.cat([rows[torch.argsort(earlier * (labels.max() + 1) + labels)], unknown])

@@ -142,9 +142,14 @@ def made_jobs(
 
 def check_jobs(jobs: Sequence[Job]) -> None:
     """As train.py checks its configuration, before any work. Raises ConfigError, DataError."""
-    from configs.check import check, check_machine
+    from configs.check import built_model, check, check_machine
 
     for job in jobs:
+        if not built_model(job.config).has_labels:
+            raise ConfigError(
+                f"model must be one that learns from labels, got {job.config.model['_target_']}: accuracies are what "
+                "baselines compare, of a classifier on the labels alone too"
+            )
         check(job.alone or job.config)
         check_machine(job.config)
         for key in ("num_validation", "num_test"):  # settings are chosen on the ones, and compared on the others

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import ConfigError
+from configs.schema import Config, ConfigError
 from scripts.command import composed, positive, refusing_bad_input, writable
 from scripts.gradient_quality import all_names, compose_estimator, split_names
 
@@ -40,16 +40,22 @@ PYRO = ("Pyro's M2 in one step, enumerated in parallel", "Pyro's M2 in one step,
 PYRO_OURS = ("Pyro, our networks, enumerated in parallel", "Pyro, our networks, sampled")
 
 
-def compose_run(overrides: list[str], estimator: str) -> Run:
-    """The run that train.py would make of `overrides`, with the named estimator. Raises ConfigError, DataError."""
+def composed_config(overrides: list[str]) -> Config:
+    """The configuration that train.py would make of `overrides`. Raises ConfigError."""
     from configs.check import COMPOSING_ERRORS, typed
     from configs.wording import explain
-    from training.run import Run
 
     try:
-        config = typed(composed(*overrides))
+        return typed(composed(*overrides))
     except COMPOSING_ERRORS as error:
         raise ConfigError(explain(error, overrides)) from error
+
+
+def compose_run(overrides: list[str], estimator: str) -> Run:
+    """The run that train.py would make of `overrides`, with the named estimator. Raises ConfigError, DataError."""
+    from training.run import Run
+
+    config = composed_config(overrides)
     config.estimator = compose_estimator(estimator, config)
     return Run(config)
 
@@ -152,10 +158,33 @@ def time_in_a_row(overrides: list[str], name: str, number: int) -> dict[str, flo
     return found
 
 
+def made_trainers(arguments: argparse.Namespace) -> tuple[dict[str, Trainer], list[str]]:
+    """Those of the named estimators, or of all that the model can have, and the names of the others.
+
+    Raises ConfigError, DataError, for a named one too.
+    """
+    from configs.check import EstimatorError
+
+    if arguments.estimators:
+        return {name: Trainer(compose_run(arguments.overrides, name)) for name in split_names(arguments.estimators)}, []
+    trainers, left_out, reason = {}, [], ConfigError("there is no estimator")
+    for name in all_names():
+        try:
+            trainers[name] = Trainer(compose_run(arguments.overrides, name))
+        except EstimatorError as error:
+            reason = error
+            left_out.append(name)
+    if not trainers:
+        raise reason
+    return trainers, left_out
+
+
 def networks_of(model: Model) -> Networks:
+    """What the peers are made of: each of them is M2. Raises ConfigError for another model."""
     from models.m2.model import Networks, SemiSupervisedVAE
 
-    assert isinstance(model, SemiSupervisedVAE)
+    if not isinstance(model, SemiSupervisedVAE):
+        raise ConfigError("--peer must be none with this model: what there is to compare with is M2, as model=mlp is")
     return Networks(model.classifier, model.inference, model.generator, model.num_classes, model.latent_size)
 
 
@@ -252,15 +281,19 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one configuration, printed and as a dictionary."""
     from scripts.peers import best_rate, operations_of, seconds_of_products
 
-    names = split_names(arguments.estimators) if arguments.estimators else all_names()
-    trainers = {name: Trainer(compose_run(arguments.overrides, name)) for name in names}
-    run = next(iter(trainers.values())).run
+    trainers, left_out = made_trainers(arguments)
+    names, run = list(trainers), next(iter(trainers.values())).run
+    if arguments.peer != "none":
+        networks_of(run.model)  # refused before any work
     about = machine(run) | {"command": sys.argv[1:], "rounds": arguments.rounds}
     model, data, settings = run.config.model["_target_"].rpartition(".")[2], run.config.data.name, run.config.train
     print(
         f"{model} on {data}, {settings.batch_size_labelled} + {settings.batch_size_unlabelled} images, "
-        f"{about['precision']}, {about['threads']} threads of {about['processor']}, {arguments.rounds} rounds\n"
+        f"{about['precision']}, {about['threads']} threads of {about['processor']}, {arguments.rounds} rounds"
     )
+    if left_out:
+        print(f"left out, as this model cannot have them: {', '.join(left_out)}")
+    print()
     medians = time_estimators(trainers, arguments.rounds)
     rows, rate = [], best_rate(run)
     print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'products':>10}{'floor':>8}", end="")
@@ -306,7 +339,11 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def growth_table(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds a step against the number of classes, printed and as a dictionary."""
+    """Milliseconds a step against the number of classes, printed and as a dictionary. Raises ConfigError, DataError."""
+    from configs.check import built_model
+
+    if not built_model(composed_config(arguments.overrides)).has_labels:
+        raise ConfigError("--classes must be left out with a model that the data's classes have no part in")
     names = split_names(arguments.estimators) if arguments.estimators else ["marginalization", "gumbel_softmax"]
     rows = []
     print(f"{'classes':>8}" + "".join(f"{name:>24}" for name in names) + "    ms a step")
@@ -347,7 +384,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of train.py")
     parser.add_argument("--rounds", type=positive, default=20, help="turns of each contender, of some steps each")
-    parser.add_argument("--estimators", help="names between commas; all of them by default")
+    parser.add_argument("--estimators", help="names between commas; by default all that the model can have")
     parser.add_argument("--peer", choices=("none", "plain", "pyro"), default="none", help="time these as well")
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
     parser.add_argument("--classes", type=numbers_of_classes, help="time against the number of classes, random labels")

@@ -1,4 +1,4 @@
-"""Draws what the model of a run folder has learned, as .png, .pdf or .svg.
+"""Draws what the model of a run folder has learned, as .png, .pdf or .svg. Of a model that learns from labels:
 
 classes          generated images, a row a class, a column a style (the same z down a column)
 interpolation    generated images, a row a class, along the columns the same walk through z between two styles: a
@@ -10,7 +10,20 @@ samples          draws of the model, y from its p(y) (see `prior`) and z from p(
                  with --pixels drawn the pixels too are drawn, from the likelihood
 sheet            classes, analogies and interpolation side by side with captions, for a paper: 7 inches, 300 dpi
 
-Only the validation images need the data that the run was trained on; --images takes others for them.
+Of a model of categorical variables without labels (model=categorical_mlp, categorical_two_layers):
+
+samples          draws of the model, all variables from p(y), and with --pixels drawn the pixels too
+reconstructions  validation images above p(x|y) at the most probable y
+variables        the first validation image as reconstructed, and beside it each variable turned through its classes, a
+                 row each, the one that changes most first
+
+Of a model that completes images (model=structured_mlp):
+
+completions      validation images, a row each: the whole, its upper half, and that with --columns draws of the lower
+                 one, of which --pixels drawn draws the pixels too
+
+The default is the model's first kind. Only the validation images need the data that the run was trained on; --images
+takes others for them.
 
 uv run python -m scripts.generate outputs/DATE/TIME-NAME --output digits.png
 uv run python -m scripts.generate outputs/DATE/TIME-NAME --kind sheet --output figure.pdf
@@ -31,12 +44,34 @@ if TYPE_CHECKING:
 
     from training.trained import Trained
 
-KINDS = ("classes", "analogies", "interpolation", "sheet", "reconstructions", "samples")
-ENCODING = ("analogies", "sheet", "reconstructions")  # these take images
+SHEET = "sheet"
 CAPTIONS = {"classes": "(a) class by style", "analogies": "(b) analogies", "interpolation": "(c) walk between styles"}
 
 
-def held_out(arguments: argparse.Namespace, model: Trained) -> Tensor:
+def kinds_of(model: Trained) -> list[str]:
+    """What can be drawn of a model: its own kinds, and a sheet where it has all of its panels."""
+    own = list(model.model.kinds)
+    return [*own, SHEET] if CAPTIONS.keys() <= model.model.kinds.keys() else own
+
+
+def kind_of(arguments: argparse.Namespace, model: Trained) -> str:
+    """The kind that is asked for, or the model's first. Raises ConfigError for one that the model has not."""
+    kinds = kinds_of(model)
+    kind: str = arguments.kind or kinds[0]
+    if kind not in kinds:
+        raise ConfigError(f"--kind must be one that this model has, {', '.join(kinds)}, got {kind}")
+    with_pixels = model.model.kinds_of_pixels
+    if arguments.pixels == "drawn" and kind not in with_pixels:
+        others = ", ".join(f"--kind {other}" for other in with_pixels)
+        raise ConfigError(f"--pixels must be mean for --kind {kind}, got drawn; {others} draws them")
+    return kind
+
+
+def takes_images(model: Trained, kind: str) -> bool:
+    return any(model.model.kinds[panel] for panel in (CAPTIONS if kind == SHEET else [kind]))
+
+
+def held_out(arguments: argparse.Namespace, model: Trained, kind: str) -> Tensor:
     """Images uint8 [N, C, H, W] to encode: those of --images, or the validation images, whose classes take turns."""
     import torch
 
@@ -52,8 +87,7 @@ def held_out(arguments: argparse.Namespace, model: Trained) -> Tensor:
     run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
     if not len(run.validation.labels):
         raise DataError(
-            f"--kind {arguments.kind} draws validation images, and the run has none: data.num_validation=0; "
-            "--images takes others"
+            f"--kind {kind} draws validation images, and the run has none: data.num_validation=0; --images takes others"
         )
     return run.validation.x[turn_about(run.validation.labels)].cpu()
 
@@ -83,44 +117,45 @@ def drawn(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder")
-    parser.add_argument("--kind", choices=KINDS, default="classes", help="what to draw, see above")
+    parser.add_argument("--kind", help="what to draw, see above; default: the first that the model has")
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
     parser.add_argument(
         "--output", type=Path, default=Path("generated.png"), help="the picture to write, .png, .pdf or .svg"
     )
-    parser.add_argument("--columns", type=positive, default=10, help="how many styles, steps or validation images")
     parser.add_argument(
-        "--pixels", choices=("mean", "drawn"), default="mean", help="of samples: the mean picture, or a draw of pixels"
+        "--columns", type=positive, default=10, help="how many styles, steps, draws or validation images"
+    )
+    parser.add_argument(
+        "--pixels",
+        choices=("mean", "drawn"),
+        default="mean",
+        help="of samples and completions: the mean picture, or a draw of pixels",
     )
     parser.add_argument("--images", type=Path, help="a folder of pictures or an .npz file, for validation images")
-    parser.add_argument("--seed", type=int, default=0, help="draws the styles")
+    parser.add_argument("--seed", type=int, default=0, help="makes the draws")
     parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes; not of a sheet")
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
         writable(arguments.output, (".png", ".pdf", ".svg"))
-        if arguments.pixels == "drawn" and arguments.kind != "samples":
-            raise ConfigError(
-                f"--pixels must be mean for --kind {arguments.kind}, got drawn; --kind samples draws them"
-            )
-
         from training.pictures import save_figure, save_png
         from training.trained import open_run
 
         model = open_run(arguments.folder, "auto", arguments.checkpoint, arguments.trust)
         read = [arguments.images] if arguments.images else model.own_images
         apart({"--output": arguments.output}, read, arguments.folder)
-        images = held_out(arguments, model) if arguments.kind in ENCODING else None
-        if arguments.kind == "sheet":
+        kind = kind_of(arguments, model)
+        images = held_out(arguments, model, kind) if takes_images(model, kind) else None
+        if kind == SHEET:
             counts = {"analogies": len(model.class_names)}  # one of each class: as high as the others
             panels = [
-                (caption, drawn(model, kind, counts.get(kind, arguments.columns), arguments.seed, images))
-                for kind, caption in CAPTIONS.items()
+                (caption, drawn(model, panel, counts.get(panel, arguments.columns), arguments.seed, images))
+                for panel, caption in CAPTIONS.items()
             ]
             save_figure(panels, arguments.output)
         else:
             pixels = arguments.pixels == "drawn"
-            picture = drawn(model, arguments.kind, arguments.columns, arguments.seed, images, pixels)
+            picture = drawn(model, kind, arguments.columns, arguments.seed, images, pixels)
             if arguments.output.suffix.lower() != ".png":
                 save_figure([("", picture)], arguments.output, width=picture.shape[-1] * arguments.zoom / 72)
             else:

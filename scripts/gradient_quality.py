@@ -2,11 +2,13 @@
 
 uv run python -m scripts.gradient_quality outputs/DATE/TIME-NAME estimators=gumbel_softmax,rebar draws=1000
 
-Prints a table, and writes gradient_quality.csv and a picture. The gradient is that of the mean over images
-of E_q(y|x)[b(x, y)], for the classifier's logits and for each network's parameters apart, in float32 and evaluation
-mode. The images are the first of the run's unlabelled training images; they and the noise of z are the same for all
-estimators. The run's own estimator is measured as it was trained; others are made anew, and those with parameters or
-running state are warmed up first, on training images and with the model fixed (models.gradient_quality.warm_up).
+Prints a table, and writes gradient_quality.csv and a picture. The gradient is that of the mean over images of the term
+of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels, for the logits of y and for each network's
+parameters apart, in float32 and evaluation mode. The images are the first of the run's unlabelled training images; they
+and all noise but y's are the same for all estimators. Where y has too many joint classes to enumerate, the exact
+gradient is the mean of many draws of an unbiased estimator (reference=). The run's own estimator is measured as it was
+trained; others are made anew, and those with parameters or running state are warmed up first, on training images and
+with the model fixed (models.gradient_quality.warm_up).
 """
 
 from __future__ import annotations
@@ -52,9 +54,15 @@ class Settings:
     estimators: str = setting(
         "",
         "names with commas between: a configuration as in estimator=NAME, NAME/BASELINE, 'NAME(KEY=VALUE ...)' with "
-        "further arguments of train.py, or run for the run's own (default: all of them)",
+        "further arguments of train.py, or run for the run's own (default: all that the model can have)",
     )
     draws: int = setting(200, "gradients of each estimator", minimum=3)
+    reference: int = setting(
+        200,
+        "where the exact gradient cannot be enumerated, draws whose mean stands for it; each calls the generator once "
+        "for every class of every variable",
+        minimum=3,
+    )
     batch_size: int = setting(100, "images", minimum=1)
     warmup: int = setting(200, "steps by which an estimator with state of its own is fitted to the model")
     seed: int = setting(0, "draws pixels, z, y, the estimators' parameters and their warm-up")
@@ -164,38 +172,58 @@ def own_name(nodes: dict[str, Any], own: Any) -> str:
     return min(alike, key=differences, default=OWN)
 
 
-def make_estimators(run: Run, settings: Settings, config_dir: Path | None = None) -> tuple[dict[str, Estimator], str]:
-    """The estimators by name, and which name is the run's own. Raises ConfigError."""
+@dataclass
+class Candidates:
+    """The estimators by name, which name is the run's own, and those that the model cannot have."""
+
+    made: dict[str, Estimator]
+    own: str
+    left_out: list[str]
+
+
+def make_estimators(run: Run, settings: Settings, config_dir: Path | None = None) -> Candidates:
+    """Those that are named, or all that the model can have. Raises ConfigError for a named one that it cannot."""
     import torch
 
     from configs.check import check_kind
     from configs.targets import build
     from estimators.contract import Estimator
+    from models.gradient_quality import check_images
 
+    try:
+        check_images(run.model, settings.batch_size, "batch_size")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     names = split_names(settings.estimators, config_dir) or all_names(config_dir)
     nodes = {name: compose_estimator(name, run.config, config_dir) for name in names if name != OWN}
     own = OWN if OWN in names else own_name(nodes, run.config.estimator)
     if not settings.estimators and own == OWN:
         names.append(OWN)
     known = run.config.data.known()
-    made = {}
+    found = Candidates({}, own, [])
     for name in names:
         if name == own:
-            made[name] = run.estimator
+            found.made[name] = run.estimator
             continue
         torch.manual_seed(settings.seed)  # so that its parameters do not depend on the other names
         with run.device:
             built = build(nodes[name], "estimator")
             check_kind(nodes[name], "estimator", built, Estimator)
-            made[name] = run.model.prepared(built, math.prod(known.shape))
-    return made, own
+            try:
+                found.made[name] = run.model.prepared(built, math.prod(known.shape))
+            except ValueError as error:
+                if settings.estimators:
+                    message = f"estimators must be ones that this model can have, got {name}: {error}"
+                    raise ConfigError(message) from error
+                found.left_out.append(name)
+    return found
 
 
 def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> dict[str, Measurement]:
-    """The measurements by name."""
+    """The measurements by name, all against the same reference."""
     from data.progress import progress, telling
     from data.randomness import keyed_generator
-    from models.gradient_quality import gradient_quality, warm_up
+    from models.gradient_quality import gradient_quality, reference_gradient, warm_up
 
     x, measured = run.unlabelled_minibatch(settings.batch_size, settings.seed), {}
 
@@ -205,6 +233,15 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
             x, y_labelled = run.batches(index, generator)
             yield x[len(y_labelled) :]
 
+    with telling("reference", "draws", settings.reference) as tell:
+        reference = reference_gradient(
+            run.model,
+            x,
+            step=run.step,
+            draws=settings.reference,
+            seed=settings.seed,
+            after_draw=functools.partial(tell, 1),
+        )
     for name, estimator in estimators.items():
         if needs_warm_up(estimator, run):
             warm_up(run.model, estimator, training_images(name), step=run.step, seed=settings.seed)
@@ -216,6 +253,7 @@ def measure(run: Run, estimators: dict[str, Estimator], settings: Settings) -> d
                 step=run.step,
                 draws=settings.draws,
                 seed=settings.seed,
+                reference=reference,
                 after_draw=functools.partial(tell, 1),
             )
     return measured
@@ -225,18 +263,21 @@ def needs_warm_up(estimator: Estimator, run: Run) -> bool:
     return estimator is not run.estimator and bool([*estimator.parameters(), *estimator.buffers()])
 
 
-def conditions(run: Run, estimators: dict[str, Estimator], own: str, settings: Settings) -> str:
-    """What was measured, in up to three lines."""
+def conditions(run: Run, candidates: Candidates, settings: Settings) -> str:
+    """What was measured, in up to four lines."""
     number = len(run.batches.data.x_unlabelled[: settings.batch_size])
     lines = [
         f"the first {number} unlabelled training images of {run.config.data.name}, model at step {run.step}, "
         f"{settings.draws} draws, float32 on {run.device}, seed {settings.seed}"
     ]
-    if own in estimators:
-        lines.append(f"{own} is the run's own, as trained")
-    warmed = [name for name, estimator in estimators.items() if needs_warm_up(estimator, run)]
+    if candidates.own in candidates.made:
+        lines.append(f"{candidates.own} is the run's own, as trained")
+    warmed = [name for name, estimator in candidates.made.items() if needs_warm_up(estimator, run)]
     if warmed:
         lines.append(f"warmed up over {settings.warmup} steps: {', '.join(warmed)}")
+    if candidates.left_out:
+        sizes = ", ".join(f"{variables} variables of {classes} classes" for variables, classes in run.model.latents)
+        lines.append(f"left out, as this model ({sizes}) cannot have them: {', '.join(candidates.left_out)}")
     return "\n".join(lines)
 
 
@@ -263,14 +304,14 @@ def main() -> None:
         searchpath(arguments.config_dir)  # refused before any work, and so names
         split_names(settings.estimators, arguments.config_dir)
         run = stored_run(arguments.folder, trusted=arguments.trust)
-        estimators, own = make_estimators(run, settings, arguments.config_dir)
+        candidates = make_estimators(run, settings, arguments.config_dir)
         output = Path(settings.output or arguments.folder / "gradient_quality")
         with made(output):
-            measured, about = measure(run, estimators, settings), conditions(run, estimators, own, settings)
+            measured, about = measure(run, candidates.made, settings), conditions(run, candidates, settings)
             print(table(measured, about), end="\n\n")
             write_csv(measured, output / "gradient_quality.csv")
             drawing = output / f"gradient_quality.{settings.figure}"
-            picture(measured, about).savefig(drawing, dpi=130)
+            picture(measured, about, run.model.estimated).savefig(drawing, dpi=130)
     print(output / "gradient_quality.csv")
     print(drawing)
 

@@ -36,9 +36,22 @@ def table(measured: dict[str, Measurement], about: str) -> str:
         blocks.append("\n".join(lines))
     explained = (
         "bias² (± its standard error) and variance of one draw are relative to the exact gradient's squared norm, and\n"
-        "rows are in the order of their sum; cosine is the mean over draws; calls of b per image; ms per gradient"
+        "rows are in the order of their sum; cosine is the mean over draws; calls of the generator per image; ms per "
+        "gradient"
     )
-    return "\n\n".join([about, *blocks, explained])
+    return "\n\n".join([about, *blocks, "\n".join(filter(None, [explained, reference(measured)]))])
+
+
+def reference(measured: dict[str, Measurement]) -> str:
+    """A line about the reference where it is not exact, with its squared error relative to the gradient's, by part."""
+    one = next(iter(measured.values()))
+    if not one.reference_draws:
+        return ""
+    errors = ", ".join(f"{part} {error:.2g}" for part, error in one.reference_error.items())
+    return (
+        f"exact is here the mean of {one.reference_draws} draws of an unbiased estimator; its relative squared error: "
+        f"{errors}"
+    )
 
 
 def short(name: str) -> str:
@@ -77,7 +90,15 @@ def write_csv(measured: dict[str, Measurement], path: Path) -> None:
     """A row an estimator and part."""
     with path.open("w", newline="") as file:
         rows = [
-            {"estimator": name, "part": part, **asdict(quality), "evaluations": m.evaluations, "seconds": m.seconds}
+            {
+                "estimator": name,
+                "part": part,
+                **asdict(quality),
+                "evaluations": m.evaluations,
+                "seconds": m.seconds,
+                "reference_draws": m.reference_draws,  # 0 where the gradient is exact
+                "reference_error": m.reference_error.get(part, 0.0),
+            }
             for name, m in measured.items()
             for part, quality in m.parts.items()
         ]
@@ -93,23 +114,28 @@ MARKERS = ("o", "s", "^", "D", "v")
 ROUNDING = 1e-10  # relative squares below this are float32's
 
 
-def picture(measured: dict[str, Measurement], about: str) -> Figure:
-    """A panel a part: bias across, variance up, the area of a point its calls of b."""
+def picture(measured: dict[str, Measurement], about: str, estimated: str = "E_q(y|x)[b(x, y)]") -> Figure:
+    """A panel a part: bias across, variance up, the area of a point its calls of the generator."""
     from matplotlib.figure import Figure
 
     longest = max(len(short(name)) for name in measured)
     figure = Figure(figsize=(11.5 + 0.13 * longest, 11), layout="constrained")
     figure.suptitle(
-        "Gradients of E_q(y|x)[b(x, y)]: how far their mean is from the exact one, and how much a draw varies",
+        f"Gradients of {estimated}: how far their mean is from the exact one, and how much a draw varies",
         fontsize=13,
     )
     legend = (
-        "areas, and numbers in brackets: calls of b per image; ≈ 0: no bias within two standard errors, or no variance"
+        "areas, and numbers in brackets: calls of the generator per image; "
+        "≈ 0: no bias within two standard errors, or no variance"
     )
-    figure.supxlabel(f"{legend}\n{about}", fontsize=8.5, color="0.3")
+    lines = filter(None, [legend, about, reference(measured)])
+    figure.supxlabel("\n".join(lines), fontsize=8.5, color="0.3")
     parts = list(next(iter(measured.values())).parts)
-    for axes, part in zip(figure.subplots(2, 2).flat, parts, strict=True):
+    places = list(figure.subplots(-(-len(parts) // 2), 2, squeeze=False).flat)
+    for axes, part in zip(places, parts, strict=False):
         panel(axes, part, measured)
+    for axes in places[len(parts) :]:
+        axes.remove()
     return figure
 
 

@@ -33,6 +33,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from configs.schema import ConfigError
 from configs.trust import add_trust
 from scripts.command import apart, positive, refusing_bad_input, writable
 
@@ -249,6 +250,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
     from training.trained import open_run
 
     model = open_run(arguments.folder, arguments.device, arguments.checkpoint, arguments.trust)
+    if not model.model.has_labels:
+        raise ConfigError(
+            f"{arguments.folder} has a model without classes to predict; in Python, encode and log_likelihood of "
+            "training.trained.open_run(FOLDER) say what it makes of images"
+        )
     model.batch_size = arguments.batch_size or model.batch_size
     size, found = model.batch_size, None
     source = Path(arguments.input).expanduser()

@@ -59,7 +59,7 @@ def make_run(
     content = {"estimator": "X", "split_hash": f"hash{seed}", "steps": flat["train.steps"], "start_step": 0}
     content |= {"seconds": 10.0 + seed, "steps_per_second": 5.0, "device": "cpu", "precision": "fp32"}
     content |= {"val_accuracy": accuracy, "val_bound": -20.0, "test_accuracy": accuracy, "test_bound": -21.0 - seed}
-    content |= {"test_log_likelihood": -19.0, "test_bits_per_dimension": 1.5}
+    content |= {"val_log_likelihood": -18.0, "test_log_likelihood": -19.0, "test_bits_per_dimension": 1.5}
     content |= {"test_calibration_error": 0.01, "git_commit": "abc", "versions": {}}
     content |= {"config": flat, **(result or {})}
     (folder / "result.json").write_text(json.dumps(content))

@@ -523,7 +523,8 @@ def test_script_warms_up_what_it_makes_anew(trained: Path, tmp_path: Path) -> No
 
 def test_run_of_an_estimator_from_outside(trained_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trained_run.config, "estimator", {"_target_": "mine.Mine"})
-    made, own = script.make_estimators(trained_run, script.Settings())
+    found = script.make_estimators(trained_run, script.Settings())
+    made, own = found.made, found.own
     assert list(made) == [*script.all_names(), own]
     assert made[own] is trained_run.estimator
     assert own == "run"

@@ -25,6 +25,7 @@ from models import evaluation
 from models.evaluation import evaluate
 from models.m2 import evaluation as m2_evaluation
 from models.m2.model import SemiSupervisedVAE
+from models.m2.pictures import KINDS
 from models.networks import ImageShape, mlp
 from scripts import evaluate as evaluate_script
 from scripts import generate, predict
@@ -481,7 +482,7 @@ def test_a_part_that_is_none_is_said(photographs: Path) -> None:
 
 def test_pictures_are_drawn_without_the_data(folder: Path, images: Array, tmp_path: Path) -> None:
     np.savez(tmp_path / "new.npz", images=images)
-    for kind in generate.KINDS:
+    for kind in (*KINDS, generate.SHEET):
         line = f"{folder} --kind {kind} --images {tmp_path}/new.npz --output {tmp_path}/{kind}.png"
         ended = command(generate.main, line)
         assert ended.code == 0, ended.said

@@ -18,7 +18,7 @@ from data.datasets import load
 from data.facts import Array
 from models.evaluation import calibration_error
 from models.m2.model import SemiSupervisedVAE
-from models.m2.pictures import analogies, interpolation, reconstructions
+from models.m2.pictures import KINDS, analogies, interpolation, reconstructions
 from models.networks import ImageShape, conv
 from models.pictures import beside, grid, turn_about
 from scripts import evaluate, generate
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_by_name(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
-@pytest.mark.parametrize("kind", generate.KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, generate.SHEET])
 def test_every_kind_in_every_format(kind: str, suffix: str, folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / f"picture.{suffix}"
     ended = command(generate.main, f"{folder} --kind {kind} --columns 4 --output {picture}")

@@ -118,8 +118,8 @@ class Report:
 
     def validation(self, step: int, measured: Evaluation) -> None:
         values = {f"val/{name}": value for name, value in measured.means.items()}
-        if measured.accuracy is not None:
-            values[f"{FIRST}/accuracy"] = measured.accuracy
+        first = next(name for name in ("accuracy", "log_likelihood", "bound") if name in measured.means)
+        values[f"{FIRST}/{first}"] = measured.means[first]
         self.board.scalars(values, step)
         seen, model, labels = measured.per_image, self.run.model, self.run.validation.labels
         draws = draws_pictures(step, self.run.config.train)
@@ -137,8 +137,10 @@ class Report:
         if measured.accuracy is not None:
             self.shown["val accuracy"] = f"{measured.accuracy:.4f}"
         self.bar.set_postfix(self.shown)
-        rest = ", ".join(f"{name} {value}" for name, value in self.shown.items())
-        log.info("step %d: %s, val bound %.2f (%d images)", step, rest, measured.bound, measured.n)
+        said = [f"{name} {value}" for name, value in self.shown.items()] + [f"val bound {measured.bound:.2f}"]
+        if measured.log_likelihood is not None:
+            said.append(f"val {self.run.log_likelihood_name.rstrip(',')} {measured.log_likelihood:.2f}")
+        log.info("step %d: %s (%d images)", step, ", ".join(said), measured.n)
 
     def alarm(self, step: int, *alarms: Alarm, aloud: bool = True) -> None:
         """Writes each alarm as 0 or 1, and says in a sentence, if `aloud`, when one is first found up."""

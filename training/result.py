@@ -55,7 +55,8 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     accuracy = "" if result["test_accuracy"] is None else f"accuracy {result['test_accuracy']:.4f}, "
     likelihood = ""  # which not every family has
     if result.get("test_log_likelihood") is not None:
-        likelihood = f", {run.log_likelihood_name} >= {result['test_log_likelihood']:.2f}"
+        sign = "=" if run.model.is_exact else ">="
+        likelihood = f", {run.log_likelihood_name} {sign} {result['test_log_likelihood']:.2f}"
     report.say(f"test {accuracy}bound {result['test_bound']:.2f}{likelihood} nats ({result['test_n']} images); {path}")
 
 

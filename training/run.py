@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, check, check_labels, typed
+from configs.check import build_optimizer, check, check_labels, prepared_estimator, typed
 from configs.schema import Config, ConfigError
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
@@ -82,7 +82,7 @@ class Run:
         with self.device:
             self.model = build_model(config.model, self.facts)
             check_labels(config, self.model)  # a search's settings come here unseen
-            self.estimator: Estimator = self.model.prepared(build(config.estimator, "estimator"), shape.size)
+            self.estimator: Estimator = prepared_estimator(config, self.model, shape.size)
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
         self.parameters = dict(self.model.named_parameters())
@@ -333,8 +333,8 @@ class Run:
 
     @property
     def log_likelihood_name(self) -> str:
-        """What the results' log_likelihood is a lower bound of."""
-        return log_likelihood_name(self.config.likelihood.value, self.binarization)
+        """What the results' log_likelihood is a lower bound of, or equal to."""
+        return log_likelihood_name(self.config.likelihood.value, self.binarization, self.model.evidence)
 
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""

@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ RESULT = "result.json"
 SPLIT = "split.json"
 LOCK = ".lock"
 EVENTS = "events.out.tfevents.*"
+CHOSEN_BY = {"val_accuracy": "val accuracy", "val_log_likelihood": "val log p(x)", "val_bound": "val bound"}
 # of file systems without locks, such as Lustre mounted without -o flock
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -147,6 +148,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def chosen_by(result: Mapping[str, Any]) -> tuple[str, float] | None:
+    """What a result is chosen by, the larger the better: its name, and it; None where nothing was measured.
+
+    Validation accuracy, of a model without classes log p(x) of validation images if it was measured, else the bound.
+    """
+    for name, title in CHOSEN_BY.items():
+        if result.get(name) is not None:
+            return title, float(result[name])
+    return None
 
 
 def git_commit() -> str | None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from configs.schema import ConfigError
 from training.result import is_left
 from training.resume import ROOT, best_command, resume_command, resume_words
-from training.run_folder import RESULT, read_json
+from training.run_folder import RESULT, chosen_by, read_json
 from training.sweep import SLURM, launcher
 
 LEFT = "evaluation.test"
@@ -23,7 +23,7 @@ DIGITS = 3
 
 
 def prepare(config: DictConfig) -> None:
-    """What every search is: it maximises, as a job gives its validation accuracy, and leaves test data alone.
+    """What every search is: it maximises, as a job gives its validation accuracy or bound, and leaves test data alone.
 
     An evaluation.test on the command line overrules the latter. Raises ConfigError.
     """
@@ -31,7 +31,9 @@ def prepare(config: DictConfig) -> None:
     if "direction" not in sweeper:  # not Optuna's
         return
     if "hydra.sweeper.direction=minimize" in config.hydra.overrides.hydra:
-        raise ConfigError("hydra.sweeper.direction must be maximize, got minimize: a job gives its validation accuracy")
+        raise ConfigError(
+            "hydra.sweeper.direction must be maximize, got minimize: a job gives its validation accuracy or bound"
+        )
     sweeper.direction = "maximize"
     sweeper.params = {LEFT: "false", **(sweeper.params or {})}
 
@@ -95,7 +97,9 @@ def end(config: DictConfig, fixed: Mapping[str, str], composed: Callable[[Mappin
     place = next((place for place in results if asked <= _overrides(results[place])), None)
     if place is None:  # all diverged
         return 0
-    say(f"best of {len(results)} finished trials: {place}, with val accuracy {results[place]['val_accuracy']:.4f}")
+    title, value = chosen_by(results[place]) or ("val accuracy", math.nan)
+    form = ".4f" if title == "val accuracy" else ".2f"
+    say(f"best of {len(results)} finished trials: {place}, with {title} {value:{form}}")
     typed = {argument.lstrip("+").partition("=")[0] for argument in config.hydra.overrides.task}
     preset = {key: value for key, value in fixed.items() if key != LEFT and key.lstrip("+") not in typed}
     say(f"its command: {best_command(sys.argv[1:], preset | best)}")

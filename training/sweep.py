@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import platform
 import secrets
@@ -26,7 +27,7 @@ from data.folders import made
 from training import checkpoints
 from training.checkpoints import CheckpointError, stored
 from training.resume import sweep_command
-from training.run_folder import LOCK, RESULT, held, holder, in_use, is_held, read_json, release, write_json
+from training.run_folder import LOCK, RESULT, chosen_by, held, holder, in_use, is_held, read_json, release, write_json
 from training.state import changes, flat
 
 errors = logging.getLogger("catvae.errors")
@@ -40,7 +41,7 @@ PARALLEL = (JOBLIB, LOCAL)
 ON_THIS_MACHINE = (BASIC, *PARALLEL)
 LET_GO = 20.0  # seconds that jobs of a killed sweep have for the step in hand and a checkpoint
 ROOT = Path(__file__).parent.parent
-WORST = 0.0  # accuracy, of a job that diverged
+WORST = -math.inf  # of a job that diverged: less than any accuracy or bound
 _begun: list[Path] = []  # the folder that this process sweeps in
 _stopped: list[int] = []  # the signal that stops it
 _busy = threading.Event()  # a job is done in this process
@@ -311,7 +312,7 @@ def failed_for_good(folder: Path, config: DictConfig) -> bool:
 
 
 def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: str) -> float | None:
-    """Keeps a failure for the sweep's end; gives a search what it maximises: validation, never test, accuracy."""
+    """Keeps a failure for the sweep's end; gives a search what it maximises, which is never of test data."""
     if code in (1, 2, 3):
         write_json(folder / FAILED, {"exit_code": code, "reason": reason, "on_divergence": config.on_divergence.value})
         return WORST if code == 3 else None
@@ -324,8 +325,8 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
             _say(f"go on with the sweep by: {sweep_command(sys.argv[1:], Path(hydra.sweep.dir))}")
         sys.exit(code)
     if (folder / RESULT).exists():
-        accuracy = read_json(folder / RESULT)["val_accuracy"]
-        return None if accuracy is None else float(accuracy)
+        found = chosen_by(read_json(folder / RESULT))
+        return None if found is None else found[1]
     return None
 
 

@@ -21,7 +21,8 @@ from training.charts import confusion, draw_calibration, draw_confusion, draw_mi
 from training.checkpoints import write_atomically
 from training.pictures import save_png
 
-FIRST = "Overview"  # J and validation accuracy once more, before all other tags, which TensorBoard sorts by letters
+# J and validation accuracy, or what stands for it, once more, before all other tags, which TensorBoard sorts by letters
+FIRST = "Overview"
 # what the custom scalars tab shows of every family of models: {section: {chart: tags}}
 LAYOUT = {
     "Objective (nats per image)": {
@@ -30,7 +31,7 @@ LAYOUT = {
     "Bound by data (nats per image)": {
         "bound": ["val/bound", "test/bound"],
     },
-    "Accuracy": {"accuracy": ["val/accuracy", "test/accuracy"]},
+    "Accuracy": {},  # the place of what a model that tells classes has there
     "Temperature and entropy": {"temperature, and entropy of q(y|x) in nats": ["train/temperature", "train/entropy_y"]},
     "Speed": {"steps per second": ["train/steps_per_second"]},
     "Alarms (1 is up)": {
@@ -127,7 +128,8 @@ class TensorBoard:
         files.mkdir(exist_ok=True)
         points = ("\t".join(f"{value:.5g}" for value in row) for row in z.tolist())
         words = [" ".join(name.split()) for name in names]  # a tab would be another column
-        classes = [words[label] if label >= 0 else "" for label in labels]
+        unknown = "" if model.has_labels else "unknown"  # TensorBoard would leave out a line of nothing
+        classes = [words[label] if label >= 0 else unknown for label in labels]
         if predicted is not None:
             guesses = [words[guess] for guess in predicted.tolist()]
             classes = ["class\tpredicted", *(f"{true}\t{guess}" for true, guess in zip(classes, guesses, strict=True))]
@@ -148,14 +150,14 @@ class TensorBoard:
 
 
 def laid(layout: Layout, more: Layout) -> dict[str, Any]:
-    """A layout as SummaryWriter takes it, each section with more of its charts, or more tags of a chart."""
+    """A layout as SummaryWriter takes it, each section with more of its charts, or more tags of a chart; none empty."""
     sections: dict[str, Any] = {}
     for section in [*layout, *(other for other in more if other not in layout)]:
         charts = {chart: list(tags) for chart, tags in layout.get(section, {}).items()}
         for chart, tags in more.get(section, {}).items():
             charts[chart] = charts.get(chart, []) + list(tags)
         sections[section] = {chart: ["Multiline", tags] for chart, tags in charts.items()}
-    return sections
+    return {section: charts for section, charts in sections.items() if charts}
 
 
 def has_layout(folder: Path) -> bool:
@@ -171,9 +173,10 @@ def coloured_by_class(images: Tensor, labels: Tensor, num_classes: int) -> Tenso
     """Images [N, C, H, W] in [0, 1] in the colours of their classes, [N, 3, H', W'].
 
     The projector opens without a colouring, and cannot be told another; but it shows the images' own colours. Black
-    becomes the class's colour, and colour images have a frame of it.
+    becomes the class's colour, and colour images have a frame of it; grey is an unknown class, labelled -1.
     """
-    colours = torch.tensor([colorsys.hsv_to_rgb(k / num_classes, 1 - k % 2 / 3, 0.85) for k in range(num_classes)])
+    of_classes = [colorsys.hsv_to_rgb(k / num_classes, 1 - k % 2 / 3, 0.85) for k in range(num_classes)]
+    colours = torch.tensor([*of_classes, (0.5, 0.5, 0.5)])
     ground = colours[labels].view(-1, 3, 1, 1)
     if images.shape[1] == 3:
         width = max(2, images.shape[-1] // 10)

@@ -51,7 +51,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of N images: q(y|x) [N, K], the exact bound [N] in nats, novelty [N], mean z [N, Z].
+    """What a model of classes says of N images: q(y|x) [N, K], the exact bound [N], nats, novelty [N], mean z [N, Z].
 
     `novelty` is the share of the validation images whose bound is higher: 1 is an image that the model finds stranger
     than all of those. NaN where the checkpoint has no validation bounds.
@@ -68,8 +68,9 @@ class Trained:
 
     Images are uint8 [N, C, H, W], or [N, H, W] of one channel, as NumPy arrays or tensors; others raise ValueError, as
     do several images without a pixel above 1, which are of another range.
-    What is drawn by chance (binary pixels, noise of z) is drawn from a key that the image itself is, so that an image
-    has the same numbers whatever images it comes with, but for the rounding of floats. Results are tensors on the CPU.
+    What is drawn by chance (binary pixels, a model's noise) is drawn from a key that the image itself is, so that an
+    image has the same numbers whatever images it comes with, but for the rounding of floats. Results are tensors on
+    the CPU.
     """
 
     def __init__(self, state: dict[str, Any], device: torch.device) -> None:
@@ -112,19 +113,24 @@ class Trained:
         return read_pictures(files, self.facts.shape, self.facts.resize is not None)
 
     def classify(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """q(y|x) [N, K], classes in the order of `class_names`."""
+        """q(y|x) [N, K], classes in the order of `class_names`. Raises ValueError for a model without classes."""
+        self._check_classes("classify")
         with self._at_work():
             parts = [self.model.posterior(x).cpu() for x, _ in self._batches(images)]
             return torch.cat([self.model.posterior(self._no_images()).cpu(), *parts])
 
     def encode(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """The mean of q(z|x,y) [N, Z] at each image's most probable y."""
+        """The mean of q(z|x,y) [N, Z] at each image's most probable y; of a model without classes q(y|x) [N, N' K]."""
         with self._at_work():
             parts = [self._embed(x) for x, _ in self._batches(images)]
             return torch.cat([self._embed(self._no_images()), *parts])
 
     def predict(self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False) -> Prediction:
-        """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones."""
+        """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones.
+
+        Raises ValueError for a model without classes.
+        """
+        self._check_classes("predict")
         with self._at_work():
             none = self._no_images()
             q, bound, z = [self.model.posterior(none).cpu()], [torch.empty(0)], [self._embed(none)]
@@ -139,7 +145,8 @@ class Trained:
     def log_likelihood(self, images: npt.NDArray[np.uint8] | Tensor, samples: int = 100) -> Tensor:
         """log p(x) [N] in nats, by importance weighting with `samples` draws of z a class: a lower bound on average.
 
-        Of pixels as the model takes them: binary ones are drawn once an image where it was trained so. Raises
+        Of a model without classes, draws of y; of one that completes images, of their lower halves given the upper
+        ones. Of pixels as the model takes them: binary ones are drawn once an image where it was trained so. Raises
         ValueError for samples < 1.
         """
         samples = _positive(samples, "samples")
@@ -153,19 +160,40 @@ class Trained:
     def generate(self, class_name: str, number: int = 1, seed: int = 0) -> Tensor:
         """Mean pictures of p(x|y,z) of a class at `number` draws of z, uint8 [number, C, H, W].
 
-        The same seed draws the same styles for every class, on every device. Raises ValueError for an unknown class,
-        number < 1 and what is no integer.
+        The same seed draws the same styles for every class, on every device. Raises ValueError for an unknown class, a
+        model without classes, number < 1 and what is no integer.
         """
+        self._check_classes("generate")
         if class_name not in self.class_names:
             raise ValueError(f"class_name must be one of {', '.join(self.class_names)}, got {class_name}")
-        number = _positive(number, "number")
-        if not isinstance(seed, (int, np.integer)) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
+        number, seed = _positive(number, "number"), _of_64_bits(seed, "seed")
         index = self.class_names.index(class_name)
-        styles = self.model.styles(number, torch.Generator().manual_seed(int(seed)))
+        styles = self.model.styles(number, torch.Generator().manual_seed(seed))
         with self._at_work():
             drawn = [self.model.of_class(index, part.to(self.device)).cpu() for part in styles.split(self.batch_size)]
-        return (torch.cat(drawn) * 255).round().to(torch.uint8).view(number, *self.facts.shape)
+        return self._as_images(torch.cat(drawn))
+
+    def sample(self, number: int = 1, seed: int = 0) -> Tensor:
+        """Mean pictures of draws of the model, uint8 [number, C, H, W].
+
+        Raises ValueError for number < 1, what is no integer, and a model that draws no whole images.
+        """
+        number, seed = _positive(number, "number"), _of_64_bits(seed, "seed")
+        generator, parts = torch.Generator(self.device).manual_seed(seed), []
+        with self._at_work():
+            for first in range(0, number, self.batch_size):
+                parts.append(self.model.sample(min(self.batch_size, number - first), generator).cpu())
+        return self._as_images(torch.cat(parts))
+
+    def _as_images(self, pixels: Tensor) -> Tensor:
+        return (pixels * 255).round().to(torch.uint8).view(-1, *self.facts.shape)
+
+    def _check_classes(self, method: str) -> None:
+        if not self.model.has_labels:
+            raise ValueError(
+                f"{method} needs a model that tells classes, and this one has none: encode gives the probabilities of "
+                "its variables, log_likelihood how well it knows an image"
+            )
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
@@ -227,6 +255,12 @@ def _positive(number: Any, name: str) -> int:
     return int(number)
 
 
+def _of_64_bits(number: Any, name: str) -> int:
+    if not isinstance(number, (int, np.integer)) or not -(2**63) <= number < 2**64:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {number}")
+    return int(number)
+
+
 def open_run(
     folder: str | Path, device: str = "cpu", checkpoint: str | Path | None = None, trusted: str | Collection[str] = ()
 ) -> Trained:
@@ -268,8 +302,11 @@ def stored_state(folder: Path, checkpoint: Path | None = None, trusted: Collecti
 
 def build_model(config: Any, known: Facts) -> Model:
     """The model as it is before training, its networks by `config.model`, on the default device. Raises ConfigError."""
-    networks: Networks = build(config, "model", ImageShape(*known.shape), len(known.class_names))
-    return networks.model(likelihood(known.likelihood, known.shape[0]), known.prior)
+    networks: Networks = build(config, "model", ImageShape(*known.shape), len(known.class_names) or 1)
+    model = networks.model(likelihood(known.likelihood, known.shape[0]), known.prior or [1.0])
+    if model.has_labels and not known.class_names:
+        raise ConfigError("the checkpoint's facts name no classes, which its model tells; is it of this program?")
+    return model
 
 
 def load_parameters(model: Model, state: dict[str, Any]) -> None:
@@ -306,7 +343,7 @@ def _checked(stored: Any) -> Facts:
         is_possible = (
             len(known.shape) == 3
             and all(isinstance(side, int) and 0 < side < 2**16 for side in known.shape)
-            and len(known.prior) == len(known.class_names) >= 2
+            and len(known.prior) == len(known.class_names) != 1
             and all(isinstance(p, float) and 0 < p < 1 for p in known.prior)
             and all(isinstance(name, str) for name in known.class_names)
             and known.binarization in get_args(Binarization)

@@ -26,7 +26,7 @@ class CategoricalVAE(Model):
 
     kinds = pictures.KINDS
     charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {
-        "Bound (nats per image)": {"J, and held-out bounds": ["train/J", "val/bound", "val/log_likelihood"]},
+        "Bound by data (nats per image)": {"log-likelihood": ["val/log_likelihood", "test/log_likelihood"]},
         "Alarms (1 is up)": {"alarms": ["warning/variables_unused"]},
     }
 
@@ -49,6 +49,14 @@ class CategoricalVAE(Model):
     def log_prior(self) -> Tensor | None:  # type: ignore[override]
         """log p(y_L) [N, K] of the uppermost layer; None where it is uniform."""
         return None if self.prior_logits is None else log_probabilities(self.prior_logits)
+
+    @property
+    def estimated(self) -> str:  # type: ignore[override]
+        return "E_q(y|x)[log p(x|y)]" if len(self.latents) == 1 else "E_q(y_1|x)[log p(x|y_1) + what is above]"
+
+    @property
+    def is_exact(self) -> bool:  # type: ignore[override]
+        return evaluation.is_enumerable(self)
 
     def logits(self, layer: int, below: Tensor) -> Tensor:
         """Of q(y|below) [R, N, K], from images [R, C, H, W] or the layer below [R, N, K]."""
@@ -223,9 +231,12 @@ class CategoricalVAE(Model):
         logits = self.logits(0, x)
 
         def estimate(estimator: Estimator, step: int, generator: torch.Generator) -> Estimate:
-            return self.estimate(
-                0, x, estimator, logits=logits, context=x, step=step, generator=generator, auxiliaries=[]
+            auxiliaries: list[Tensor] = []
+            estimate = self.estimate(
+                0, x, estimator, logits=logits, context=x, step=step, generator=generator, auxiliaries=auxiliaries
             )
+            estimate.auxiliary = torch.stack(auxiliaries).sum()  # of all layers
+            return estimate
 
         return logits, estimate
 

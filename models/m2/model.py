@@ -87,11 +87,13 @@ class SemiSupervisedVAE(Model):
             "classification": ["train/classification"],
         },
         "Bound by data (nats per image)": {"bound": ["train/labelled_bound", "train/unlabelled_bound"]},
+        "Accuracy": {"accuracy": ["val/accuracy", "test/accuracy"]},
         "Alarms (1 is up)": {
             "alarms": ["warning/classes_collapsed", "warning/generator_ignores_y", "warning/z_unused"]
         },
     }
     embedding = "z: mean of q(z|x,y) at the most probable y"
+    estimated = "E_q(y|x)[b(x, y)]"
     log_prior: Tensor | None  # log p(y) [K]; None where it is uniform
 
     def __init__(

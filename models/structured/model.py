@@ -28,10 +28,13 @@ class StructuredModel(Model):
     """
 
     kinds: ClassVar[Mapping[str, bool]] = {"completions": True}
+    kinds_of_pixels = ("completions",)
     charts: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]] = {
-        "Bound (nats per image)": {"J, and held-out bounds": ["train/J", "val/bound", "val/log_likelihood"]},
+        "Bound by data (nats per image)": {"log-likelihood": ["val/log_likelihood", "test/log_likelihood"]},
         "Alarms (1 is up)": {"alarms": ["warning/variables_unused"]},
     }
+    estimated = "E_p(y|upper half)[log p(lower half|y)]"
+    evidence = "log p(lower half|upper half)"
     log_prior = None
     embedding = "p(y_1|upper half): the probabilities of all variables"
 
@@ -137,7 +140,8 @@ class StructuredModel(Model):
     # ---- evaluation ----
 
     @property
-    def is_enumerable(self) -> bool:
+    def is_exact(self) -> bool:  # type: ignore[override]
+        """Whether y can be enumerated."""
         (variables, classes), *others = self.latents
         return not others and classes**variables <= MOST
 
@@ -166,7 +170,7 @@ class StructuredModel(Model):
         upper, lower = halves(x)
         logits = self.layers[0](upper)
         q = logits.softmax(dim=-1)
-        if self.is_enumerable:
+        if self.is_exact:
             bound = (outer(q, torch.mul).T * self.enumerated(lower, logits)).sum(dim=0)
         else:
             bound = self.log_prob(lower, self.at(logits, noise.unsqueeze(0)))[0]
@@ -181,7 +185,7 @@ class StructuredModel(Model):
         """log (1/S) sum_s p(lower half|y_s) [B], nats; exact where y can be enumerated."""
         upper, lower = halves(x)
         logits = self.layers[0](upper)
-        if self.is_enumerable:
+        if self.is_exact:
             for _ in draws:  # whoever draws them counts how far this is
                 pass
             return (self.enumerated(lower, logits) + outer(logits.log_softmax(dim=-1)).T).logsumexp(dim=0)
@@ -238,7 +242,12 @@ class StructuredModel(Model):
         logits = self.layers[0](upper)
 
         def estimate(estimator: Estimator, step: int, generator: torch.Generator) -> Estimate:
-            return self.estimate(0, logits, lower, estimator, context=x, step=step, generator=generator, auxiliaries=[])
+            auxiliaries: list[Tensor] = []
+            estimate = self.estimate(
+                0, logits, lower, estimator, context=x, step=step, generator=generator, auxiliaries=auxiliaries
+            )
+            estimate.auxiliary = torch.stack(auxiliaries).sum()  # of all layers
+            return estimate
 
         return logits, estimate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -287,9 +288,16 @@ def side_by_side(centres: Sequence[tuple[float, float]], gap: float) -> list[flo
     return [x for x, _ in placed]
 
 
+def quality_of(comparison: Comparison) -> str:
+    """What costs are held against where one of them sorts: of models without classes no accuracy."""
+    qualities = ("test_accuracy", "test_log_likelihood", "test_bound")
+    found = (name for name in qualities if any(name in group.summaries for group in comparison.groups))
+    return next(found, qualities[0])
+
+
 def against(comparison: Comparison, cost: str) -> str:
     """The mean of what is reported against the mean of a cost on a logarithmic axis."""
-    metric = comparison.reported if comparison.metric != cost else "test_accuracy"
+    metric = comparison.reported if comparison.metric != cost else quality_of(comparison)
     shown = [
         (i, group, group.summaries[cost].mean, group.summaries[metric])
         for i, group in enumerate(comparison.groups, 1)
@@ -384,13 +392,12 @@ def cut(name: str, length: int) -> str:
 
 
 def both_curves(comparison: Comparison) -> str:
-    """Validation accuracy and bound, under a heading each; a figure of bounds for each kind of pixels."""
+    """Validation accuracy, bound and log p(x), under a heading each; figures of these for each kind of pixels."""
     kinds: list[str | None] = [part.pixels for part in comparison.parts] or [None]
-    titles = {name: METRICS[name].title for name in ("val_accuracy", "val_bound")}
-    drawn = [(titles["val_accuracy"], learning_curves(comparison, "val_accuracy"))]
-    for pixels in kinds:
-        heading = f"{titles['val_bound']}, {METRICS['val_bound'].unit} per image" + (f", of {pixels}" if pixels else "")
-        drawn.append((heading, learning_curves(comparison, "val_bound", pixels)))
+    drawn = [(METRICS["val_accuracy"].title, learning_curves(comparison, "val_accuracy"))]
+    for pixels, name in itertools.product(kinds, ("val_bound", "val_log_likelihood")):
+        heading = f"{METRICS[name].title}, {METRICS[name].unit} per image" + (f", of {pixels}" if pixels else "")
+        drawn.append((heading, learning_curves(comparison, name, pixels)))
     return "".join(
         tag("h3", escape(heading)) + (figure if figure.startswith("<div") else tag("figure", figure))
         for heading, figure in drawn

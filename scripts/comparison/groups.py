@@ -13,7 +13,11 @@ from scripts.comparison.runs import METRICS, Record
 from scripts.comparison.statistics import Paired, Summary, holm, paired, summarize
 
 REPLICATES = {"seed", "data.split_seed"}
-ON_TEST_DATA = {"val_accuracy": "test_accuracy", "val_bound": "test_bound"}
+ON_TEST_DATA = {
+    "val_accuracy": "test_accuracy",
+    "val_bound": "test_bound",
+    "val_log_likelihood": "test_log_likelihood",
+}
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Comparison:
     notes: list[str]
     pixels: str = ""  # what the bounds are about; empty where that differs
     data: str = ""  # of a part that is ranked apart: what its groups have in common
+    kind: str = ""  # likewise: whether its models tell classes
     parts: list[Comparison] = field(
         default_factory=list
     )  # one for each kind of pixels or data, where there are several
@@ -210,30 +215,89 @@ def compare(
 ) -> Comparison:
     """Groups with their summaries, best first, and their differences from the baseline. Raises ConfigError.
 
-    By val accuracy, where no metric is given: test data are not what anything is chosen by.
+    By val accuracy, where no metric is given: test data are not what anything is chosen by. Models that tell no classes
+    are ranked apart from those that do, by log p(x) or the bound of validation images.
     """
     said = list(notes)
     groups = make_groups([record for record in records if record.finished])
     unfinished = [(name_beside(record, groups, records), record) for record in records if not record.finished]
     repeats = [(group.name, run) for group in groups for run in _take_out_repeats(group)]
     said += [f"{run.folder} repeats another run of {name} with the same draw, and is left out" for name, run in repeats]
-    said += _exclude_what_is_not_comparable([run for group in groups for run in group.runs])
+    sides = [(metric, "", groups)] if metric else _sides(groups)
+    for *_, side in sides:
+        said += _exclude_what_is_not_comparable([run for group in side for run in group.runs])
     for group in groups:
         values = {name: [run.counted[name] for run in group.runs if name in run.counted] for name in METRICS}
         group.summaries = {name: s for name, numbers in values.items() if (s := summarize(numbers))}
         group.runs.sort(key=lambda run: (run.config.get("data.split_seed", 0), run.config.get("seed", 0)))
-    if metric is None:
-        metric = "val_accuracy"
-        if groups and not any(metric in group.summaries for group in groups):
-            metric = "test_accuracy"
-            said.append("no run has validation images: test accuracy sorts, which flatters what is on top")
+    ranked = [_sorted(side, given or _metric_of(side, said)) for given, _, side in sides]
+    named = None if baseline is None else _named(baseline, [group for _, side in ranked for group in side])
+    compared = [_compared(side, by, named) for by, side in ranked]
+    whole = compared[0]
+    if len(sides) > 1:
+        parts = []
+        for (_, kind, _), one in zip(sides, compared, strict=True):
+            for part in one.parts if one.apart else [one]:
+                part.kind = kind
+                parts.append(part)
+        every = [group for part in parts for group in part.groups]
+        whole = Comparison(parts[0].metric, every, named, baseline is not None, [], [], [], parts=parts)
+        whole.apart = "kind of model"
+        said.append(APART_BY_MODEL)
+    several = len(_kinds(whole.groups)) > 1
+    whole.unfinished, whole.repeats = unfinished, repeats
+    whole.notes = [*([SEVERAL_PIXELS] if several else []), *said]
+    return whole
+
+
+WITH_CLASSES, WITHOUT_CLASSES = "Models that tell classes", "Models without classes"
+APART_BY_MODEL = (
+    "models that tell classes are ranked by accuracy, and apart from them those that tell none, by their bound or "
+    "log p(x); --metric val_bound, or another number that all have, ranks them together"
+)
+
+
+def _sides(groups: list[Group]) -> list[tuple[str | None, str, list[Group]]]:
+    """All groups, or those whose models tell classes and those that have a bound alone; what each side is called."""
+    without = [group for group in groups if all(not run.tells_classes and run.has_bound for run in group.runs)]
+    others = [group for group in groups if group not in without]
+    if not without or not others:
+        return [(None, "", groups)]
+    return [(None, WITH_CLASSES, others), (None, WITHOUT_CLASSES, without)]
+
+
+def _metric_of(groups: Sequence[Group], said: list[str]) -> str:
+    """What sorts, where no metric is given; adds a sentence to `said` where that is of test data."""
+
+    def have(name: str) -> list[bool]:
+        return [name in group.summaries for group in groups]
+
+    if not groups or any(have("val_accuracy")):
+        return "val_accuracy"
+    if any(have("test_accuracy")):
+        said.append("no run has validation images: test accuracy sorts, which flatters what is on top")
+        return "test_accuracy"
+    if all(have("val_log_likelihood")):
+        return "val_log_likelihood"
+    if any(have("val_bound")):
+        return "val_bound"
+    name = "test_log_likelihood" if all(have("test_log_likelihood")) else "test_bound"
+    said.append(f"no run has validation images: {METRICS[name].title} sorts, which flatters what is on top")
+    return name
+
+
+def _sorted(groups: list[Group], metric: str) -> tuple[str, list[Group]]:
+    """The metric, and the groups, best first. Raises ConfigError for a metric that none has."""
     if groups and not any(metric in group.summaries for group in groups):
         raise ConfigError(f"--metric must be one that a finished run has, got {metric}; none of these runs has it")
-    groups.sort(key=lambda group: rank(group.summaries.get(metric), metric))
-    base = groups[0] if groups else None
-    if baseline is not None:
-        base = _named(baseline, groups)
-    compared = Comparison(metric, groups, base, baseline is not None, unfinished, repeats, said)
+    return metric, sorted(groups, key=lambda group: rank(group.summaries.get(metric), metric))
+
+
+def _compared(groups: list[Group], metric: str, named: Group | None) -> Comparison:
+    """Groups, which are sorted by a metric, and their differences from the one that is named, or the best."""
+    chosen = named is not None and named in groups
+    base = named if chosen else next(iter(groups), None)
+    compared = Comparison(metric, groups, base, chosen, [], [], [])
     kinds, data = _kinds(groups), sorted({group.data for group in groups})
     if METRICS[metric].of_pixels and len(kinds) > 1:
         compared.apart = "kind of pixels"
@@ -248,7 +312,6 @@ def compare(
         compared.groups = [group for part in compared.parts for group in part.groups]
     else:
         _finish(compared)
-    compared.notes = [*([SEVERAL_PIXELS] if len(kinds) > 1 else []), *said]
     return compared
 
 
@@ -330,6 +393,12 @@ def _take_out_repeats(group: Group) -> list[Record]:
     return repeats
 
 
+NUMBERS_OF_SAMPLES = {
+    "test_log_likelihood": "evaluation.importance_samples",
+    "val_log_likelihood": "evaluation.validation_samples",
+}
+
+
 def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
     """Values that are not finite, log p(x) by another number of importance samples than most, resumed clocks."""
     said = []
@@ -337,15 +406,17 @@ def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
         for name in [name for name, value in run.values.items() if not math.isfinite(value)]:
             run.excluded.add(name)
             said.append(f"{METRICS[name].title} of {run.folder} is {run.values[name]}, and is left out")
-    key = "evaluation.importance_samples"
-    counts = Counter(run.config[key] for run in runs if key in run.config and "test_log_likelihood" in run.counted)
-    if len(counts) > 1:
+    for name, key in NUMBERS_OF_SAMPLES.items():
+        counts = Counter(run.config[key] for run in runs if key in run.config and name in run.counted)
+        if len(counts) < 2:
+            continue
         most = max(counts, key=lambda samples: (counts[samples], samples))
-        others = [run for run in runs if "test_log_likelihood" in run.counted and run.config.get(key) != most]
+        others = [run for run in runs if name in run.counted and run.config.get(key) != most]
         for run in others:
-            run.excluded.add("test_log_likelihood")
+            run.excluded.add(name)
         said.append(
-            f"log p(x) is of the {counts[most]} runs with {key}={most}; {len(others)} with another are left out"
+            f"{METRICS[name].title} is of the {counts[most]} runs with {key}={most}; {len(others)} with another are "
+            "left out"
         )
     if left := [run for run in runs if "test_n" in run.facts and run.facts["test_n"] is None]:
         said.append(

@@ -51,7 +51,8 @@ def page(comparison: Comparison) -> str:
         f"<title>Comparison of runs</title><style>{style}</style>"
     )
     ranked = comparison.parts if comparison.apart else [comparison]
-    titles = [part.pixels or part_title(part) for part in ranked] if comparison.apart else [""]
+    titles = [part_title(part) if part.kind else part.pixels or part_title(part) for part in ranked]
+    titles = titles if comparison.apart else [""]
     results = list(zip(titles, map(results_sections, ranked), strict=True))
     sections = [
         tag("header", tag("h1", "Comparison of runs") + paragraph(headline_of_page(comparison), "lede")),

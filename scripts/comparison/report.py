@@ -21,7 +21,8 @@ COSTS = ("evaluations", "seconds", "steps_per_second")
 def columns(comparison: Comparison) -> list[str]:
     """The metrics to show: the one that sorts, what is reported of it, and the others that any group has."""
     first = [comparison.metric, comparison.reported]
-    wanted = [*dict.fromkeys(first), *(name for name in METRICS if name not in (*first, "val_bound"))]
+    hidden = (*first, "val_bound", "val_log_likelihood")
+    wanted = [*dict.fromkeys(first), *(name for name in METRICS if name not in hidden)]
     if comparison.parts:
         wanted = [name for name in wanted if not METRICS[name].of_pixels]
     return [name for name in wanted if any(name in group.summaries for group in comparison.groups)]
@@ -58,10 +59,10 @@ def counted(number: int, thing: str) -> str:
 def headline(comparison: Comparison) -> str:
     runs = sum(len(group.runs) for group in comparison.groups)
     better = "highest" if METRICS[comparison.metric].higher_is_better else "lowest"
-    return (
-        f"{counted(runs, 'finished run')} in {counted(len(comparison.groups), 'group')}, "
-        f"{better} {METRICS[comparison.metric].title} first"
-    )
+    said = f"{counted(runs, 'finished run')} in {counted(len(comparison.groups), 'group')}"
+    if comparison.apart and len({part.metric for part in comparison.parts}) > 1:
+        return said
+    return f"{said}, {better} {METRICS[comparison.metric].title} first"
 
 
 EXPLAINED = (
@@ -78,15 +79,14 @@ def explained(comparison: Comparison) -> str:
 
 def about_pixels(comparison: Comparison) -> str:
     """What the bounds of one kind of pixels bound."""
-    from models.likelihoods import log_likelihood_name
-
-    config = next(g.runs[0].config for g in comparison.groups if g.pixels == comparison.pixels)
-    name = log_likelihood_name(str(config.get("likelihood")), str(config.get("data.binarization")))
-    return f"bounds are from below, of {name.rstrip(',')}, for {comparison.pixels}"
+    name = next(g.runs[0].evidence for g in comparison.groups if g.pixels == comparison.pixels)
+    return f"bounds are from below, of {name}, for {comparison.pixels.removesuffix(f', {name}')}"
 
 
 def part_title(part: Comparison) -> str:
-    return part.data or (f"Bounds of {part.pixels}" if part.pixels else "Without a bound")
+    """What the groups of a part have in common."""
+    own = part.data or (f"Bounds of {part.pixels}" if part.pixels else "Without a bound")
+    return ": ".join(filter(None, [part.kind, own]))
 
 
 def choice(comparison: Comparison) -> str:
@@ -103,7 +103,7 @@ def choice(comparison: Comparison) -> str:
         )
     said = f"On top: {best.name}, with {by.title} {plus_minus(chosen, by, chosen.n)} ({counted(chosen.n, 'run')})."
     if comparison.metric.startswith("test_"):
-        said += " It was chosen on that very number, which flatters it: val accuracy, the default, does not."
+        said += " It was chosen on that very number, which flatters it: validation data, the default, do not."
     return said
 
 

@@ -35,6 +35,7 @@ METRICS = {
     "test_calibration_error": Metric("calibration error", ".4f", False),
     "val_accuracy": Metric("val accuracy", ".4f", True),
     "val_bound": Metric("val bound", ".2f", True, "nats", of_pixels=True),
+    "val_log_likelihood": Metric("val log p(x)", ".2f", True, "nats", of_pixels=True),
     "evaluations": Metric("calls per image", ".3g", False),
     "seconds": Metric("seconds", ".1f", False),
     "steps_per_second": Metric("steps/s", ".1f", True),
@@ -44,7 +45,7 @@ DIGEST = "data.digest"  # of a person's own images, which their path does not te
 DATA = ("data.name", DIGEST)
 PIXELS = (*DATA, "data.binarization", "likelihood")
 CALLS = "estimator/evaluations"
-CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound"}
+CURVES = {"val_accuracy": "val/accuracy", "val_bound": "val/bound", "val_log_likelihood": "val/log_likelihood"}
 
 
 class Damaged(Exception):
@@ -87,7 +88,28 @@ class Record:
     @property
     def pixels(self) -> str:
         """What its bounds are about. Those of other data, other pixels or another likelihood are other numbers."""
-        return ", ".join(f"{key}={self.config[key]}" for key in PIXELS if self.config.get(key) is not None)
+        parts = [f"{key}={self.config[key]}" for key in PIXELS if self.config.get(key) is not None]
+        return ", ".join([*parts, *([self.evidence] if self.evidence != self._evidence_of_whole_images else [])])
+
+    @property
+    def evidence(self) -> str:
+        """What its bounds bound, such as log p(x); by its configuration where it is not finished or from before."""
+        return str(self.facts.get("log_likelihood_of") or self._evidence_of_whole_images)
+
+    @property
+    def _evidence_of_whole_images(self) -> str:
+        from models.likelihoods import log_likelihood_name
+
+        likelihood, binarization = (str(self.config.get(key)) for key in ("likelihood", "data.binarization"))
+        return log_likelihood_name(likelihood, binarization).rstrip(",")
+
+    @property
+    def tells_classes(self) -> bool:
+        return any(name in self.values for name in ("val_accuracy", "test_accuracy"))
+
+    @property
+    def has_bound(self) -> bool:
+        return any(METRICS[name].of_pixels for name in self.values)
 
 
 def find(folders: Sequence[Path]) -> list[Path]:
@@ -286,9 +308,10 @@ def _leave_the_classifier(record: Record) -> None:
     own = {"estimator._target_": ALONE, "estimator.alpha": record.config.get("objective.alpha")}
     record.config = {key: value for key, value in record.config.items() if stays(key)} | own
     record.choices = {group: made for group, made in record.choices.items() if stays(group)} | {"estimator": ALONE}
-    for name in ("test_bound", "test_log_likelihood", "val_bound", "evaluations"):
+    for name in ("test_bound", "test_log_likelihood", "val_bound", "val_log_likelihood", "evaluations"):
         record.values.pop(name, None)
-    record.curves.pop("val_bound", None)
+    for name in ("val_bound", "val_log_likelihood"):
+        record.curves.pop(name, None)
 
 
 def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
