@@ -1,4 +1,4 @@
-"""Golden runs: J of the first steps of a tiny run, for every estimator, in tests/golden.json.
+"""Golden runs: J of the first steps of a tiny run, for every estimator and family of models, in tests/golden.json.
 
 A change that is meant to change these numbers writes them anew, and says so:
 
@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from data.randomness import random_int16
-from tests.runs import ESTIMATORS, MLP, STEPS, curve, run
+from tests.runs import ESTIMATORS, FAMILIES, MLP, STEPS, curve, run
 
 FILE = Path(__file__).with_name("golden.json")
 
 
-def line(estimator: str) -> str:
-    return f"{MLP} {ESTIMATORS[estimator]} train.steps={STEPS}"
+def line(name: str) -> str:
+    """The run of an estimator, on the semi-supervised model, or of a family."""
+    of = FAMILIES[name] if name in FAMILIES else f"{MLP} {ESTIMATORS[name]}"
+    return f"{of} train.steps={STEPS}"
 
 
 def draws() -> list[float]:
@@ -40,7 +42,7 @@ def curves() -> dict[str, list[float]]:
     """train/J of each step by the real command."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, name in enumerate(ESTIMATORS):
+        for number, name in enumerate([*ESTIMATORS, *FAMILIES]):
             run(line(name), Path(folder, str(number)))
             found[name] = [value for _, value in curve(Path(folder, str(number)), "train/J")]
     return found

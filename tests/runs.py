@@ -72,6 +72,25 @@ ESTIMATORS = {
     "score_function/leave_one_out": SCORE + "leave_one_out estimator.num_samples=2",
     "vimco": "estimator=vimco estimator.num_samples=3",
 }
+# of each family without labels
+UNLABELLED = "data=digits data.num_validation=200 data.binarization=fixed model.activation=tanh optimizer=adam "
+UNLABELLED += "optimizer.lr=1e-2 lr_factor=constant likelihood=bernoulli objective=unsupervised objective.unlabelled=1 "
+UNLABELLED += "train.batch_size_unlabelled=10 device=cpu precision=fp32 train.log_every=1 train.validate_every=6 "
+UNLABELLED += "train.checkpoint_every=4 evaluation.importance_samples=2 evaluation.validation_samples=0 "
+UNLABELLED += "model.variables=3 model.classes=4 "
+FAMILIES = {
+    "categorical_mlp": UNLABELLED + "model=categorical_mlp model.encoder=[6] model.decoder=[5] model.prior=learned "
+    "estimator=score_function estimator/baseline=leave_one_out estimator.num_samples=2",
+    "categorical_two_layers": UNLABELLED + "model=categorical_two_layers model.upper_variables=2 model.encoder=[] "
+    "model.decoder=[5] model.between=[] model.prior=learned estimator=gumbel_softmax estimator.kl=sampled"
+    + ONE
+    + ANNEALED,
+    "structured_mlp": UNLABELLED
+    + "model=structured_mlp model.layers=2 model.encoder=[] model.between=[] model.decoder=[] "
+    "estimator=reinmax" + ONE + STEADY + "1.0",
+    "several_samples": UNLABELLED + "model=categorical_mlp model.encoder=[] model.decoder=[] model.prior=uniform "
+    "estimator=vimco objective.samples=3",
+}
 STEPS = 12
 
 

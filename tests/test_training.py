@@ -42,6 +42,7 @@ from tests import golden
 from tests.runs import (
     CONV,
     ESTIMATORS,
+    FAMILIES,
     MLP,
     ROOT,
     STEPS,
@@ -1011,8 +1012,8 @@ def test_help_does_not_import_torch(tmp_path: Path) -> None:
 # ---- golden runs ----
 
 
-@each_estimator
-def test_golden_run(estimator: str, finished: Finished) -> None:
+@pytest.mark.parametrize("name", [*ESTIMATORS, *FAMILIES])
+def test_golden_run(name: str, finished: Finished) -> None:
     """J of each step is that of tests/golden.json, to 1e-4: other CPUs have other kernels, which add up in another
     order, and a few steps of training let the difference grow. That one machine repeats a run to the bit is tested
     above. A change that is meant to change J writes the file anew: `uv run python -m tests.golden`.
@@ -1020,11 +1021,12 @@ def test_golden_run(estimator: str, finished: Finished) -> None:
     expected = json.loads(golden.FILE.read_text())
     if golden.draws() != pytest.approx(expected["draws"], rel=1e-4):
         pytest.skip("this build of PyTorch draws other random numbers from the same seed")
-    values = [value for _, value in curve(finished(golden.line(estimator)), "train/J")]
-    assert values == pytest.approx(expected["J"][estimator], rel=1e-4)
+    values = [value for _, value in curve(finished(golden.line(name)), "train/J")]
+    assert values == pytest.approx(expected["J"][name], rel=1e-4)
 
 
-def test_golden_file_has_every_estimator() -> None:
+def test_golden_file_has_every_estimator_and_family() -> None:
     expected = json.loads(golden.FILE.read_text())["J"]
-    assert {name: len(values) for name, values in expected.items()} == dict.fromkeys(ESTIMATORS, STEPS)
-    assert len({tuple(values) for values in expected.values()}) == len(ESTIMATORS)
+    names = {*ESTIMATORS, *FAMILIES}
+    assert {name: len(values) for name, values in expected.items()} == dict.fromkeys(names, STEPS)
+    assert len({tuple(values) for values in expected.values()}) == len(names)
