@@ -31,7 +31,7 @@ BASE = (
 SIZES = {  # joint classes of the first are too many to enumerate, those of the second are few
     "many": "model=categorical_mlp model.variables=5 model.classes=8 model.decoder=[12]",
     "few": "model=categorical_mlp model.variables=2 model.classes=3 model.decoder=[12] estimator=marginalization",
-    "layers": "model=categorical_two_layers model.variables=2 model.classes=3 model.upper_variables=2 model.decoder=[8]",
+    "layers": "model=categorical_two_layers model.variables=2 model.classes=3 model.upper_variables=2",
     "structured": "model=structured_mlp model.variables=3 model.classes=3",
 }
 LEFT_OUT = ("marginalization", "sum_and_sample", "unordered_set", "sparsemax")
