@@ -342,7 +342,8 @@ def growth_table(arguments: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds a step against the number of classes, printed and as a dictionary. Raises ConfigError, DataError."""
     from configs.check import built_model
 
-    if not built_model(composed_config(arguments.overrides)).has_labels:
+    first = composed_config([*arguments.overrides, f"data.random_classes={arguments.classes[0]}"])
+    if not built_model(first).has_labels:
         raise ConfigError("--classes must be left out with a model that the data's classes have no part in")
     names = split_names(arguments.estimators) if arguments.estimators else ["marginalization", "gumbel_softmax"]
     rows = []

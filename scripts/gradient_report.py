@@ -111,6 +111,7 @@ def write_csv(measured: dict[str, Measurement], path: Path) -> None:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "s", "^", "D", "v")
+LARGEST = 20  # calls, from which on areas are the same: a few hundred would hide all others
 ROUNDING = 1e-10  # relative squares below this are float32's
 
 
@@ -125,7 +126,7 @@ def picture(measured: dict[str, Measurement], about: str, estimated: str = "E_q(
         fontsize=13,
     )
     legend = (
-        "areas, and numbers in brackets: calls of the generator per image; "
+        f"areas (to {LARGEST}), and numbers in brackets: calls of the generator per image; "
         "≈ 0: no bias within two standard errors, or no variance"
     )
     lines = filter(None, [legend, about, reference(measured)])
@@ -160,7 +161,16 @@ def panel(axes: Axes, part: str, measured: dict[str, Measurement]) -> None:
     for name, x, y, height in zip(shown, across.places, up.places, heights, strict=True):
         index, calls = list(measured).index(name), measured[name].evaluations
         look: Any = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        axes.scatter(x, y, s=30 * calls, alpha=0.75, edgecolors="white", linewidths=0.5, zorder=3 + 1 / calls, **look)
+        axes.scatter(
+            x,
+            y,
+            s=30 * min(calls, LARGEST),
+            alpha=0.75,
+            edgecolors="white",
+            linewidths=0.5,
+            zorder=3 + 1 / calls,
+            **look,
+        )
         axes.scatter(1.05, height, s=30, clip_on=False, transform=axes.transAxes, **look)
         axes.annotate(
             "",

@@ -244,9 +244,11 @@ def compare(
         whole = Comparison(parts[0].metric, every, named, baseline is not None, [], [], [], parts=parts)
         whole.apart = "kind of model"
         said.append(APART_BY_MODEL)
-    several = len(_kinds(whole.groups)) > 1
+    several = [SEVERAL_PIXELS] if len(_kinds(whole.groups)) > 1 else []
+    if any("val_accuracy" in group.summaries for group in whole.groups):
+        several = [note + BY_ACCURACY for note in several]
     whole.unfinished, whole.repeats = unfinished, repeats
-    whole.notes = [*([SEVERAL_PIXELS] if several else []), *said]
+    whole.notes = [*several, *said]
     return whole
 
 
@@ -343,10 +345,11 @@ def _finish(comparison: Comparison) -> None:
 
 
 SEVERAL_PIXELS = (
-    "bounds, log p(x) and bits per dimension of other data, other treatments of pixels (data.binarization) or another "
-    "likelihood are numbers about different things: they are in tables of their own, and neither ranked nor subtracted "
-    "across them; a likelihood is chosen by val accuracy"
+    "bounds, log p(x) and bits per dimension of other data, other treatments of pixels (data.binarization), another "
+    "likelihood or halves of images are numbers about different things: they are in tables of their own, and neither "
+    "ranked nor subtracted across them"
 )
+BY_ACCURACY = "; a likelihood is chosen by val accuracy"
 
 
 def rank(summary: Summary | None, metric: str) -> float:
