@@ -188,7 +188,7 @@ BAD = [
     ("train.batch_size_unlabelled=0", "train.batch_size_unlabelled must be >= 1", "got 0"),
     (
         "data=mnist train.batch_size_labelled=0",
-        "train.batch_size_labelled must be >= 1 with a model that trains with labels",
+        "train.batch_size_labelled must be >= 1 with a model that learns from labels",
         "got 0",
     ),
     ("data=digits model=mlp train.batch_size_labelled=0", "train.batch_size_labelled must be >= 1", "got 0"),
