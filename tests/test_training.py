@@ -918,7 +918,7 @@ def test_every_key_of_the_schema_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(keys) >= 25
     diagnostics = "diagnostics.every=1 diagnostics.draws=3 diagnostics.batch_size=2"
     read = read_keys(f"{MLP} train.steps=2 {diagnostics}", tmp_path / "run", monkeypatch)
-    # sections of optimizer and estimator are read by configs.check, which builds them; on_divergence by one that diverges
+    # optimizer and estimator are read by configs.check, which builds them; on_divergence by a run that diverges
     assert keys - read == {"optimizer", "estimator", "on_divergence"}
 
 
