@@ -923,8 +923,8 @@ def test_every_key_of_the_schema_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(keys) >= 25
     diagnostics = "diagnostics.every=1 diagnostics.draws=3 diagnostics.batch_size=2"
     read = read_keys(f"{MLP} train.steps=2 {diagnostics}", tmp_path / "run", monkeypatch)
-    # the optimizer's section is read by configs.check, which builds it; on_divergence by a run that diverges
-    assert keys - read == {"optimizer", "on_divergence"}
+    # optimizer and estimator are read by configs.check, which builds them; on_divergence by a run that diverges
+    assert keys - read == {"optimizer", "estimator", "on_divergence"}
 
 
 def target_reads(target: Callable[..., Any], key: str) -> bool:
