@@ -69,10 +69,12 @@ def train(run: Run, report: Report, folder: Path) -> int:
 
 def save(run: Run, report: Report, folder: Path) -> None:
     """Writes a checkpoint. A run that goes on from it logs nothing again, but what belongs to a look still to come."""
+    from training import saved
+
     with report.paused():
         report.flush()
         run.logged = report.logged_at_step(run.step) if run.unlooked else None
-        run.save(folder)
+        saved.save(run, folder)
 
 
 def stopped(run: Run, folder: Path, interruption: Interruption) -> int:
@@ -146,6 +148,7 @@ def asked_for(config: DictConfig) -> dict[str, Any]:
 
 def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
     """A run in a folder that no other process trains in; returns the exit code."""
+    from training import saved
     from training.checkpoints import prune
     from training.divergence import Diverged
     from training.process import threads_kept
@@ -158,21 +161,21 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
         run = Run(checked)
         run.asked = asked  # which a checkpoint has from the run's beginning
         if checked.resume:
-            run.restore_newest(folder)
+            saved.restore_newest(run, folder)
             prune(folder)  # a run that was killed right after saving has one too many
             if is_finished(folder, checked):
                 log.info("%s is finished already, and stays as it is", folder)
                 return 0
         else:
             write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
-            run.save(folder)
+            saved.save(run, folder)
         with Report(run, folder) as report:
             while True:
                 try:
                     code = train(run, report, folder)
                     break
                 except Diverged as diverged:
-                    run.roll_back(folder, diverged)
+                    saved.roll_back(run, folder, diverged)
                     report.roll_back(run.step)
             if code == 0:
                 finish(run, report, folder)

@@ -62,7 +62,7 @@ def main() -> None:
             writable(arguments.output, (".json",))
             apart({"--output": arguments.output}, (), arguments.folder)
 
-        from training.run import stored_run
+        from training.saved import stored_run
 
         run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
         if arguments.binarization:

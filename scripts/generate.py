@@ -78,7 +78,7 @@ def held_out(arguments: argparse.Namespace, model: Trained, kind: str) -> Tensor
     from data.facts import DataError
     from data.inputs import inputs
     from models.pictures import turn_about
-    from training.run import stored_run
+    from training.saved import stored_run
 
     if arguments.images:
         source = inputs(arguments.images, model.facts.shape, model.facts.resize)

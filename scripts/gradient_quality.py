@@ -298,7 +298,7 @@ def main() -> None:
     add_trust(parser)
     arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
-        from training.run import stored_run
+        from training.saved import stored_run
 
         settings = parsed(arguments.settings)
         searchpath(arguments.config_dir)  # refused before any work, and so names

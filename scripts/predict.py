@@ -164,7 +164,7 @@ def of_part(arguments: argparse.Namespace, size: int) -> tuple[str, int, Chunks]
     import numpy as np
 
     from data.facts import DataError
-    from training.run import stored_run
+    from training.saved import stored_run
 
     part, run = arguments.input, stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
     source = run.load_images("test" if part == "test" else "train")

@@ -29,7 +29,7 @@ from models import evaluation
 from scripts import baseline_methods, baselines, compare
 from scripts.baseline_methods import GRIDS, METHODS, Known, choose, grid, predict, usable
 from tests.runs import Ended, command
-from training.run import stored_run
+from training.saved import stored_run
 
 SKLEARN = [name for name in baselines.NAMES if name != baselines.CLASSIFIER]
 # one nearest neighbour on the 50 labels of draws 0 to 4 of digits, test accuracy in %, as it was found by hand

@@ -23,7 +23,7 @@ from scripts import baselines, evaluate, generate, predict
 from tests.runs import MLP, checkpoint, command, equal, resume, run
 from tests.test_arrays import folder_of_files, line, stored
 from tests.test_data import REAL_MNIST, needs_mnist
-from training.run import stored_run
+from training.saved import stored_run
 from training.trained import open_run
 
 CPU = torch.device("cpu")

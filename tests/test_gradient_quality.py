@@ -33,7 +33,8 @@ from models.networks import ImageShape, conv, mlp
 from scripts import gradient_quality as script
 from scripts import gradient_report as report
 from tests.runs import CONV, ESTIMATORS, MLP, SLOWLY, Ended, checkpoint, command, curve, equal, events, resume, run
-from training.run import Run, stored_run
+from training.run import Run
+from training.saved import stored_run
 from training.state import plain
 
 PARTS = ("logits", "classifier", "inference", "generator")

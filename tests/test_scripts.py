@@ -26,7 +26,8 @@ from scripts.benchmark import compose_run
 from tests.runs import CONV, MLP, Ended, command, run
 from training import checkpoints
 from training.pictures import save_figure
-from training.run import Run, stored_run
+from training.run import Run
+from training.saved import stored_run
 from training.state import changes, flat, plain
 
 K, SHAPE = 3, torch.Size((2, 6, 5))

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, check, check_labels, prepared_estimator, typed
-from configs.schema import Config, ConfigError
+from configs.check import build_optimizer, check_labels, prepared_estimator
+from configs.schema import Config
 from configs.targets import build
 from data.batches import Batches, Binarization, EvaluationData, binarize, evaluation_data, fit, training_data
 from data.facts import DataError
@@ -30,17 +27,12 @@ from models.evaluation import evaluate
 from models.gradient_quality import Measurement, gradient_quality
 from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
-from training import checkpoints
-from training.divergence import Diverged, raise_unless_finite
 from training.process import choose_device, choose_precision, share_cores, tune_process
-from training.state import CONSTANT, changes, flat, from_anywhere, plain
-from training.trained import Facts, build_model, load_parameters, spread_out, stored_state
+from training.trained import Facts, build_model, spread_out
 
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
-ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 USUAL = 1000  # first steps, whose gradient norms tell what is usual
-ENOUGH = 10  # checkpoints that a disk should have room for; events take room as well
 
 
 class Run:
@@ -102,7 +94,7 @@ class Run:
     def load_images(self, part: str) -> Images:
         """The images of the `train` or `test` part, their fixed pixels if those are asked for. Raises DataError."""
         source = self.config.data.load(part, mapped=True)
-        self._check_contents(source.contents)
+        self.check_contents(source.contents)
         return source.fixed() if self.binarization == "fixed" else source
 
     def look_at(self, binarization: Binarization) -> None:
@@ -116,7 +108,7 @@ class Run:
         placement = self.config.data.placement.value
         return placement == "host" or (placement == "auto" and not fit(source.images, self.device))
 
-    def _check_contents(self, contents: dict[str, str]) -> None:
+    def check_contents(self, contents: dict[str, str]) -> None:
         """Raises DataError where a file that was read before has other contents now."""
         for file, digest in contents.items():
             if self.contents.setdefault(file, digest) != digest:
@@ -224,49 +216,6 @@ class Run:
             after_draw=after_draw,
         )
 
-    def save(self, folder: Path) -> Path:
-        """Writes a checkpoint that `restore` goes on from to the bit. Raises Diverged rather than keep a bad number."""
-        for name, value in [*self.model.state_dict().items(), *self.estimator.state_dict().items()]:
-            raise_unless_finite(name, value.double().sum().item(), self.step)
-        state = {
-            "rollbacks": self.rollbacks,
-            "unlooked": self.unlooked,
-            "sums": self.sums,
-            "summed": self.summed,
-            "norms": self.norms,
-            "early_norms": self.early_norms,
-            "logged": self.logged,
-            "facts": asdict(self.facts),
-            "validation_bounds": self.bounds[1] if self.bounds[0] == self.step and not self.unlooked else [],
-            "config": from_anywhere(plain(self.config)),
-            "asked": self.asked,
-            "split_hash": self.split.hash,
-            "contents": self.contents,
-            "model": self.model.state_dict(),
-            "estimator": self.estimator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            # our own draws are keyed by the step; this is for networks and estimators from outside
-            "random_state": torch.get_rng_state(),
-        }
-        if self.device.type == "cuda":
-            state["random_state_cuda"] = torch.cuda.get_rng_state(self.device)
-        path = checkpoints.save(folder, self.step, state)
-        free, size = shutil.disk_usage(folder).free, path.stat().st_size + self._yet_to_come()
-        if free < ENOUGH * size:
-            log.warning("%s has %.1f MB left, and a checkpoint takes %.1f MB", folder, free / 1e6, size / 1e6)
-        return path
-
-    def _yet_to_come(self) -> int:
-        """Bytes that the first step adds to a checkpoint: the optimizer's state, by what it keeps of one parameter."""
-        if self.optimizer.state:
-            return 0
-        with torch.random.fork_rng(devices=[]):
-            one = torch.nn.Parameter(torch.zeros(1000, device=self.device))
-            optimizer, one.grad = build_optimizer(self.config, [one]), torch.zeros_like(one)
-            optimizer.step()
-        kept = sum(value.nbytes for value in optimizer.state[one].values() if isinstance(value, Tensor))
-        return sum(parameter.numel() for parameter in self.parameters.values()) * kept // 1000
-
     def set_learning_rate(self, step: int) -> None:
         """optimizer.lr times lr_factor(step), halved by each rollback."""
         rate = self.optimizer.defaults["lr"] * self.lr_factor(step) * 0.5**self.rollbacks
@@ -275,50 +224,6 @@ class Run:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-
-    def roll_back(self, folder: Path, diverged: Diverged) -> None:
-        """Takes up the newest checkpoint, with half the learning rate; raises `diverged` if it may not."""
-        if self.config.on_divergence.value != "rollback" or self.rollbacks == ROLLBACKS:
-            raise diverged
-        rollbacks = self.rollbacks + 1
-        self.restore_newest(folder)
-        self.rollbacks = rollbacks
-        log.warning("%s; back to step %d, with the learning rate times %g", diverged, self.step, 0.5**rollbacks)
-
-    def restore_newest(self, folder: Path) -> None:
-        """Takes up the newest checkpoint of a run folder. Raises CheckpointError, ConfigError."""
-        self.restore(checkpoints.load(folder, self.device))
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes up a checkpoint. Raises ConfigError if it belongs to another experiment."""
-        if changed := changes(flat(state["config"]), self.config):
-            raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
-        contents = state.get("contents", {})
-        if self.config.data.path is None:  # a person's own images are in the split's hash
-            self._check_contents(contents)
-        if state["split_hash"] != self.split.hash:
-            where = self.config.data.path or self.config.data.name
-            raise ConfigError(
-                f"the data of {where} are not those of this run: the split's hash differs; put back what was there, or "
-                "start a new run (scripts.predict on a folder or a file does without)"
-            )
-        self._check_contents(contents)
-        load_parameters(self.model, state)
-        self.estimator.load_state_dict(state["estimator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random_state"].cpu())
-        if "random_state_cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_state_cuda"].cpu(), self.device)
-        # runs from before have none of these
-        self.rollbacks = state.get("rollbacks", 0)
-        self.unlooked = state.get("unlooked", False)
-        self.logged = state.get("logged")
-        self.bounds = state["step"], state.get("validation_bounds", [])
-        self.sums, self.summed = state.get("sums", {}), state.get("summed", 0)
-        self.norms = state.get("norms", [])
-        self.early_norms = state.get("early_norms", [])
-        self.asked = state.get("asked", {})
-        self.step = state["step"]
 
     def describe(self) -> str:
         """The run in a line or two, for the log."""
@@ -339,20 +244,3 @@ class Run:
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""
         return self.model.describe_objective(self.weights, len(self.split.labelled), len(self.split.unlabelled))
-
-
-def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:
-    """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
-
-    With its data, which `training.trained.open_run` does without. Its configuration calls nothing but what is this
-    program's own, or of the modules `trusted`. Raises CheckpointError, ConfigError, DataError.
-    """
-    state = stored_state(folder, checkpoint, trusted)
-    if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
-        state["config"] |= {"device": "cpu", "cuda_graph": False}
-    state["config"].setdefault("lr_factor", CONSTANT)
-    config = typed(OmegaConf.create(state["config"]))
-    check(config)
-    run = Run(config)
-    run.restore(state)
-    return run
