@@ -37,7 +37,6 @@ from data.facts import Array, DataError
 from data.randomness import random_int16
 from data.splits import ALL, Split, class_prior, draw_split
 from data.stored import Images
-from models.m2.model import SemiSupervisedVAE
 from scripts.command import composed
 from tests.runs import MLP, SMALL, checkpoint, command, resume
 from training.process import threads_kept
@@ -370,28 +369,28 @@ def test_a_configuration_without_labels(overrides: str, validation: int) -> None
     split = config.data.split(source.labels, source.num_classes, source.class_names, source.digest)
     assert (len(split.labelled), len(split.validation), len(split.unlabelled)) == (0, validation, 1437 - validation)
     with pytest.raises(ConfigError, match=r"data\.num_labelled must be all, or .* got 0; possible are at most"):
-        check_labels(config, object())
-    check_labels(config, SimpleNamespace(trains_with_labels=False))
+        check_labels(config, SimpleNamespace(has_labels=True))
+    check_labels(config, SimpleNamespace(has_labels=False))
     config.train.batch_size_labelled = 10
-    with pytest.raises(ConfigError, match=r"batch_size_labelled must be 0 where data\.num_labelled=0 .* got 10"):
-        check_labels(config, SimpleNamespace(trains_with_labels=False))
+    with pytest.raises(ConfigError, match=r"batch_size_labelled must be 0 with a model without labels, got 10"):
+        check_labels(config, SimpleNamespace(has_labels=False))
 
 
-def test_a_run_whose_model_trains_without_labels_has_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = typed(composed(*f"{MLP} data.num_labelled=0 train.batch_size_labelled=0".split()))
+def test_a_run_whose_model_trains_without_labels_has_its_data() -> None:
+    without = "data.num_labelled=0 train.batch_size_labelled=0"
     with pytest.raises(ConfigError, match=r"data\.num_labelled must be all, or"):  # such as of a search, unseen before
-        Run(config)
-    monkeypatch.setattr(SemiSupervisedVAE, "trains_with_labels", False, raising=False)
+        Run(typed(composed(*f"{MLP} {without}".split())))
+    config = typed(composed(*["data=digits", "model=categorical_mlp", "train.batch_size_unlabelled=10", "device=cpu"]))
     with threads_kept():
         made = Run(config)
         x, y = made.batches(3, generator())
         assert (x.shape, y.shape) == ((10, 1, 8, 8), (0, 10))
-        with_label = made.validate()
-        assert with_label.accuracy is not None
+        found = made.validate()
         held_out = replace(made.validation, labels=made.validation.labels * 0 - 1)
-        without = made.evaluate(held_out)
-    assert (without.accuracy, without.n, without.n_with_label) == (None, 200, 0)
-    assert without.bound == with_label.bound
+        unknown = made.evaluate(held_out, config.evaluation.validation_samples)
+    assert (found.accuracy, found.n, found.n_with_label) == (None, 200, 200)
+    assert (unknown.n, unknown.n_with_label) == (200, 0)
+    assert unknown.means == found.means
 
 
 def test_classes_are_named_in_a_refusal() -> None:

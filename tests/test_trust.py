@@ -41,7 +41,10 @@ ATTACKS: dict[str, tuple[dict[str, Any], str]] = {
     "class": ({"estimator._target_": "estimators.gumbel_softmax.GumbelSoftmax.__class__"}, "GumbelSoftmax.__class__"),
     "method": ({"estimator._target_": "estimators.gumbel_softmax.GumbelSoftmax.load_state_dict"}, "load_state_dict"),
     "kind": ({"estimator": {"_target_": "training.checkpoints.write_atomically", "path": "MARK"}}, "write_atomically"),
-    "other": ({"estimator._target_": "training.saved.stored_run", "estimator.folder": "."}, "training.saved.stored_run"),
+    "other": (
+        {"estimator._target_": "training.saved.stored_run", "estimator.folder": "."},
+        "training.saved.stored_run",
+    ),
     "swapped": ({"estimator._target_": "torch.optim.SGD"}, "does not make what belongs there, Estimator"),
     "schedule": ({"lr_factor._target_": "estimators.contract.at_least"}, "estimators.contract.at_least"),
     "module": ({"estimator._target_": "evil_module.Mine"}, "--trust evil_module"),
