@@ -127,14 +127,14 @@ class Model(nn.Module):
 
     def posterior(self, x: Tensor) -> Tensor:
         """q(y|x) of images x [B, C, H, W]: [B, K] where y is the class of an image, else [B, N, K]."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define posterior(x)")
 
     def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
         """The logits [B, N, K] of images x [B, C, H, W], and the term of J that needs an estimator, by one.
 
         What else is drawn by chance is drawn here, by the generator, and is the same for all estimates.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define categorical_term(x, generator)")
 
     # ---- training ----
 
@@ -217,7 +217,7 @@ class Model(nn.Module):
 
         A family that does not define it has no such number.
         """
-        raise NotImplementedError
+        raise ValueError(f"a model of the family {type(self).__name__} has no log p(x)")
 
     def measure(
         self, x: Tensor, importance_samples: int, generator: torch.Generator, after_draw: Callable[[], None]
@@ -269,7 +269,7 @@ class Model(nn.Module):
         draw_pixels: bool = False,
     ) -> Tensor:
         """A picture uint8 [C, H, W] of a kind in `kinds`; images x [B, C, H, W] are for those that take some."""
-        raise NotImplementedError
+        raise ValueError(f"a model of the family {type(self).__name__} has no pictures of its own")
 
     def embed(self, x: Tensor, q: Tensor) -> Tensor:
         """A point [B, E] for each image x [B, C, H, W], whose `posterior` is q."""
@@ -277,15 +277,15 @@ class Model(nn.Module):
 
     def sample(self, number: int, generator: torch.Generator, draw_pixels: bool = False) -> Tensor:
         """Draws of the model [number, D] in [0, 1]: the mean of p(x|...), or pixels drawn from it."""
-        raise NotImplementedError
+        raise ValueError(f"a model of the family {type(self).__name__} has no draws")
 
     def styles(self, number: int, generator: torch.Generator) -> Tensor:
         """What pictures of one class differ in, [number, ...], drawn: of a model with labels alone, as the next."""
-        raise NotImplementedError
+        raise ValueError(f"a model of the family {type(self).__name__} has no classes to draw")
 
     def of_class(self, index: int, styles: Tensor) -> Tensor:
         """Mean pictures [number, D] in [0, 1] of a class, in these styles [number, ...]."""
-        raise NotImplementedError
+        raise ValueError(f"a model of the family {type(self).__name__} has no classes to draw")
 
 
 class Networks:

@@ -57,6 +57,8 @@ def kinds_of(model: Trained) -> list[str]:
 def kind_of(arguments: argparse.Namespace, model: Trained) -> str:
     """The kind that is asked for, or the model's first. Raises ConfigError for one that the model has not."""
     kinds = kinds_of(model)
+    if not kinds:
+        raise ConfigError(f"a model of the family {type(model.model).__name__} has no pictures of its own")
     kind: str = arguments.kind or kinds[0]
     if kind not in kinds:
         raise ConfigError(f"--kind must be one that this model has, {', '.join(kinds)}, got {kind}")

@@ -11,7 +11,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 import train
+from scripts import generate
 from tests.runs import MLP, ROOT, command, events, resume, run
+from training.trained import open_run
 
 README = (ROOT / "README.md").read_text()
 TINY = "data=digits train.steps=2 train.log_every=1 evaluation.importance_samples=1 device=cpu"
@@ -99,6 +101,15 @@ def test_a_family_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         scalars = events(folder).Tags()["scalars"]
         assert {"train/kl_y", "val/bound", "diagnostics/variance_encoder"} <= set(scalars)
         resume(folder, "train.steps=3 --trust clusters_of_mine")
+    model = open_run(folder, trusted="clusters_of_mine")
+    images = np.zeros((1, 8, 8), np.uint8)
+    assert model.encode(images).shape == (1, 5)
+    for ask in (model.sample, lambda: model.log_likelihood(images)):
+        with pytest.raises(ValueError, match="of the family Clusters has no"):
+            ask()
+    ended = command(generate.main, f"{folder} --trust clusters_of_mine --output {tmp_path / 'picture.png'}")
+    assert ended.code == 2
+    assert "has no pictures of its own" in ended.err
     ended = command(train.main, f"{line} {TINY} objective.alpha=1 hydra.run.dir={tmp_path / 'refused'}")
     assert ended.code == 2
     assert "objective.alpha must be 0" in ended.err
