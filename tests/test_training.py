@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -550,6 +552,30 @@ def test_a_flipped_bit_in_a_checkpoint_is_found_or_harmless(copied: Callable[[st
         except checkpoints.CheckpointError:
             refused += 1
     assert refused > 150
+
+
+def test_a_checkpoint_is_read_while_its_run_writes_more(copied: Callable[[str], Path]) -> None:
+    """Before a look and after it a run writes the same step's, and then deletes what is older than the newest two."""
+    folder = copied(golden.line("gumbel_softmax"))
+    state = checkpoints.load(folder, torch.device("cpu"))
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in itertools.count(state["step"]):
+            for unlooked in (True, False):
+                checkpoints.save(folder, number, state | {"step": number, "unlooked": unlooked})
+                if stop.is_set():
+                    return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        steps = [checkpoints.load(folder, torch.device("cpu"))["step"] for _ in range(200)]
+    finally:
+        stop.set()
+        writer.join()
+    assert steps == sorted(steps)
+    assert steps[-1] > steps[0]
 
 
 class Malicious:

@@ -77,10 +77,10 @@ def _sealed(content: bytes) -> bytes:
     return content[:-2] + len(comment).to_bytes(2, "little") + comment
 
 
-def _is_broken(path: Path, comment: bytes) -> bool:
+def _is_broken(content: bytes, comment: bytes) -> bool:
     """Whether an archive's comment is a seal, and of another content. Those from before have none."""
-    content = path.read_bytes()[: -LAST_RECORD - len(comment)]
-    return comment.startswith(SEAL) and comment != SEAL + hashlib.sha256(content).hexdigest().encode()
+    digest = hashlib.sha256(memoryview(content)[: -LAST_RECORD - len(comment)])
+    return comment.startswith(SEAL) and comment != SEAL + digest.hexdigest().encode()
 
 
 def prune(folder: Path) -> None:
@@ -109,7 +109,12 @@ def load(folder: Path, device: torch.device) -> dict[str, Any]:
     if not paths:
         raise CheckpointError(f"{folder} has no checkpoint in checkpoints/; is it a run folder?")
     way_out = f"delete it to go on from {paths[-2].name}" if len(paths) > 1 else "there is none before it"
-    return _load(paths[-1], device, way_out)
+    try:
+        return _load(paths[-1], device, way_out)
+    except CheckpointError:
+        if paths[-1].exists():
+            raise
+    return load(folder, device)  # a run that still trains has written newer ones and deleted this one
 
 
 def load_named(folder: Path, checkpoint: Path, device: torch.device) -> dict[str, Any]:
@@ -124,11 +129,12 @@ def load_named(folder: Path, checkpoint: Path, device: torch.device) -> dict[str
 
 def _load(path: Path, device: torch.device, way_out: str) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save writes
+        content = path.read_bytes()  # once: a run that still trains may put another of this step in its place
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no checksums
             damaged = archive.testzip()
-            if damaged or _is_broken(path, archive.comment):
+            if damaged or _is_broken(content, archive.comment):
                 raise zipfile.BadZipFile(f"the checksum of {damaged or 'the file'} is wrong")
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # a damaged archive fails in many ways, and each means the same to a person
         reason = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
         raise CheckpointError(f"{path} cannot be read ({reason}); {way_out}") from error
