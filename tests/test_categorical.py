@@ -260,9 +260,9 @@ def test_evaluation_does_not_depend_on_the_estimator_and_repeats(tmp_path: Path)
 
 def test_draws_have_their_probabilities() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]])
-    drawn = evaluation.classes_at(logits.expand(10**5, 1, 3), torch.rand(10**5, 1, generator=seeded()))
-    assert drawn.sum(dim=-1).eq(1).all()
     q = logits.softmax(dim=-1)
+    drawn = evaluation.classes_at(q, torch.rand(10**5, 1, generator=seeded()))
+    assert drawn.sum(dim=-1).eq(1).all()
     assert ((drawn.mean(dim=0) - q).abs() < 4 * (q * (1 - q) / 10**5).sqrt()).all()
 
 

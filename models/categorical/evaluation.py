@@ -25,10 +25,10 @@ def is_enumerable(model: CategoricalVAE) -> bool:
     return not others and classes**variables <= MOST
 
 
-def classes_at(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One-hot draws [..., N, K] of logits [..., N, K], each by one uniform number [..., N] in [0, 1)."""
-    below = logits.softmax(dim=-1).cumsum(dim=-1)[..., :-1]
-    return one_hot((uniform.unsqueeze(-1) >= below).sum(dim=-1), logits.shape[-1])
+def classes_at(q: Tensor, uniform: Tensor) -> Tensor:
+    """One-hot draws [..., N, K] of probabilities q [..., N, K], each by one uniform number [..., N] in [0, 1)."""
+    below = q.cumsum(dim=-1)[..., :-1]
+    return one_hot((uniform.unsqueeze(-1) >= below).sum(dim=-1), q.shape[-1])
 
 
 def draw_prior(model: CategoricalVAE, number: int, generator: torch.Generator) -> Tensor:
@@ -38,7 +38,7 @@ def draw_prior(model: CategoricalVAE, number: int, generator: torch.Generator) -
     logits = torch.zeros(model.latents[-1], device=device) if log_prior is None else log_prior
     for layer in reversed(range(len(model.latents))):
         uniform = torch.rand(number, model.latents[layer][0], device=device, generator=generator)
-        y = classes_at(logits.expand(number, -1, -1), uniform)
+        y = classes_at(logits.softmax(dim=-1), uniform)
         if layer > 0:
             logits = model.generators[layer](y.unsqueeze(0))[0].unflatten(-1, model.latents[layer - 1])
     return y
@@ -68,7 +68,7 @@ def drawn_terms(model: CategoricalVAE, x: Tensor, logits: Tensor, uniform: Tenso
         own, uniform = uniform[:, :variables], uniform[:, variables:]
         if layer > 0:
             logits = model.logits(layer, below)
-        y = classes_at(logits, own)
+        y = classes_at(logits.softmax(dim=-1), own)
         log_prob = model.log_prob(layer, below, y.unsqueeze(0))[0]
         if reconstruction is None:
             reconstruction = log_prob
@@ -123,16 +123,17 @@ def at_once(draws: Iterable[Tensor], number: int) -> Iterator[Tensor]:
 def log_weights(model: CategoricalVAE, x: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
     """log p(x, y) - log q(y|x) [S, B] at draws of all layers by uniform numbers [S, B, N + ..]."""
     samples, batch = uniform.shape[:2]
-    logits, below = logits.expand(samples, *logits.shape), x
+    below = x
     weights = torch.zeros(samples, batch, device=x.device)
     for layer, (variables, _) in enumerate(model.latents):
         own, uniform = uniform[..., :variables], uniform[..., variables:]
-        y = classes_at(logits, own)
+        log_q = log_probabilities(logits)  # of the lowest layer [B, N, K], the same for all draws
+        y = classes_at(log_q.exp(), own)
         if layer == 0:
             weights = weights + model.log_prob(0, below, y)
         else:  # a row for each draw of the layer below
             weights = weights + model.log_prob(layer, below, y.flatten(0, 1).unsqueeze(0)).view(samples, batch)
-        weights = weights - (y * log_probabilities(logits)).sum(dim=(-2, -1))
+        weights = weights - (y * log_q).sum(dim=(-2, -1))
         below = y.flatten(0, 1)
         if layer < len(model.latents) - 1:
             logits = model.logits(layer + 1, below).unflatten(0, (samples, batch))

@@ -157,10 +157,9 @@ class StructuredModel(Model):
     def at(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """One-hot y_L [S, B, N, K] from y_1's logits [B, N, K], by uniform numbers [S, B, N + ..] for all layers."""
         samples, batch = uniform.shape[:2]
-        logits = logits.expand(samples, *logits.shape)
         for layer, (variables, _) in enumerate(self.latents):
             own, uniform = uniform[..., :variables], uniform[..., variables:]
-            y = classes_at(logits, own)
+            y = classes_at(logits.softmax(dim=-1), own)
             if layer < len(self.latents) - 1:
                 logits = self.layers[layer + 1](y.flatten(0, 1)).unflatten(0, (samples, batch))
         return y
