@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -62,9 +62,19 @@ def with_large_parameters(model: Model) -> Model:
     return model
 
 
-def one_layer(prior: Prior = "learned", hidden: int = 5) -> CategoricalVAE:
+def one_layer(
+    prior: Prior = "learned", hidden: int = 5, encoder: Sequence[int] = (), layer_norm: bool = False
+) -> CategoricalVAE:
     networks = categorical_mlp(
-        SHAPE, 10, variables=N, classes=K, encoder=[], decoder=[hidden], activation="tanh", prior=prior
+        SHAPE,
+        10,
+        variables=N,
+        classes=K,
+        encoder=list(encoder),
+        decoder=[hidden],
+        activation="tanh",
+        prior=prior,
+        layer_norm=layer_norm,
     )
     model = networks.model(Bernoulli(), [0.1] * 10)
     with_large_parameters(model)
@@ -256,6 +266,15 @@ def measured(model: Model, x: Tensor = X, samples: int = 0) -> Evaluation:
 def test_evaluation_does_not_depend_on_the_estimator_and_repeats(tmp_path: Path) -> None:
     model = two_layers()
     assert measured(model, samples=5).means == measured(model, samples=5).means
+
+
+def test_normalised_layers_keep_images_apart() -> None:
+    """Statistics of a minibatch would make f depend on the other images' y."""
+    model, other = one_layer(encoder=[4], layer_norm=True), one_layer(encoder=[4])
+    together = exact_bound(model, X)
+    alone = torch.cat([exact_bound(model, X[row : row + 1]) for row in range(len(X))])
+    torch.testing.assert_close(together, alone)
+    assert len(list(model.parameters())) == len(list(other.parameters())) + 4
 
 
 def test_draws_have_their_probabilities() -> None:

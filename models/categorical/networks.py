@@ -21,25 +21,35 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Ta
 
 
 class Dense(nn.Sequential):
-    """Fully connected layers [..., widths[0]] -> [..., widths[-1]]; with two widths, a linear map."""
+    """Fully connected layers [..., widths[0]] -> [..., widths[-1]]; with two widths, a linear map.
 
-    def __init__(self, widths: Sequence[int], activation: Activation) -> None:
+    Hidden layers may be normalised, each row by itself (Ba et al. 2016), so that a row's outputs are its own.
+    """
+
+    def __init__(self, widths: Sequence[int], activation: Activation, layer_norm: bool) -> None:
         for width in widths:
             positive("hidden", width)
         layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), ACTIVATIONS[activation]()]
-        super().__init__(*layers[:-1])
+        for inputs, outputs in itertools.pairwise(widths[:-1]):
+            normalised = [nn.LayerNorm(outputs)] if layer_norm else []
+            layers += [nn.Linear(inputs, outputs), *normalised, ACTIVATIONS[activation]()]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 class ToLogits(nn.Module):
     """Float32 logits [R, N, K] of variables, from what is below them: images [R, C, H, W] or variables [R, N', K']."""
 
     def __init__(
-        self, inputs: int, hidden: Sequence[int], variables: int, classes: int, activation: Activation
+        self,
+        inputs: int,
+        hidden: Sequence[int],
+        variables: int,
+        classes: int,
+        activation: Activation,
+        layer_norm: bool,
     ) -> None:
         super().__init__()
-        self.layers = Dense([inputs, *hidden, variables * classes], activation)
+        self.layers = Dense([inputs, *hidden, variables * classes], activation, layer_norm)
         self.sizes = variables, classes
 
     def forward(self, below: Tensor) -> Tensor:
@@ -50,10 +60,16 @@ class FromClasses(nn.Module):
     """A number a pixel [S, B, D] for the likelihood, or a number a class, from variables y [S, B, N, K]."""
 
     def __init__(
-        self, variables: int, classes: int, hidden: Sequence[int], outputs: int, activation: Activation
+        self,
+        variables: int,
+        classes: int,
+        hidden: Sequence[int],
+        outputs: int,
+        activation: Activation,
+        layer_norm: bool,
     ) -> None:
         super().__init__()
-        self.layers = Dense([variables * classes, *hidden, outputs], activation)
+        self.layers = Dense([variables * classes, *hidden, outputs], activation, layer_norm)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.layers(y.flatten(-2))
@@ -93,6 +109,7 @@ def categorical_mlp(
     decoder: list[int],
     activation: Activation,
     prior: Prior,
+    layer_norm: bool = False,  # runs from before have no such key
 ) -> Networks:
     """One layer: q(y|x) and p(x|y) by fully connected networks, `encoder` and `decoder` their hidden widths.
 
@@ -100,8 +117,8 @@ def categorical_mlp(
     data's classes have no part in it. Raises ValueError for sizes below 1 and fewer than two classes.
     """
     latents = check_latents(variables, classes)
-    posterior = ToLogits(shape.size, encoder, *latents, activation)
-    generator = FromClasses(*latents, decoder, shape.size, activation)
+    posterior = ToLogits(shape.size, encoder, *latents, activation, layer_norm)
+    generator = FromClasses(*latents, decoder, shape.size, activation, layer_norm)
     return Networks([posterior], [generator], [latents], prior == "learned")
 
 
@@ -117,6 +134,7 @@ def categorical_two_layers(
     between: list[int],
     activation: Activation,
     prior: Prior,
+    layer_norm: bool = False,  # runs from before have no such key
 ) -> Networks:
     """Two layers, q(y_2|y_1) q(y_1|x) and p(y_2) p(y_1|y_2) p(x|y_1), `between` the widths of what is in between.
 
@@ -124,10 +142,13 @@ def categorical_two_layers(
     """
     lower, upper = check_latents(variables, classes), check_latents(upper_variables, classes)
     return Networks(
-        [ToLogits(shape.size, encoder, *lower, activation), ToLogits(math.prod(lower), between, *upper, activation)],
         [
-            FromClasses(*lower, decoder, shape.size, activation),
-            FromClasses(*upper, between[::-1], math.prod(lower), activation),
+            ToLogits(shape.size, encoder, *lower, activation, layer_norm),
+            ToLogits(math.prod(lower), between, *upper, activation, layer_norm),
+        ],
+        [
+            FromClasses(*lower, decoder, shape.size, activation, layer_norm),
+            FromClasses(*upper, between[::-1], math.prod(lower), activation, layer_norm),
         ],
         [lower, upper],
         prior == "learned",

@@ -38,6 +38,7 @@ def structured_mlp(
     between: list[int],
     decoder: list[int],
     activation: Activation,
+    layer_norm: bool = False,  # runs from before have no such key
 ) -> Networks:
     """Fully connected: 392-(20x10)-(20x10)-392 of Jang et al. 2017, section 4.1, is two layers without hidden ones.
 
@@ -49,7 +50,9 @@ def structured_mlp(
     if shape.height < 2:
         raise ValueError(f"model must be another for images of one row, got {shape.height} x {shape.width} pixels")
     upper = shape.channels * (shape.height // 2) * shape.width
-    first = ToLogits(upper, encoder, variables, classes, activation)
-    others = [ToLogits(math.prod(latents[0]), between, variables, classes, activation) for _ in range(layers - 1)]
-    generator = FromClasses(variables, classes, decoder, shape.size - upper, activation)
+    first = ToLogits(upper, encoder, variables, classes, activation, layer_norm)
+    others = [
+        ToLogits(math.prod(latents[0]), between, variables, classes, activation, layer_norm) for _ in range(layers - 1)
+    ]
+    generator = FromClasses(variables, classes, decoder, shape.size - upper, activation, layer_norm)
     return Networks([first, *others], generator, latents)
