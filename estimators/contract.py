@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from estimators.relaxations import log_probabilities
+from estimators.relaxations import Temperature, log_probabilities
 
 CostFunction = Callable[[Tensor], Tensor]
 Schedule = Callable[[int], float]
@@ -46,6 +46,8 @@ class Estimator(nn.Module):
     first call.
     An estimator sets `calls_once` if it calls f once and leaves the gradient through f to the loss: f then takes other
     work along in the same pass. One that defines `multi_sample` sets `takes_several_samples`.
+    One with a temperature keeps its schedule in `temperature`, and asks it at each call: while a GPU trains it gives a
+    tensor [], so that a step that is recorded once can be replayed at any temperature.
     """
 
     calls_once = False
@@ -60,8 +62,8 @@ class Estimator(nn.Module):
     def depends_on(self, step: int) -> object:
         """What of `step` an estimate depends on: equal at two steps that do the same but for randomness and data.
 
-        The step itself where a class does not say, which is always right; a step is recorded as a CUDA graph only
-        while this stays equal.
+        What `temperature` gives does not count. The step itself where a class does not say, which is always right; a
+        step is recorded as a CUDA graph only while this stays equal.
         """
         return step
 
@@ -169,9 +171,11 @@ def positive(name: str, value: float) -> float:
     return value
 
 
-def temperature_at(schedule: Schedule, step: int) -> float:
+def temperature_at(schedule: Callable[[int], Temperature], step: int) -> Temperature:
     """tau at `step`. Raises ValueError unless it can be divided by."""
     temperature = schedule(step)
+    if isinstance(temperature, Tensor):  # of a schedule that is held, and was looked at when it was written
+        return temperature
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
     return temperature

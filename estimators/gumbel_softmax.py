@@ -20,6 +20,7 @@ from estimators.contract import (
     temperature_at,
 )
 from estimators.relaxations import (
+    Temperature,
     concrete_log_sample,
     exp_concrete_log_density,
     gumbel,
@@ -62,7 +63,7 @@ class GumbelSoftmax(Estimator):
         temperature_at(temperature, 0)
 
     def depends_on(self, step: int) -> object:
-        return self.temperature(step)
+        return None
 
     def draw(self, log_y: Tensor) -> Tensor:
         """The class vectors [S, B, N, K] that f sees, from relaxed log y [S, B, N, K]."""
@@ -120,14 +121,14 @@ class GumbelSoftmax(Estimator):
             raise ValueError("kl must be sampled or relaxed in a bound of several samples, got analytic")
 
     def _draws(
-        self, logits: Tensor, num_samples: int, temperature: float, generator: torch.Generator
+        self, logits: Tensor, num_samples: int, temperature: Temperature, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Relaxed log y, and the y that f sees, both [S, B, N, K]."""
         gumbels = gumbel((num_samples, *logits.shape), generator=generator)
         log_y = concrete_log_sample(logits, gumbels, temperature)
         return log_y, self.draw(log_y)
 
-    def _log_ratio(self, logits: Tensor, log_y: Tensor, y: Tensor, temperature: float) -> Tensor:
+    def _log_ratio(self, logits: Tensor, log_y: Tensor, y: Tensor, temperature: Temperature) -> Tensor:
         """log q(y|x) - log p(y) [S, B] as kl=sampled or kl=relaxed has it."""
         if self.kl == "sampled":
             return log_ratio(logits, y, self.log_prior)

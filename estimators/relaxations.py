@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+Temperature = float | Tensor  # a tensor [] where it is read on the device
 TINY = torch.finfo(torch.float32).tiny
 LOG_ZERO = -1e6  # stands for log 0: far below any log-probability of use, and finite after division by tau
 
@@ -17,6 +18,10 @@ LOG_ZERO = -1e6  # stands for log 0: far below any log-probability of use, and f
 def log_probabilities(logits: Tensor) -> Tensor:
     """Normalised log-probabilities [..., K] in float32, finite also for classes of probability zero."""
     return torch.log_softmax(logits.float(), dim=-1).clamp(min=LOG_ZERO)
+
+
+def log_of(temperature: Temperature) -> Temperature:
+    return temperature.log() if isinstance(temperature, Tensor) else math.log(temperature)
 
 
 def gumbel(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
@@ -35,7 +40,7 @@ def gumbel_max(logits: Tensor, gumbels: Tensor) -> Tensor:
     return one_hot((logits + gumbels).argmax(dim=-1), logits.shape[-1])
 
 
-def gumbel_softmax(logits: Tensor, gumbels: Tensor, temperature: float) -> Tensor:
+def gumbel_softmax(logits: Tensor, gumbels: Tensor, temperature: Temperature) -> Tensor:
     """Relaxed draws y_k = softmax_k((log pi_k + g_k) / tau) [..., K] (Jang et al. 2017, eq. 2).
 
     P(argmax y = k) = pi_k at every temperature.
@@ -43,7 +48,7 @@ def gumbel_softmax(logits: Tensor, gumbels: Tensor, temperature: float) -> Tenso
     return concrete_log_sample(logits, gumbels, temperature).exp()
 
 
-def concrete_log_sample(logits: Tensor, gumbels: Tensor, temperature: float) -> Tensor:
+def concrete_log_sample(logits: Tensor, gumbels: Tensor, temperature: Temperature) -> Tensor:
     """log y of a relaxed draw, y ~ Concrete(pi, tau) [..., K]: ExpConcrete (Maddison et al. 2017, C.3, eq. 25)."""
     return torch.log_softmax((log_probabilities(logits) + gumbels) / temperature, dim=-1)
 
@@ -65,7 +70,7 @@ def straight_through(soft: Tensor) -> Tensor:
     return hard + (soft - soft.detach())
 
 
-def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) -> Tensor:
+def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: Temperature) -> Tensor:
     """log density of log y under ExpConcrete(pi, tau) (Maddison et al. 2017, C.3, eq. 26), [...] from [..., K]:
 
     log (K-1)! + (K-1) log tau + sum_k s_k - K logsumexp_k s_k,  s_k = log pi_k - tau log y_k.
@@ -76,12 +81,12 @@ def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) 
     score = log_probabilities(logits) - temperature * log_y
     return (
         math.lgamma(num_classes)
-        + (num_classes - 1) * math.log(temperature)
+        + (num_classes - 1) * log_of(temperature)
         + (score - score.logsumexp(dim=-1, keepdim=True)).sum(dim=-1)
     )
 
 
-def concrete_log_density(log_y: Tensor, logits: Tensor, temperature: float) -> Tensor:
+def concrete_log_density(log_y: Tensor, logits: Tensor, temperature: Temperature) -> Tensor:
     """log density of y itself under Concrete(pi, tau) on the simplex (Maddison et al. 2017, eq. 10), at log y."""
     return exp_concrete_log_density(log_y, logits, temperature) - log_y.sum(dim=-1)
 
@@ -91,7 +96,7 @@ def logistic(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
     return gumbel(shape, generator=generator) - gumbel(shape, generator=generator)
 
 
-def binary_concrete_logit_sample(logit: Tensor, noise: Tensor, temperature: float) -> Tensor:
+def binary_concrete_logit_sample(logit: Tensor, noise: Tensor, temperature: Temperature) -> Tensor:
     """logit y of a relaxed binary draw, y ~ BinConcrete (Maddison et al. 2017, B.1, eq. 16): (logit pi + L) / tau.
 
     P(y > 1/2) = pi at every temperature. With K = 2 classes it is logit y_1 of `concrete_log_sample`.
@@ -99,16 +104,16 @@ def binary_concrete_logit_sample(logit: Tensor, noise: Tensor, temperature: floa
     return (logit + noise) / temperature
 
 
-def binary_concrete_logit_log_density(y_logit: Tensor, logit: Tensor, temperature: float) -> Tensor:
+def binary_concrete_logit_log_density(y_logit: Tensor, logit: Tensor, temperature: Temperature) -> Tensor:
     """log density of logit y under BinConcrete(pi, tau) (Maddison et al. 2017, C.3.2), [...] from [...]:
 
     log tau + s - 2 softplus(s),  s = logit pi - tau logit y.
     """
     score = logit - temperature * y_logit
-    return math.log(temperature) + score - 2 * torch.nn.functional.softplus(score)
+    return log_of(temperature) + score - 2 * torch.nn.functional.softplus(score)
 
 
-def binary_concrete_log_density(y_logit: Tensor, logit: Tensor, temperature: float) -> Tensor:
+def binary_concrete_log_density(y_logit: Tensor, logit: Tensor, temperature: Temperature) -> Tensor:
     """log density of y itself on (0, 1) under BinConcrete(pi, tau) (Maddison et al. 2017, eq. 17), at logit y."""
     log_jacobian = torch.nn.functional.softplus(y_logit) + torch.nn.functional.softplus(-y_logit)
     return binary_concrete_logit_log_density(y_logit, logit, temperature) + log_jacobian

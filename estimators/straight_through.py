@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from estimators.contract import CostFunction, Estimate, Estimator, Schedule, at_least, categorical_kl, temperature_at
-from estimators.relaxations import LOG_ZERO, conditional_perturbed, gumbel, gumbel_max, log_probabilities
+from estimators.relaxations import (
+    LOG_ZERO,
+    Temperature,
+    conditional_perturbed,
+    gumbel,
+    gumbel_max,
+    log_probabilities,
+)
 
 
 class StraightThrough(Estimator):
@@ -30,9 +37,9 @@ class StraightThrough(Estimator):
         temperature_at(temperature, 0)
 
     def depends_on(self, step: int) -> object:
-        return self.temperature(step)
+        return None
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: Temperature, generator: torch.Generator) -> Tensor:
         """What y [S, B, N, K] has its gradient from, broadcastable to y, given log q [B, N, K]."""
         return (log_q / temperature).softmax(dim=-1)
 
@@ -63,11 +70,11 @@ class ReinMax(StraightThrough):
     is half y and half q.
     """
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: Temperature, generator: torch.Generator) -> Tensor:
         return heun(log_q, y, temperature)
 
 
-def heun(log_q: Tensor, y: Tensor, temperature: float) -> Tensor:
+def heun(log_q: Tensor, y: Tensor, temperature: Temperature) -> Tensor:
     """2 p_1 - q / 2 [S, B, N, K] as in ReinMax."""
     shift = (heun_middle((log_q / temperature).softmax(dim=-1), y) - log_q).detach()
     return 2 * (log_q + shift).softmax(dim=-1) - log_q.exp() / 2
@@ -84,12 +91,12 @@ class GumbelRao(StraightThrough):
         super().__init__(temperature, num_samples)
         self.num_conditional = at_least("num_conditional", num_conditional, 1)
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: Temperature, generator: torch.Generator) -> Tensor:
         fresh = gumbel((self.num_conditional, *y.shape), generator=generator)
         return conditional_softmax(log_q, log_q, y, fresh, temperature).mean(dim=0)
 
 
-def conditional_softmax(log_q: Tensor, at: Tensor, y: Tensor, fresh: Tensor, temperature: float) -> Tensor:
+def conditional_softmax(log_q: Tensor, at: Tensor, y: Tensor, fresh: Tensor, temperature: Temperature) -> Tensor:
     """softmax((at + G) / tau), G the Gumbels given that y is the argmax of at + G; its gradient goes to log q alone.
 
     `fresh` are standard Gumbels [M, S, B, N, K], and so is what comes back.
@@ -106,7 +113,7 @@ class ReinMaxRao(GumbelRao):
     linear f, where ReinMax is exact, half the exact gradient as tau -> 0, and minus a half as tau -> infinity.
     """
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: Temperature, generator: torch.Generator) -> Tensor:
         fresh = gumbel((self.num_conditional, *y.shape), generator=generator)
         soft = conditional_softmax(log_q, heun_middle(log_q.exp(), y), y, fresh, temperature)
         return 2 * soft.mean(dim=0) - log_q.exp() / 2
@@ -129,7 +136,7 @@ class ReinMaxCV(GumbelRao):
             raise ValueError(f"eta must be finite, got {eta}")
         self.eta = eta
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: Temperature, generator: torch.Generator) -> Tensor:
         fresh = gumbel((self.num_conditional + 1, *y.shape), generator=generator)
         soft = conditional_softmax(log_q, heun_middle(log_q.exp(), y), y, fresh, temperature)
         return heun(log_q, y, 1.0) + self.eta * (soft[1:].mean(dim=0) - soft[0])
@@ -148,7 +155,7 @@ class GappedStraightThrough(StraightThrough):
             raise ValueError(f"gap must be >= 0 and finite, got {gap}")
         self.gap = gap
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: Temperature, generator: torch.Generator) -> Tensor:
         fixed = log_q.detach()
         largest = fixed.max(dim=-1, keepdim=True).values
         lift = y * (largest - fixed)

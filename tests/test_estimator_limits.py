@@ -342,7 +342,7 @@ def compare(one: Estimator, other: Estimator, *, seeds: tuple[int, int] = (1, 2)
 class DifferentiatedNoise(GumbelRao):
     """Wrong: the Gumbels given y move with the logits."""
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: R.Temperature, generator: torch.Generator) -> Tensor:
         fresh = R.gumbel((self.num_conditional, *y.shape), generator=generator)
         return (R.conditional_perturbed(log_q, y, fresh) / temperature).softmax(dim=-1).mean(dim=0)
 
@@ -417,7 +417,7 @@ def test_reinmax_cv_without_its_control_is_reinmax() -> None:
 class ControlOfTheNoiseOfY(ReinMaxCV):
     """Wrong: r_0 has the Gumbels that y came from, those given that it is the argmax at log q."""
 
-    def surrogate(self, log_q: Tensor, y: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    def surrogate(self, log_q: Tensor, y: Tensor, temperature: R.Temperature, generator: torch.Generator) -> Tensor:
         fresh = R.gumbel((self.num_conditional, *y.shape), generator=generator)
         middle = heun_middle(log_q.exp(), y)
         soft = conditional_softmax(log_q, middle, y, fresh, temperature).mean(dim=0)

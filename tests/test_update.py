@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from estimators.gumbel_softmax import GumbelSoftmax
 from models.contract import Objective
 from scripts.benchmark import compose_run, time_in_a_row
-from scripts.command import composed
 from scripts.gradient_quality import all_names
 from tests.runs import CONV, MLP, ROOT, SLOWLY, run
 from training import update
@@ -82,7 +81,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         return made[-1].replay, result
 
     monkeypatch.setattr(update, "record", record)
-    monkeypatch.setattr(update, "beside", lambda work: work())
+    monkeypatch.setattr(update, "beside", lambda stream, work: work())
     return made
 
 
@@ -116,10 +115,7 @@ def assert_replayed_is_the_same(line: str, estimator: str) -> None:
 
 @pytest.mark.parametrize("estimator", all_names())
 def test_a_replayed_step_has_the_numbers_of_one_that_is_run(estimator: str, recordings: list[Recording]) -> None:
-    section = composed(f"estimator={estimator.partition('/')[0]}").estimator
-    has_schedule = OmegaConf.is_dict(section.get("temperature"))
-    steady = "(schedule@estimator.temperature=constant)" if has_schedule else ""
-    assert_replayed_is_the_same(MLP, estimator + steady)
+    assert_replayed_is_the_same(MLP, estimator)
     assert len(recordings) == (estimator != "sparsemax")  # how often that calls f depends on the numbers
     for operation, *_ in (call for recording in recordings for call in recording.calls):
         assert operation.overloadpacket not in WAITING, operation
@@ -130,18 +126,36 @@ def test_a_replayed_step_of_the_convolutional_networks_is_the_same(recordings: l
     assert len(recordings) == 1
 
 
+@pytest.mark.parametrize("estimator", ["gumbel_softmax(estimator.kl=relaxed {})", "reinmax({})"])
 @pytest.mark.parametrize(
-    ("schedule", "recorded"),
+    "schedule",
     [
-        (f"{SLOWLY}estimator.temperature.rate=0.1 estimator.temperature.every=5", 2),  # steps 3, and 5 to 9
-        ("schedule@estimator.temperature=linear estimator.temperature.steps=6", 1),  # from 6 on, where it rests
+        f"{SLOWLY}estimator.temperature.rate=0.1 estimator.temperature.every=2",
+        "schedule@estimator.temperature=linear estimator.temperature.steps=6",
+        "schedule@estimator.temperature=cosine estimator.temperature.steps=6",
     ],
 )
-def test_a_step_is_recorded_anew_when_the_temperature_has_changed(
-    schedule: str, recorded: int, recordings: list[Recording]
+def test_a_step_is_recorded_once_for_all_temperatures(
+    schedule: str, estimator: str, recordings: list[Recording]
 ) -> None:
-    assert_replayed_is_the_same(MLP, f"gumbel_softmax({schedule})")
+    assert_replayed_is_the_same(MLP, estimator.format(schedule))
+    assert len(recordings) == 1
+
+
+@pytest.mark.parametrize(("every", "recorded"), [(5, 2), (1, 0)])  # steps 3 and 4, and 5 to 9
+def test_a_step_is_recorded_anew_when_what_an_estimator_does_has_changed(
+    every: int,
+    recorded: int,
+    recordings: list[Recording],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(GumbelSoftmax, "depends_on", lambda self, step: step // every)
+    with caplog.at_level("WARNING", "catvae"):
+        assert_replayed_is_the_same(MLP, "gumbel_softmax")
     assert len(recordings) == recorded
+    said = [message for message in caplog.messages if "cuda_graph=true records no step" in message]
+    assert len(said) == (recorded == 0)
 
 
 def test_the_learning_rate_of_a_replayed_step_is_the_step_s(recordings: list[Recording]) -> None:

@@ -46,8 +46,9 @@ class FiniteGuard:
         self.norm = torch.stack(norms).norm()
         self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
         values = torch.stack([*(term.detach() for term in terms.values()), *norms]).double()
-        # float64, in which the step's number is exact
-        row = torch.cat([torch.as_tensor(step, dtype=values.dtype, device=values.device).view(1), values])
+        # float64, in which the step's number is exact; a number is filled in on the device, and not copied there
+        number = step.view(1) if isinstance(step, Tensor) else values.new_full((1,), step)
+        row = torch.cat([number, values])
         if self.first_bad is None:
             self.first_bad = torch.full_like(row, -1.0)
             self.found_inf = torch.zeros((), device=row.device)

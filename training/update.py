@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.randomness import key
+from estimators.contract import Schedule, temperature_at
 from models.contract import Objective
 from training.divergence import FiniteGuard
 from training.run import Run
 
+log = logging.getLogger("catvae")
+NEEDS_GENERATORS = tuple(map(int, torch.__version__.split(".")[:2])) < (
+    2,
+    14,
+)  # to be told of; a no-op that warns since
 WARM_UP = 3  # steps before one is recorded, in which libraries allocate what they need
+
+
+class Held:
+    """What a module's schedule of temperatures gives at the step last written, as a tensor [] on a device.
+
+    In float64, which rounds to what a number of Python's would.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.schedule: Schedule = module.temperature  # type: ignore[assignment]
+        self.value = torch.zeros((), dtype=torch.float64, device=device)
+
+    def write(self, step: int) -> None:
+        self.value.fill_(temperature_at(self.schedule, step))
+
+    def __call__(self, step: int) -> Tensor:
+        return self.value
+
+    def __enter__(self) -> None:
+        """Has the module ask here."""
+        self.module.temperature = self  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        self.module.temperature = self.schedule  # type: ignore[assignment]
+
+
+def held(estimator: nn.Module, device: torch.device) -> list[Held]:
+    """The temperatures of an estimator, of each layer where it has several."""
+    schedules = ((module, getattr(module, "temperature", None)) for module in estimator.modules())
+    found = (m for m, schedule in schedules if callable(schedule) and not isinstance(schedule, nn.Module))
+    return [Held(module, device) for module in found]
 
 
 class Update:
@@ -21,42 +62,71 @@ class Update:
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         self.run, self.guard = run, guard
         self.generator = torch.Generator(run.device)
+        self.temperatures: list[Held] = []
+        for group in run.optimizer.param_groups:
+            group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
+        if run.device.type == "cuda" and run.optimizer.defaults.get("fused"):
+            self.read_on_device()
+
+    def read_on_device(self) -> None:
+        """Has a step read its learning rate, in float32, and temperatures where they are written before.
+
+        A recorded step can read them nowhere else, and one that is run does the same arithmetic.
+        """
+        self.temperatures = held(self.run.estimator, self.run.device)
+        for group in self.run.optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.run.device)
 
     def __call__(self, step: int) -> Objective:
+        self.prepare(step)
+        return self.work(step, step, self.run.batches.rows(step))
+
+    def prepare(self, step: int) -> None:
+        """Writes what differs between steps to where they read it."""
         self.run.set_learning_rate(step)
         self.generator.manual_seed(key(self.run.config.seed, "step", step))
-        return self.work(step, step, self.run.batches.rows(step))
+        for temperature in self.temperatures:
+            temperature.write(step)
 
     def work(self, step: int, number: int | Tensor, rows: tuple[Tensor, ...]) -> Objective:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""
         run = self.run
         batch = run.batches.take(rows, self.generator)
-        with run.autocast():
+        with run.autocast(), ExitStack() as stack:
+            for temperature in self.temperatures:
+                stack.enter_context(temperature)
             result = run.model.objective(run.estimator, run.weights, *batch, step=step, generator=self.generator)
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         self.guard.before_update(number, result.terms)
         run.optimizer.step()
-        return result
+        return detached(result)
+
+
+def detached(result: Objective) -> Objective:
+    """The numbers alone: a graph that is held on to would keep what its next one needs on another stream."""
+    numbers = {k: value.detach() if isinstance(value, Tensor) else value for k, value in result.metrics.items()}
+    return Objective(result.loss.detach(), {k: term.detach() for k, term in result.terms.items()}, numbers)
 
 
 class ReplayedUpdate(Update):
     """The step as a CUDA graph: recorded once, then launched as a whole, with the numbers of `Update`.
 
     What differs between steps is the generator's seed, and tensors that are written before: the minibatch's rows, the
-    step's number, the learning rate. Where the estimator depends on the step by more, as by a temperature, the step is
-    recorded anew once that has changed; while it changes with every step, nothing is recorded.
+    step's number, the learning rate, temperatures. Where the estimator depends on the step by more, the step is
+    recorded anew once that has changed; while it changes with every step, nothing is recorded, which is said once.
     """
 
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         super().__init__(run, guard)
         self.number = torch.zeros((), dtype=torch.float64, device=run.device)
         self.rows = tuple(rows.clone() for rows in run.batches.rows(run.step))
-        self.done = 0
+        self.done, self.changes = 0, 0
         self.replay: Callable[[], None] | None = None
         self.recorded: object = None  # what of the step the recording is for
+        self.stream: Any = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+        self.read_on_device()
         for group in run.optimizer.param_groups:
-            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=run.device)
             if "capturable" in group:
                 group["capturable"] = True
 
@@ -65,26 +135,34 @@ class ReplayedUpdate(Update):
         self.prepare(step)
         self.done += 1
         if self.replay is None or depends_on(step) != self.recorded:
-            if self.done <= WARM_UP or depends_on(step) != depends_on(step + 1):
-                return beside(lambda: self.work(step, self.number, self.rows))
+            changes = depends_on(step) != depends_on(step + 1)
+            self.say_that_nothing_is_recorded(changes)
+            if self.done <= WARM_UP or changes:
+                return beside(self.stream, lambda: self.work(step, self.number, self.rows))
             self.replay = None  # frees what the recording before holds
             self.replay, self.result = record(lambda: self.work(step, self.number, self.rows), self.generator)
             self.recorded = depends_on(step)
         self.replay()
         return self.result
 
+    def say_that_nothing_is_recorded(self, changes: bool) -> None:
+        """Once, when three steps in a row are each another step's."""
+        self.changes = self.changes + 1 if changes else 0
+        if self.changes == 3:
+            log.warning(
+                "cuda_graph=true records no step while what %s does changes with every step; its depends_on says so",
+                self.run.estimator.name,
+            )
+
     def prepare(self, step: int) -> None:
-        """Writes what differs between steps to where the recording reads it."""
-        self.run.set_learning_rate(step)
-        self.generator.manual_seed(key(self.run.config.seed, "step", step))
+        super().prepare(step)
         self.number.fill_(step)
         for static, rows in zip(self.rows, self.run.batches.rows(step), strict=True):
             static.copy_(rows)
 
 
-def beside(work: Callable[[], Objective]) -> Objective:
-    """Does the work on a stream of its own, as is asked for before a recording."""
-    stream = torch.cuda.Stream()
+def beside(stream: torch.cuda.Stream, work: Callable[[], Objective]) -> Objective:
+    """Does the work on another stream, as is asked for before a recording."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         result = work()
@@ -95,7 +173,8 @@ def beside(work: Callable[[], Objective]) -> Objective:
 def record(work: Callable[[], Objective], generator: torch.Generator) -> tuple[Callable[[], None], Objective]:
     """Records the work without doing it: what does it, as often as called, and where its result is then found."""
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
+    if NEEDS_GENERATORS:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         result = work()
     return graph.replay, result
