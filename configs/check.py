@@ -70,7 +70,7 @@ def check(config: Config) -> None:
     known, model = config.data.known(), built_model(config)
     estimator = build(config.estimator, "estimator")
     check_kind(config.estimator, "estimator", estimator, Estimator)
-    on_gpu = config.device.value != "cpu" and torch.cuda.is_available()
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
     optimizer = build_optimizer(config, [parameter])
     check_kind(config.optimizer, "optimizer", optimizer, torch.optim.Optimizer)
@@ -206,13 +206,25 @@ def build_optimizer(config: Config, parameters: list[Any]) -> Any:
     return build(settings, "optimizer", parameters)
 
 
+def check_device(name: str) -> None:
+    """Raises ConfigError for a GPU that this process does not see."""
+    import torch
+
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in ("auto", "cpu") or (cards and (name == "cuda" or int(name.removeprefix("cuda:")) < cards)):
+        return
+    if not cards:
+        raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {name}")
+    seen = ", ".join(f"cuda:{card}" for card in range(cards))
+    raise ConfigError(f"device must be one of auto, cpu, cuda, {seen}, got {name}")
+
+
 def check_machine(config: Config) -> None:
     """Finds the device and the data, downloaded if need be. Raises ConfigError, DataError."""
     import torch
 
-    if config.device.value == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device must be auto or cpu where PyTorch finds no CUDA device, got cuda")
-    if config.cuda_graph and (config.device.value == "cpu" or not torch.cuda.is_available()):
+    check_device(config.device)
+    if config.cuda_graph and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("cuda_graph must be false where no CUDA device trains, got true")
     if config.cuda_graph and not config.optimizer.get("fused"):
         raise ConfigError("cuda_graph must be false where optimizer.fused is not true, got true")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -34,10 +35,7 @@ class Placement(Enum):
     host = "host"
 
 
-class Device(Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+DEVICES = r"auto|cpu|cuda(:\d+)?"
 
 
 class Precision(Enum):
@@ -231,7 +229,7 @@ class Config:
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     lr_factor: Any = MISSING  # a schedule that multiplies optimizer.lr
     seed: int = 0
-    device: Device = Device.auto
+    device: str = "auto"  # cpu, cuda, or one of several GPUs, such as cuda:1
     precision: Precision = Precision.auto
     resume: str | None = None  # a run folder to go on with
     on_divergence: OnDivergence = OnDivergence.stop  # or back to the last checkpoint, with half the learning rate
@@ -243,6 +241,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
+        if not re.fullmatch(DEVICES, self.device):
+            raise ValueError(f"device must be one of auto, cpu, cuda, or a GPU such as cuda:1, got {self.device}")
         data = self.data
         if self.likelihood is Likelihood.auto and data.known().is_binary:
             self.likelihood = Likelihood.bernoulli

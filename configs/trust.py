@@ -65,11 +65,11 @@ def stored_config(state: Mapping[str, Any], trusted: Collection[str] = ()) -> di
 
 
 def foreign_modules(config: Any) -> list[str]:
-    """What `--trust` must name for the configuration of a run that this process has built."""
+    """What `--trust` must name for the configuration of a run that this process has built, Hydra's own part aside."""
     named: list[str] = []
-    for _, kind, node in _targets(config):
+    for key, kind, node in _targets(config):
         target = node["_target_"]
-        if isinstance(target, str) and _fault(node, kind, ()):
+        if isinstance(target, str) and not key.startswith("hydra.") and _fault(node, kind, ()):
             parts = target.split(".")
             prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
             module = next((prefix for prefix in prefixes if prefix in sys.modules), target)

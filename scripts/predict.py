@@ -213,7 +213,7 @@ def main() -> None:
         "--embeddings", type=Path, help="an .npz file for z (mean) and q (q(y|x)), rows as in the .csv file"
     )
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or a GPU such as cuda:1 (default: auto)")
     parser.add_argument("--batch-size", type=positive, help="images at once; default: the run's evaluation.batch_size")
     add_trust(parser)
     arguments = parser.parse_args()

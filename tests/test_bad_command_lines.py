@@ -76,7 +76,7 @@ BAD = [
     ("""resume="'~nobody-at-all/x'" """, "resume must be a run folder, got"),
     ("data=mnist data.root=new/root", "data=mnist is not in new/root and could not be downloaded"),
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
-    ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "RUN"),
+    ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "/RUN\n"),
     ("-m data=digits seed=1 hydra.sweep.dir=RUN hydra.sweep.subdir=.", "must be new", "seed=1 (was 0)"),
     ("-m data=digits seed=1,2 hydra.sweep.subdir=.", "hydra.sweep.subdir must give every job a folder of its own"),
     (
@@ -133,8 +133,10 @@ BAD = [
     ("data.labelled_in_unlabelled=maybe", "data.labelled_in_unlabelled must be true or false", "got maybe"),
     # choices
     ("precision=fp8", "precision must be one of auto, fp32, bf16", "got fp8"),
-    ("device=tpu", "device must be one of auto, cpu, cuda", "got tpu"),
+    ("device=tpu", "device must be one of auto, cpu, cuda, or a GPU such as cuda:1", "got tpu"),
     ("device=cuda", "device must be auto or cpu", "got cuda"),
+    ("device=cuda:1", "device must be auto or cpu", "got cuda:1"),
+    ("device=cuda:", "device must be one of auto, cpu, cuda", "got cuda:"),
     ("model=mlp model.scale=relu", "model.scale must be one of softplus, exp", "got relu"),
     (f"{GUMBEL} estimator.kl=exact", "estimator.kl must be one of analytic, sampled, relaxed", "got exact"),
     ("data.name=cifar", "data.name must be one of mnist", "got cifar"),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
+from configs.schema import ConfigError
+from training.run_folder import hold
+
+CARD = ".card"  # files in a sweep's folder, each held by the process of a job that uses that GPU
 log = logging.getLogger("catvae")
 
 
@@ -19,9 +25,11 @@ def tune_process() -> None:
     Numbers below the normal ones are zero: Adam's means of pixels that are always black come to 1e-38 after 800 steps,
     stay there, and are slow. It must come before the first operation that is split, whose threads take it over.
     glibc keeps what a step frees for the next one, in huge pages, instead of asking for it anew, page by page. Other C
-    libraries have no mallopt, other systems no such advice.
+    libraries have no mallopt, other systems no such advice. On a GPU float32 is float32: by default convolutions there
+    round to the 10 bits of TF32.
     """
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     mmap_threshold, trim_threshold, top_pad, huge_pages = -3, -1, -2, 14  # malloc.h, mman.h
     reserved = 2**30  # addresses, not memory
     with suppress(OSError, AttributeError, TypeError):
@@ -55,9 +63,29 @@ def threads_kept() -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
+    """The device, and of several GPUs this process's own, which it then uses throughout."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+@functools.cache  # a process uses one
+def take_card(folder: Path, job: int) -> None:
+    """Of several visible GPUs, has this process of a sweep in `folder` use one that the fewest others have taken.
+
+    Where files cannot be locked, its job's number says which.
+    """
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for turn in range(job + 1 if cards > 1 else 0):
+        for card in ((job + other) % cards for other in range(cards)):
+            with suppress(ConfigError):
+                hold(folder / f"{CARD}_{card}_{turn}")
+                torch.cuda.set_device(card)
+                return
 
 
 def choose_precision(name: str, device: torch.device) -> str:

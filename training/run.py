@@ -50,7 +50,7 @@ class Run:
         self.summed = 0
         self.norms: list[Tensor] = []  # of the gradient, in the same steps
         self.early_norms: list[float] = []  # of the first USUAL steps
-        self.device = choose_device(config.device.value)
+        self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision.value, self.device)
         tune_process()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic

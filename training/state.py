@@ -30,6 +30,7 @@ FREE_TO_CHANGE |= {
     "evaluation.validation_samples",
     "evaluation.test",
 }
+FREE_TO_CHANGE |= {"device", "cuda_graph"}  # a run may go on where there is a machine for it
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 # keys that older runs do not have, and what those did
 SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}

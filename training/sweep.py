@@ -26,6 +26,7 @@ from configs.schema import Config, ConfigError
 from data.folders import made
 from training import checkpoints
 from training.checkpoints import CheckpointError, stored
+from training.process import CARD, take_card
 from training.resume import sweep_command
 from training.run_folder import LOCK, RESULT, chosen_by, held, holder, in_use, is_held, read_json, release, write_json
 from training.state import changes, flat
@@ -153,6 +154,8 @@ def end() -> int:
     """Says how the jobs ended, if not all are done; returns the sweep's exit code, the worst of theirs."""
     folder = _begun[0]
     release(folder / SWEEP_LOCK)
+    for taken in folder.glob(f"{CARD}_*"):
+        taken.unlink(missing_ok=True)
     failed = {path.parent: read_json(path) for path in sorted(folder.rglob(FAILED))}
     for job, outcome in failed.items():
         _say(f"failed with exit code {outcome['exit_code']}: {job}: {outcome['reason']}")
@@ -237,6 +240,8 @@ def beside_others(hydra: Any) -> Iterator[None]:
         yield
         return
     torch.set_num_threads(min(threads(hydra.launcher), torch.get_num_threads()))
+    if launcher(hydra) in PARALLEL:
+        take_card(Path(hydra.sweep.dir).resolve(), hydra.job.num)
     os.environ["TQDM_DISABLE"] = "1"
     signal.signal(signal.SIGTERM, _end_job)  # submitit takes none of it
     _busy.set()

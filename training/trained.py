@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configs.schema import ConfigError, Likelihood
+from configs.check import check_device
+from configs.schema import DEVICES, ConfigError, Likelihood
 from configs.targets import build
 from configs.trust import stored_config
 from data.batches import Binarization, binarize_by_itself, own_generators
@@ -33,6 +35,7 @@ from models.evaluation import evaluating, naming_memory, rows_at_once
 from models.likelihoods import likelihood
 from models.networks import ImageShape
 from training import checkpoints
+from training.process import choose_device
 
 BOUNDS = 1001  # of the validation images' bounds, at most, that a checkpoint keeps: steps of 0.1 % in their ranks
 
@@ -266,20 +269,18 @@ def open_run(
 ) -> Trained:
     """The model of a run folder as its newest checkpoint has it, or as the one named; its training data is not needed.
 
-    `folder` may be a checkpoint in it. `device` is cpu, cuda, or auto. Networks that are not of this program are called
-    if their module is among `trusted`. Raises CheckpointError, ConfigError, DataError, each with one sentence.
+    `folder` may be a checkpoint in it. `device` is auto, cpu, cuda or a GPU such as cuda:1. Networks that are not of
+    this program are called if their module is among `trusted`. Raises CheckpointError, ConfigError, DataError, each
+    with one sentence.
     """
-    if not isinstance(device, str) or (
-        device not in ("auto", "cpu") and not (torch.cuda.is_available() and device.startswith("cuda"))
-    ):
-        raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {device}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str) or not re.fullmatch(DEVICES, device):
+        raise ConfigError(f"device must be one of auto, cpu, cuda, or a GPU such as cuda:1, got {device}")
+    check_device(device)
     named = None if checkpoint is None else _as_path(checkpoint, "checkpoint")
     trusted = [trusted] if isinstance(trusted, str) else trusted
     if wrong := [name for name in trusted if not isinstance(name, str)]:
         raise ConfigError(f"trusted must be names of modules, got {wrong[0]}")
-    return Trained(stored_state(_as_path(folder, "folder"), named, trusted), torch.device(device))
+    return Trained(stored_state(_as_path(folder, "folder"), named, trusted), choose_device(device))
 
 
 def _as_path(path: Any, name: str) -> Path:
