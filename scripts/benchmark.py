@@ -295,39 +295,42 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"left out, as this model cannot have them: {', '.join(left_out)}")
     print()
     medians = time_estimators(trainers, arguments.rounds)
-    rows, rate = [], best_rate(run)
-    print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}{'products':>10}{'floor':>8}", end="")
+    on_gpu, rows = run.device.type == "cuda", []  # where a step is launches, and its products say nothing of it
+    rate = None if on_gpu else best_rate(run)
+    print(f"{'estimator':<30}{'calls':>6}{'ms':>9}{'steps/s':>9}", end="")
+    print("" if on_gpu else f"{'products':>10}{'floor':>8}", end="")
     print("".join(f"{part:>10}" for part in PARTS) + (f"{'MiB':>8}" if arguments.memory else ""), end="")
-    print(f"{'eager ms':>10}{'graph ms':>10}" if run.device.type == "cuda" else "")
+    print(f"{'eager ms':>10}{'graph ms':>10}" if on_gpu else "")
     for name in sorted(names, key=lambda name: sum(medians[name].values())):
         parts, trainer = medians[name], trainers[name]
         seconds = sum(parts.values())
-        operations, products = operations_of(trainer.step), seconds_of_products(trainer.step, run.device)
-        lowest = operations / rate
+        operations = operations_of(trainer.step)
         row = {
             "estimator": name,
             "evaluations": trainer.metrics["evaluations"],
             "seconds": seconds,
             "parts": parts,
-            "products_seconds": products,
-            "floor_seconds": lowest,
             "floating_point_operations": operations,
         }
         shares = "".join(f"{parts[part] / seconds:>10.1%}" for part in PARTS)
         print(f"{name:<30}{row['evaluations']:>6.3g}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}", end="")
-        print(f"{products / seconds:>10.0%}{lowest / seconds:>8.0%}{shares}", end="")
+        if rate is not None:
+            row |= {"products_seconds": seconds_of_products(trainer.step), "floor_seconds": operations / rate}
+            print(f"{row['products_seconds'] / seconds:>10.0%}{row['floor_seconds'] / seconds:>8.0%}", end="")
+        print(shares, end="")
         if arguments.memory:
             row["peak_mib"] = peak_memory(arguments.overrides, name)
             print(f"{row['peak_mib']:>8.0f}", end="")
-        if run.device.type == "cuda":
+        if on_gpu:
             row["in_a_row"] = time_in_a_row(arguments.overrides, name, TURN * arguments.rounds)
             print("".join(f"{1000 * seconds:>10.3f}" for seconds in row["in_a_row"].values()), end="")
         print()
         rows.append(row)
-    print(
-        "\nproducts: the step's matrix products and convolutions alone, each by itself and its best try, over its time"
-    )
-    print("floor: the same, at the best rate of any square product on this machine")
+    if on_gpu:
+        print("\neager, graph: a step where nothing waits for the device in between, run and replayed")
+    else:
+        print("\nproducts: the step's products and convolutions alone, each by itself and its best try, over its time")
+        print("floor: the same, at the best rate of any square product on this machine")
     peers = {}
     if arguments.peer != "none":
         options = ("--peers-of", names[0], "--peer", arguments.peer, "--rounds", str(arguments.rounds))

@@ -17,12 +17,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from data.batches import EvaluationData
@@ -35,6 +31,12 @@ from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
 from models.networks import ImageShape, conv, mlp
 from tests.test_estimators import BIASED, UNBIASED, Case, each
+
+pytest.importorskip("pyro", reason="needs pyro-ppl, which is among the development dependencies")
+import pyro
+import pyro.distributions as dist
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
 
 K = 4
 Z = 2
