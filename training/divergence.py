@@ -32,7 +32,9 @@ class FiniteGuard:
         self.deferred = device.type == "cuda" and bool(optimizer.defaults.get("fused"))
         self.names: list[str] = []
         self.norm = torch.zeros(())  # of the whole gradient at the last step, on the device
-        self.first_bad: Tensor | None = None  # [step, terms and norms...] of the first bad step; step -1 before
+        self.first_bad: Tensor | None = (
+            None  # terms and norms of the first bad step, or as long as all are good the last
+        )
 
     def before_update(self, step: int | Tensor, terms: dict[str, Tensor]) -> None:
         """Raises Diverged, or on a device that runs ahead, blocks this and all later updates.
@@ -42,20 +44,19 @@ class FiniteGuard:
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         if not self.deferred and self._sums_are_finite(terms, gradients):
             return
-        norms = torch._foreach_norm(list(gradients.values()))
-        self.norm = torch.stack(norms).norm()
         self.names = [*terms, *(f"the gradient of {name}" for name in gradients)]
-        values = torch.stack([*(term.detach() for term in terms.values()), *norms]).double()
-        # float64, in which the step's number is exact; a number is filled in on the device, and not copied there
-        number = step.view(1) if isinstance(step, Tensor) else values.new_full((1,), step)
-        row = torch.cat([number, values])
+        row = torch.stack([*(term.detach() for term in terms.values()), *torch._foreach_norm(list(gradients.values()))])
+        self.norm = torch.linalg.vector_norm(row[len(terms) :])
         if self.first_bad is None:
-            self.first_bad = torch.full_like(row, -1.0)
-            self.found_inf = torch.zeros((), device=row.device)
-        is_first = (self.first_bad[0] < 0) & ~values.isfinite().all()
-        self.first_bad.copy_(torch.where(is_first, row, self.first_bad))
+            self.first_bad, self.found_inf = torch.zeros_like(row), torch.zeros((), device=row.device)
+            self.at_step = torch.zeros((), dtype=torch.float64, device=row.device)  # in which step numbers are exact
+            self.one = torch.ones((), device=row.device)
+        number = step if isinstance(step, Tensor) else torch.full_like(self.at_step, step)
+        stays = self.found_inf > 0
+        torch.where(stays, self.first_bad, row, out=self.first_bad)
+        torch.where(stays, self.at_step, number, out=self.at_step)
+        torch._amp_foreach_non_finite_check_and_unscale_([row], self.found_inf, self.one)  # sets it to 1 if one is not
         if self.deferred:
-            self.found_inf.copy_(self.first_bad[0] >= 0)
             self.optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         else:
             self.raise_if_diverged()
@@ -70,8 +71,8 @@ class FiniteGuard:
     def raise_if_diverged(self) -> None:
         if self.first_bad is None:
             return
-        step, *values = self.first_bad.tolist()
-        if step >= 0:
+        found, step, *values = torch.cat([self.found_inf.view(1), self.at_step.view(1), self.first_bad]).tolist()
+        if found:
             for name, parameter in self.parameters.items():  # not updated since: it was so before the terms were
                 raise_unless_finite(name, _bad_or_zero(parameter), int(step))
             bad = [(n, v) for n, v in zip(self.names, values, strict=True) if not math.isfinite(v)]

@@ -189,14 +189,17 @@ class Run:
 
     def add(self, result: Objective, gradient_norm: Tensor) -> None:
         """Takes in a step's terms, without waiting for the device."""
-        self.norms.append(gradient_norm.clone())  # a recorded step writes the next one to the same place
-        for name, term in result.terms.items():
-            self.sums[name] = self.sums.get(name, 0) + term.detach()
+        # a recorded step writes the next numbers to the same place
+        self.norms.append(gradient_norm.clone())
+        if self.sums:
+            torch._foreach_add_(list(self.sums.values()), [result.terms[name].detach() for name in self.sums])
+        else:
+            self.sums = {name: term.detach().clone() for name, term in result.terms.items()}
         self.summed += 1
 
     def take_means(self) -> tuple[dict[str, float], list[float]]:
         """Means of J's terms and gradient norms since the last call, however often the run was resumed in between."""
-        means = {name: (total / self.summed).item() for name, total in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack(list(self.sums.values())) / self.summed).tolist(), strict=True))
         norms: list[float] = torch.stack(self.norms).tolist()
         self.sums, self.summed, self.norms = {}, 0, []
         self.early_norms = (self.early_norms + norms)[:USUAL]

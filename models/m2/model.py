@@ -30,8 +30,10 @@ class Bound:
     def value(self) -> Tensor:
         return self.reconstruction - self.kl_z
 
-    def of_images(self, rows: slice) -> Bound:
-        return Bound(self.reconstruction[:, rows], self.kl_z[:, rows])
+    def split(self, *images: int) -> list[Bound]:
+        """Of so many images each, in order."""
+        parts = (part.split(images, dim=1) for part in (self.reconstruction, self.kl_z))
+        return [Bound(reconstruction, kl_z) for reconstruction, kl_z in zip(*parts, strict=True)]
 
 
 def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:

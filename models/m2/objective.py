@@ -36,13 +36,15 @@ def objective(
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
     logits = model.classifier(x, generator)
-    logits_labelled, logits_unlabelled = logits[:labelled], logits[labelled:]
+    parts = labelled, len(x) - labelled
+    logits_labelled, logits_unlabelled = logits.split(parts)
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
     entropy_y = entropy(logits_unlabelled).mean()
     if weights.labelled == weights.unlabelled == 0:
         j = weights.alpha * classification
         return maximised({"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
     features = model.inference.features(x)
+    features_labelled, features_unlabelled = features.split(parts)
     noise = model.noise(len(x), generator)
     bound: Bound | None = None  # of the labelled images
 
@@ -56,18 +58,19 @@ def objective(
                 """A row for each labelled image, and one for each sample of each unlabelled image."""
                 if samples == 1:
                     return of_images
-                return torch.cat([of_images[:labelled], *[of_images[labelled:]] * samples])
+                of_labelled, of_unlabelled = of_images.split(parts)
+                return torch.cat([of_labelled, *[of_unlabelled] * samples])
 
             classes = torch.cat([y_labelled, y.flatten(0, 1)]).unsqueeze(0)
             both = model.bound(in_pairs(x), in_pairs(features), classes, in_pairs(noise))
-            bound = both.of_images(slice(labelled))
-            return both.of_images(slice(labelled, None)).value.view(samples, batch)
-        return model.bound(x[labelled:], features[labelled:], y, noise[labelled:]).value
+            bound, drawn = both.split(labelled, samples * batch)
+            return drawn.value.view(samples, batch)
+        return model.bound(x[labelled:], features_unlabelled, y, noise[labelled:]).value
 
     estimate = estimator(cost, logits_unlabelled.unsqueeze(-2), step=step, context=x[labelled:], generator=generator)
     check_estimate(estimate, len(logits_unlabelled))
     if bound is None:
-        bound = model.bound(x[:labelled], features[:labelled], y_labelled.unsqueeze(0), noise[:labelled])
+        bound = model.bound(x[:labelled], features_labelled, y_labelled.unsqueeze(0), noise[:labelled])
     log_prior = -math.log(num_classes) if model.log_prior is None else (y_labelled * model.log_prior).sum(dim=-1).mean()
     labelled_bound = bound.value.mean() + log_prior
     unlabelled_bound = (estimate.value - estimate.kl).mean()
