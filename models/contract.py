@@ -78,6 +78,7 @@ class Evaluation:
     reconstruction: float
     kl_y: float | None = None
     kl_z: float | None = None
+    kl_a: float | None = None  # of models with an auxiliary a
     calibration_error: float | None = None
     log_likelihood: float | None = None
     bits_per_dimension: float | None = None  # where p(x) is a probability of whole grey levels

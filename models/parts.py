@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,9 +93,18 @@ def joined_linear(first: int, num_classes: int, out: int) -> tuple[nn.Linear, nn
     Initialised as the one layer would be: with a scale of its own, y would outweigh the rest from the start, and the
     bounds of the classes differ by tens of nats before the classifier has learned anything.
     """
-    layers = nn.Linear(first, out), nn.Linear(num_classes, out, bias=False)
-    limit = (first + num_classes) ** -0.5
-    for parameter in (layers[0].weight, layers[0].bias, layers[1].weight):
+    from_first, from_class = joined_linears([first, num_classes], out)
+    return from_first, from_class
+
+
+def joined_linears(sizes: Sequence[int], out: int) -> list[nn.Linear]:
+    """A linear layer over the concatenation of so many inputs, as layers to be added, of which the first has the bias.
+
+    Initialised as the one layer would be.
+    """
+    layers = [nn.Linear(size, out, bias=index == 0) for index, size in enumerate(sizes)]
+    limit = sum(sizes) ** -0.5
+    for parameter in (layers[0].weight, layers[0].bias, *(layer.weight for layer in layers[1:])):
         nn.init.uniform_(parameter, -limit, limit)
     return layers
 

@@ -137,7 +137,7 @@ OF_LABELS = ("data.num_labelled=", "train.batch_size_labelled=", "objective", "p
 
 
 def has_labels(known: dict[str, Any]) -> bool:
-    return bool(known["model._target_"].startswith("models.networks."))
+    return bool(known["model._target_"].startswith(("models.networks.", "models.auxiliary.")))
 
 
 # ---- spoilt ones ----
@@ -346,7 +346,7 @@ def assert_trained(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     parts = ("val_", "test_") if result["config"]["evaluation.test"] else ("val_",)
     measured = {key: value for key, value in result.items() if key.startswith(parts)}
-    if not result["config"]["model._target_"].startswith("models.networks."):
+    if not result["config"]["model._target_"].startswith(("models.networks.", "models.auxiliary.")):
         measured = {
             key: value for key, value in measured.items() if not key.endswith(("accuracy", "calibration_error"))
         }

@@ -145,7 +145,7 @@ CHOICES = [
 MODELS = {"mlp": MLP, "conv": CONV}
 MODELS |= {
     family: f"data=digits model={family} device=cpu train.log_every=1 evaluation.importance_samples=2"
-    for family in ("categorical_mlp", "categorical_two_layers", "structured_mlp")
+    for family in ("auxiliary_conv", "auxiliary_mlp", "categorical_mlp", "categorical_two_layers", "structured_mlp")
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,18 +33,16 @@ def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[dic
 
     The bound is U(x) = sum_y q(y|x) b(x, y) - KL(q(y|x) || p(y)), with one draw of z an image.
     """
-    logits = model.classifier(x)
-    q = logits.softmax(dim=-1)
-    features = model.inference.features(x)
-    bounds = [model.bound(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
-    reconstructions, kls = (
-        torch.cat(parts) for parts in zip(*((b.reconstruction, b.kl_z) for b in bounds), strict=True)
-    )
-    reconstruction, kl_z = (q.T * reconstructions).sum(dim=0), (q.T * kls).sum(dim=0)
-    kl_y = categorical_kl(logits.unsqueeze(-2), model.log_prior)
-    bound = reconstruction - kl_z - kl_y
-    terms = {"bound": bound, "reconstruction": reconstruction, "kl_z": kl_z, "kl_y": kl_y}
-    return terms, PerImage(q, bound, (reconstructions - kls).std(dim=0, correction=0))
+    logits, rest = model.infer(x, noise=noise)
+    q, rows = logits.softmax(dim=-1), rest()
+    bounds = [model.bound_at(classes, rows) for classes in class_chunks(model.num_classes, x)]
+    joined = type(bounds[0]).joined(bounds)
+    reconstruction = (q.T * joined.reconstruction).sum(dim=0)
+    kls = {name: (q.T * kl).sum(dim=0) for name, kl in joined.kls.items()}
+    kls["kl_y"] = categorical_kl(logits.unsqueeze(-2), model.log_prior)
+    bound = reconstruction - torch.stack(list(kls.values())).sum(dim=0)
+    terms = {"bound": bound, "reconstruction": reconstruction, **kls}
+    return terms, PerImage(q, bound, joined.value.std(dim=0, correction=0))
 
 
 def importance_weighted(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
@@ -58,7 +56,12 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Ten
     for noise in draws:
         parts = [model.log_weight(x, features, classes, noise) for classes in class_chunks(model.num_classes, x)]
         log_weights.append(torch.cat(parts))
-    per_class = torch.stack(log_weights).logsumexp(dim=0) - math.log(len(log_weights))
-    if model.log_prior is not None:
-        return (per_class + model.log_prior.unsqueeze(-1)).logsumexp(dim=0)
-    return per_class.logsumexp(dim=0) - math.log(model.num_classes)
+    return over_draws_and_classes(log_weights, model.log_prior)
+
+
+def over_draws_and_classes(log_weights: Sequence[Tensor], log_prior: Tensor | None) -> Tensor:
+    """log sum_y p(y) (1/S) sum_s w_ys [B], of log w [K, B], one tensor a draw."""
+    per_class = torch.stack(list(log_weights)).logsumexp(dim=0) - math.log(len(log_weights))
+    if log_prior is not None:
+        return (per_class + log_prior.unsqueeze(-1)).logsumexp(dim=0)
+    return per_class.logsumexp(dim=0) - math.log(len(per_class))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -21,24 +21,49 @@ from models.m2.objective import describe, objective
 
 @dataclass
 class Bound:
-    """b(x, y) = reconstruction - kl_z, each [S, B], in nats per image."""
+    """b(x, y) = reconstruction - kl_z [- kl_a], each [S, B], in nats per image."""
 
     reconstruction: Tensor
     kl_z: Tensor
+    kl_a: Tensor | None = None  # of models with an auxiliary a
+
+    @property
+    def kls(self) -> dict[str, Tensor]:
+        """By the names of `Evaluation`."""
+        return {"kl_z": self.kl_z} if self.kl_a is None else {"kl_z": self.kl_z, "kl_a": self.kl_a}
 
     @property
     def value(self) -> Tensor:
-        return self.reconstruction - self.kl_z
+        without_a = self.reconstruction - self.kl_z
+        return without_a if self.kl_a is None else without_a - self.kl_a
 
     def split(self, *images: int) -> list[Bound]:
         """Of so many images each, in order."""
-        parts = (part.split(images, dim=1) for part in (self.reconstruction, self.kl_z))
-        return [Bound(reconstruction, kl_z) for reconstruction, kl_z in zip(*parts, strict=True)]
+        parts = (part.split(images, dim=1) for part in (self.reconstruction, *self.kls.values()))
+        return [Bound(*part) for part in zip(*parts, strict=True)]
+
+    @classmethod
+    def joined(cls, bounds: Sequence[Bound]) -> Bound:
+        """Of one set of images at more and more y."""
+        return cls(
+            *(torch.cat(part) for part in zip(*((b.reconstruction, *b.kls.values()) for b in bounds), strict=True))
+        )
 
 
 def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """KL(N(loc, scale^2) || N(0, I)) summed over the last axis, nats (Kingma & Welling 2014, appendix B)."""
     return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+
+
+Rows = tuple[Tensor, ...]  # what a bound needs beside y, each [B, ...], a row an image
+
+
+def drawn_unless_given(noise: Tensor | None, model: Model, number: int, generator: torch.Generator | None) -> Tensor:
+    """The noise of so many images."""
+    if noise is not None:
+        return noise
+    assert generator is not None
+    return model.noise(number, generator)
 
 
 class Classifier(Protocol):
@@ -123,6 +148,34 @@ class SemiSupervisedVAE(Model):
         outputs = self.generator(y, loc + scale * noise)
         return Bound(self.likelihood.log_prob(outputs, x.flatten(1)), gaussian_kl(loc, scale))
 
+    def infer(
+        self, x: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], Rows]]:
+        """The logits [B, K] of q(y|x), and what gives the rows of these images that `bound_at` needs.
+
+        Training draws dropout, motion and noise by the generator; evaluation gives the noise [B, ...] and draws none.
+        """
+        logits = self.classifier(x, generator)
+
+        def rows() -> Rows:
+            features = self.inference.features(x)
+            return x, features, drawn_unless_given(noise, self, len(x), generator)
+
+        return logits, rows
+
+    def bound_at(self, y: Tensor, rows: Rows) -> Bound:
+        """`bound` at y [S, B, K] for images of which `infer` gave these rows."""
+        x, features, noise = rows
+        return self.bound(x, features, y, noise)
+
+    def style(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean of q(z|x,y) [S, B, Z] of images x [B, C, H, W] at y [S, B, K]."""
+        return self.inference(self.inference.features(x), y)[0]
+
+    def outputs(self, y: Tensor, z: Tensor) -> Tensor:
+        """What the likelihood reads of a picture [S, B, D] at y [S, B, K] and z [S, B, Z]."""
+        return self.generator(y, z)
+
     def log_weight(self, x: Tensor, features: Tensor, y: Tensor, noise: Tensor) -> Tensor:
         """log [p(x|y,z) p(z) / q(z|x,y)] [S, B] at the z of `bound`: its mean is b(x, y), its mean exp p(x|y)."""
         loc, scale = self.inference(features, y)
@@ -136,11 +189,11 @@ class SemiSupervisedVAE(Model):
 
     def generate(self, y: Tensor, z: Tensor) -> Tensor:
         """Mean pictures [S, B, D] in [0, 1] at y [S, B, K] and z [S, B, Z], clipped where a Gaussian's leaves that."""
-        return self.likelihood.mean(self.generator(y, z)).clamp(0, 1)
+        return self.likelihood.mean(self.outputs(y, z)).clamp(0, 1)
 
     def draw_pixels(self, y: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
         """Pictures [S, B, D] in [0, 1] drawn from p(x|y,z) at y [S, B, K] and z [S, B, Z], clipped likewise."""
-        return self.likelihood.sample(self.generator(y, z), generator).clamp(0, 1)
+        return self.likelihood.sample(self.outputs(y, z), generator).clamp(0, 1)
 
     def draw_classes(self, number: int, generator: torch.Generator) -> Tensor:
         """One-hot classes [number, K] drawn from p(y)."""
@@ -195,7 +248,7 @@ class SemiSupervisedVAE(Model):
     def embed(self, x: Tensor, q: Tensor) -> Tensor:
         """The mean of q(z|x,y) [B, Z] at the most probable y."""
         y = F.one_hot(q.argmax(dim=-1), self.num_classes).float().unsqueeze(0)
-        return self.inference(self.inference.features(x), y)[0][0]
+        return self.style(x, y)[0]
 
     def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
         return evaluation.exact_terms(self, x, noise)
@@ -223,11 +276,11 @@ class SemiSupervisedVAE(Model):
 
     def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Estimation]:
         """The logits [B, 1, K] of q(y|x), and E_q(y|x)[b(x, y)] by one draw of z's noise."""
-        logits = self.classifier(x).unsqueeze(-2)
-        features, noise = self.inference.features(x), self.noise(len(x), generator)
+        logits, rest = self.infer(x, noise=self.noise(len(x), generator))
+        logits, rows = logits.unsqueeze(-2), rest()
 
         def cost(y: Tensor) -> Tensor:
-            return self.bound(x, features, y.squeeze(-2), noise).value
+            return self.bound_at(y.squeeze(-2), rows).value
 
         def estimate(estimator: Estimator, step: int, generator: torch.Generator) -> Estimate:
             return estimator(cost, logits, step=step, context=x, generator=generator)

@@ -35,7 +35,7 @@ def objective(
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
-    logits = model.classifier(x, generator)
+    logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
@@ -43,9 +43,8 @@ def objective(
     if weights.labelled == weights.unlabelled == 0:
         j = weights.alpha * classification
         return maximised({"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
-    features = model.inference.features(x)
-    features_labelled, features_unlabelled = features.split(parts)
-    noise = model.noise(len(x), generator)
+    rows = rest()
+    rows_labelled, rows_unlabelled = zip(*(row.split(parts) for row in rows), strict=True)
     bound: Bound | None = None  # of the labelled images
 
     def cost(y: Tensor) -> Tensor:
@@ -62,15 +61,15 @@ def objective(
                 return torch.cat([of_labelled, *[of_unlabelled] * samples])
 
             classes = torch.cat([y_labelled, y.flatten(0, 1)]).unsqueeze(0)
-            both = model.bound(in_pairs(x), in_pairs(features), classes, in_pairs(noise))
+            both = model.bound_at(classes, tuple(map(in_pairs, rows)))
             bound, drawn = both.split(labelled, samples * batch)
             return drawn.value.view(samples, batch)
-        return model.bound(x[labelled:], features_unlabelled, y, noise[labelled:]).value
+        return model.bound_at(y, rows_unlabelled).value
 
     estimate = estimator(cost, logits_unlabelled.unsqueeze(-2), step=step, context=x[labelled:], generator=generator)
     check_estimate(estimate, len(logits_unlabelled))
     if bound is None:
-        bound = model.bound(x[:labelled], features_labelled, y_labelled.unsqueeze(0), noise[:labelled])
+        bound = model.bound_at(y_labelled.unsqueeze(0), rows_labelled)
     log_prior = -math.log(num_classes) if model.log_prior is None else (y_labelled * model.log_prior).sum(dim=-1).mean()
     labelled_bound = bound.value.mean() + log_prior
     unlabelled_bound = (estimate.value - estimate.kl).mean()
@@ -82,7 +81,7 @@ def objective(
         "unlabelled_bound": unlabelled_bound,
         "classification": classification,
         "kl_y": estimate.kl.mean(),
-        "kl_z": bound.kl_z.mean(),
+        **{name: kl.mean() for name, kl in bound.kls.items()},
         "reconstruction": bound.reconstruction.mean(),
         "entropy_y": entropy_y,
     }

@@ -68,8 +68,8 @@ def draw(
 def reconstructions(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
     """x [B, C, H, W] followed by p(x|y,z) at the most probable y and the mean of q(z|x,y), [2B, C, H, W]."""
     with evaluating(model):
-        y = F.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
-        loc, _ = model.inference(model.inference.features(x), y.unsqueeze(0))
+        y = F.one_hot(model.posterior(x).argmax(dim=-1), model.num_classes).float()
+        loc = model.style(x, y.unsqueeze(0))
         return torch.cat([x, model.generate(y.unsqueeze(0), loc)[0].view_as(x)])
 
 
@@ -87,8 +87,8 @@ def analogies(model: SemiSupervisedVAE, x: Tensor) -> Tensor:
     The style is the mean of q(z|x,y) at the most probable y (Kingma et al. 2014, figure 1b).
     """
     with evaluating(model):
-        y = F.one_hot(model.classifier(x).argmax(dim=-1), model.num_classes).float()
-        loc, _ = model.inference(model.inference.features(x), y.unsqueeze(0))
+        y = F.one_hot(model.posterior(x).argmax(dim=-1), model.num_classes).float()
+        loc = model.style(x, y.unsqueeze(0))
         classes = one_hot_classes(model.num_classes, len(x), x.device)
         drawn = model.generate(classes, loc.expand(model.num_classes, -1, -1)).view(-1, *x.shape)
         return torch.cat([x.unsqueeze(0), drawn]).transpose(0, 1).flatten(0, 1)
