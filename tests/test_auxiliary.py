@@ -1,0 +1,141 @@
+"""Auxiliary deep generative models, against numerical integration, M2 and enumeration."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.randomness import keyed_generator
+from models.auxiliary.model import AuxiliaryVAE
+from models.auxiliary.networks import auxiliary_conv, auxiliary_mlp
+from models.gradient_quality import gradient_quality
+from models.parts import ImageShape
+from tests.test_estimators import UNBIASED, Case, each
+
+K = 3
+SHAPE = ImageShape(1, 4, 4)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
+    """In float64, with weights so large that a, y and z matter."""
+    if kind == "mlp":
+        networks = auxiliary_mlp(
+            SHAPE, K, latent_size=size, auxiliary_size=size, hidden=5, dropout=0.0, scale="softplus", skip=skip
+        )
+    else:
+        networks = auxiliary_conv(
+            SHAPE,
+            K,
+            latent_size=size,
+            auxiliary_size=size,
+            channels=2,
+            hidden=5,
+            dropout=0,
+            scale="softplus",
+            skip=skip,
+        )
+    model = AuxiliaryVAE(networks)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4, generator=seeded(parameter.numel()))
+    return model.eval()
+
+
+def images(number: int) -> Tensor:
+    return torch.rand(number, 1, 4, 4, generator=seeded(1)).round()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [False, True])
+def test_evidence_and_bound_are_those_of_numerical_integration(skip: bool) -> None:
+    """p(x) by p's densities alone on a grid of z and a: the mean weight is it, and the mean bound below it."""
+    model, x = tiny(skip), images(2)
+    grid = torch.linspace(-6, 6, 241)
+    z = grid.view(1, -1, 1)
+    evidence = torch.zeros(2)
+    for image in range(2):
+        for k in range(K):
+            y = torch.eye(K)[k].expand(1, len(grid), K)
+            features = model.auxiliary_generator.features(x[image : image + 1])
+            features = features.expand(len(grid), -1)
+            loc, scale = model.auxiliary_generator(features, y, z)
+            p_z = torch.distributions.Normal(0, 1).log_prob(z)[..., 0].exp()
+            if not skip:  # a integrates to 1
+                log_x = model.likelihood.log_prob(model.generator(y, z), x[image].flatten())
+                evidence[image] += (p_z * log_x.exp()).sum() * 0.05 / K
+                continue
+            for value in grid:
+                a = value.expand(1, len(grid), 1)
+                log_x = model.likelihood.log_prob(model.generator(y, torch.cat([z, a], dim=-1)), x[image].flatten())
+                p_a = torch.distributions.Normal(loc, scale).log_prob(a)[..., 0].exp()
+                evidence[image] += (p_z * p_a * log_x.exp()).sum() * 0.05**2 / K
+    steps = torch.linspace(-24, 24, 241)  # so far out, as q is narrower than p
+    noise = torch.cartesian_prod(steps, steps)
+    log_density = torch.distributions.Normal(0, 1).log_prob(noise).sum(dim=-1) + 2 * math.log(0.2)
+    y = torch.eye(K).unsqueeze(1).expand(-1, len(noise), -1)
+    for image in range(2):
+        repeated = x[image].expand(len(noise), 1, 4, 4)
+        log_weights = model.log_weight_at(y, model.infer(repeated, noise=noise)[1]()) - math.log(K)
+        found = (log_weights + log_density).flatten().logsumexp(dim=0)
+        torch.testing.assert_close(found.exp(), evidence[image], rtol=1e-3, atol=0)
+        bound = (log_density.exp() * model.terms_by(repeated, noise)[0]["bound"]).sum()
+        assert bound < evidence[image].log()
+
+
+@torch.no_grad()
+def test_an_auxiliary_that_is_ignored_gives_m2_s_bound() -> None:
+    """Where p(a|x,y,z) = q(a|x) and nothing reads a, every b(x, y) is M2's, of the networks without a."""
+    model, x = tiny(size=2), images(4)
+    for layer in (model.classifier.from_auxiliary, model.inference.from_auxiliary):
+        layer.weight.zero_()
+    for head in (model.auxiliary.head, model.auxiliary_generator.head):  # type: ignore[attr-defined]
+        head.parameters_of_z.weight.zero_()
+        head.parameters_of_z.bias.fill_(0.3)
+    noise = model.noise(4, seeded(3))
+    y = torch.eye(K).unsqueeze(1).expand(-1, 4, -1)
+    bound = model.bound_at(y, model.infer(x, noise=noise)[1]())
+    assert bound.kl_a is not None
+    assert bound.kl_a.abs().max() < 1e-5
+    without = model.inference.from_image_and_class
+    loc, scale = without(without.features(x), y)
+    outputs = model.generator(y, loc + scale * noise[:, 2:])
+    normal = torch.distributions.Normal(loc, scale)
+    kl = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0, 1)).sum(dim=-1)
+    log_x = torch.distributions.Bernoulli(logits=outputs).log_prob(x.flatten(1)).sum(dim=-1)
+    torch.testing.assert_close(bound.value, log_x - kl, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_f_has_no_chance_in_it(kind: str, skip: bool) -> None:
+    model, x = tiny(skip, 2, kind).train(), images(3)
+    rows = model.infer(x, seeded(0))[1]()
+    y = torch.eye(K).unsqueeze(1).expand(-1, 3, -1)
+    together = model.bound_at(y, rows).value
+    alone = torch.cat([model.bound_at(y[k : k + 1], rows).value for k in range(K)])
+    torch.testing.assert_close(together, alone)
+    assert len({value.item() for value in together.flatten()}) == 3 * K
+
+
+@each(UNBIASED)
+def test_unbiased_estimators_are_unbiased(case: Case) -> None:
+    model, x = tiny(size=2), images(2)
+    estimator = model.prepared(case.make(), SHAPE.size)
+    found = gradient_quality(model, estimator, x, step=0, draws=60, seed=0)
+    for part in found.parts.values():
+        assert abs(part.bias_squared) < 5 * part.bias_squared_error + 1e-8
+
+
+@torch.no_grad()
+def test_class_of_an_image_depends_on_no_other() -> None:
+    model, x = tiny(size=2), images(5)
+    torch.testing.assert_close(model.posterior(x)[3:], model.posterior(x[3:]))
+    generator = keyed_generator(torch.device("cpu"), 0, "drawn")
+    assert model.sample(4, generator).shape == (4, 16)
