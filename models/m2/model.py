@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,22 @@ class Bound:
 
 def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """KL(N(loc, scale^2) || N(0, I)) summed over the last axis, nats (Kingma & Welling 2014, appendix B)."""
-    return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+    return torch.as_tensor(GaussianKL.apply(loc, scale))
+
+
+class GaussianKL(torch.autograd.Function):
+    """With its gradient written out, loc and scale - 1 / scale, in 4 operations for 11."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(loc, scale)
+        return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        return gradient * loc, gradient * scale - gradient / scale
 
 
 class Classifier(Protocol):
