@@ -26,11 +26,10 @@ ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 ENOUGH = 10  # checkpoints that a disk should have room for; events take room as well
 
 
-def save(run: Run, folder: Path) -> Path:
-    """Writes a checkpoint that `restore` goes on from to the bit. Raises Diverged rather than keep a bad number."""
-    for name, value in [*run.model.state_dict().items(), *run.estimator.state_dict().items()]:
-        raise_unless_finite(name, value.double().sum().item(), run.step)
+def state_of(run: Run) -> dict[str, Any]:
+    """What `restore` goes on from to the bit."""
     state = {
+        "step": run.step,
         "rollbacks": run.rollbacks,
         "unlooked": run.unlooked,
         "sums": run.sums,
@@ -52,7 +51,14 @@ def save(run: Run, folder: Path) -> Path:
     }
     if run.device.type == "cuda":
         state["random_state_cuda"] = torch.cuda.get_rng_state(run.device)
-    path = checkpoints.save(folder, run.step, state)
+    return state
+
+
+def save(run: Run, folder: Path) -> Path:
+    """Writes a checkpoint. Raises Diverged rather than keep a bad number."""
+    for name, value in [*run.model.state_dict().items(), *run.estimator.state_dict().items()]:
+        raise_unless_finite(name, value.double().sum().item(), run.step)
+    path = checkpoints.save(folder, run.step, state_of(run))
     free, size = shutil.disk_usage(folder).free, path.stat().st_size + _yet_to_come(run)
     if free < ENOUGH * size:
         log.warning("%s has %.1f MB left, and a checkpoint takes %.1f MB", folder, free / 1e6, size / 1e6)

@@ -61,7 +61,7 @@ class Update:
 
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         self.run, self.guard = run, guard
-        self.generator = torch.Generator(run.device)
+        self.generator = run.together.generator(run) if run.together else torch.Generator(run.device)
         self.temperatures: list[Held] = []
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
@@ -92,12 +92,16 @@ class Update:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""
         run = self.run
         batch = run.batches.take(rows, self.generator)
+        if run.together:
+            batch = run.together.own(run, *batch)
         with run.autocast(), ExitStack() as stack:
             for temperature in self.temperatures:
                 stack.enter_context(temperature)
             result = run.model.objective(run.estimator, run.weights, *batch, step=step, generator=self.generator)
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
+        if run.together:
+            run.together.average(run, result)
         self.guard.before_update(number, result.terms)
         run.optimizer.step()
         return detached(result)
