@@ -19,7 +19,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.distributed.distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import train
 from tests.runs import CONV, ESTIMATORS, MLP, ROOT, UNLABELLED, Ended, checkpoint, command, curve, resume, run
