@@ -212,7 +212,7 @@ def check_device(name: str) -> None:
     import torch
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name in ("auto", "cpu") or (cards and (name == "cuda" or int(name.removeprefix("cuda:")) < cards)):
+    if name in ("auto", "cpu") or (cards and name in ("cuda", *(f"cuda:{card}" for card in range(cards)))):
         return
     if not cards:
         raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {name}")

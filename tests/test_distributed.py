@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,11 @@ from tests.runs import CONV, ESTIMATORS, MLP, ROOT, UNLABELLED, Ended, checkpoin
 from training.distributed import Together
 from training.update import Update
 
+# Python 3.12 says that a fork has none of the threads, of which the children need none
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 fork = multiprocessing.get_context("fork")
 STEPS = " train.steps=12 evaluation.test=false train.validate_every=6 train.pictures_every=0 "
-Trouble = Callable[[], Any]  # entered in the second process, what happens to it
-
-
-def nothing() -> Any:
-    return mock.patch.dict(os.environ)
+Trouble = Callable[[], Any]  # what happens to a process, as long as it is entered
 
 
 def signalled(number: int, at: int = 5) -> Any:
@@ -58,19 +57,21 @@ def bad_images(at: int = 5) -> Any:
     return mock.patch.object(Together, "own", nan)
 
 
-def _work(rank: int, size: int, port: int, line: str, trouble: Trouble, tell: Any) -> None:
+def _work(rank: int, size: int, port: int, line: str, trouble: Trouble | None, tell: Any) -> None:
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     os.environ |= {**store, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    with trouble() if rank == 1 else nothing():
+    with trouble() if trouble else nullcontext():
         tell.send(command(train.main, line))
 
 
-def in_processes(line: str, size: int = 2, trouble: Trouble = nothing) -> list[Ended | None]:
-    """train.py in so many processes of one run; None for one that was killed."""
+def in_processes(line: str, size: int = 2, trouble: Trouble | None = None, of: int = 1) -> list[Ended | None]:
+    """train.py in so many processes of one run, `trouble` in the process `of`; None for one that was killed."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # which torchrun has
     pipes = [fork.Pipe(duplex=False) for _ in range(size)]
+    troubles = [trouble if rank == of else None for rank in range(size)]
     workers = [
-        fork.Process(target=_work, args=(rank, size, store.port, line, trouble, pipes[rank][1])) for rank in range(size)
+        fork.Process(target=_work, args=(rank, size, store.port, line, troubles[rank], pipes[rank][1]))
+        for rank in range(size)
     ]
     for worker in workers:
         worker.start()
@@ -128,18 +129,20 @@ def test_two_processes_have_the_numbers_of_one(tmp_path: Path, line: str) -> Non
 
 
 def test_a_run_goes_on_with_two_processes_and_back(tmp_path: Path) -> None:
-    """A signal to the second process stops both after the step in hand; all is written by the first one."""
+    """A signal to either stops both after the step in hand, the first time with a validation still to come."""
     line = MLP + ESTIMATORS["score_function/moving_average"] + STEPS
     run(line, tmp_path / "whole")
     run(line.replace("train.steps=12", "train.steps=3"), tmp_path / "halves")
-    trouble = partial(signalled, signal.SIGTERM)
-    ended = in_processes(f"resume={tmp_path}/halves train.steps=12", trouble=trouble)
-    assert codes(ended) == [143, 143], ended
-    assert checkpoint(tmp_path / "halves")["step"] == 6
+    for of, at in ((0, 5), (1, 8)):
+        trouble = partial(signalled, signal.SIGTERM, at)
+        ended = in_processes(f"resume={tmp_path}/halves train.steps=12", trouble=trouble, of=of)
+        assert codes(ended) == [143, 143], ended
+        state = checkpoint(tmp_path / "halves")
+        assert (state["step"], state["unlooked"]) == (at + 1, of == 0)
     assert codes(in_processes(f"resume={tmp_path}/halves", size=1)) == [0]
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
-    assert json.loads((tmp_path / "halves" / "result.json").read_text())["start_step"] == 6
-    assert len(list((tmp_path / "halves").rglob("events.out.tfevents.*"))) == 3
+    assert json.loads((tmp_path / "halves" / "result.json").read_text())["start_step"] == 9
+    assert len(list((tmp_path / "halves").rglob("events.out.tfevents.*"))) == 4
 
 
 def test_numbers_that_are_not_finite_stop_all_with_one_sentence(tmp_path: Path) -> None:

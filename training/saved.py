@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, check, typed
+from configs.check import build_optimizer, check, check_device, typed
 from configs.schema import ConfigError
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
@@ -124,6 +124,17 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.step = state["step"]
 
 
+def device_here(trained_on: str) -> dict[str, Any]:
+    """What a stored configuration must have changed where it was trained on another machine, which has more GPUs."""
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "cuda_graph": False}
+    try:
+        check_device(trained_on)
+    except ConfigError:
+        return {"device": "cuda"}
+    return {}
+
+
 def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
@@ -131,8 +142,7 @@ def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection
     program's own, or of the modules `trusted`. Raises CheckpointError, ConfigError, DataError.
     """
     state = stored_state(folder, checkpoint, trusted)
-    if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
-        state["config"] |= {"device": "cpu", "cuda_graph": False}
+    state["config"] |= device_here(state["config"]["device"])
     state["config"].setdefault("lr_factor", CONSTANT)
     config = typed(OmegaConf.create(state["config"]))
     check(config)
