@@ -264,6 +264,8 @@ def follow() -> int:
                 continue
         together.part()
         return 0
+    except KeyboardInterrupt:  # outside the training loop; the first process says it
+        return 130
     except Exception as error:
         if isinstance(error, ProcessLost):
             time.sleep(distributed.AWHILE)

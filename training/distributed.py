@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def begin(device: str) -> Together | None:
 
 def over() -> None:
     """The first process ends; where it had no run to do, the others need not wait for one."""
-    _store().compare_set(DEVICE, "", NONE)
+    with suppress(RuntimeError):  # the store may be gone already, and the others with it
+        _store().compare_set(DEVICE, "", NONE)
 
 
 def join() -> Together | None:
@@ -103,6 +105,7 @@ class Together:
         """Puts means over all processes in place of gradients, J's terms, and the estimator's moving averages.
 
         Those are means over images, and all processes have as many: the means are those of the whole minibatch.
+        What an estimator reports besides is of each process's own images.
         """
         result.terms = {name: term.detach().clone() for name, term in result.terms.items()}
         gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
