@@ -31,7 +31,7 @@ class SharedGenerator(torch.Generator):
         if rows in self.rows:
             return self.rows[rows]
         blocks = [self.labelled, self.unlabelled], [self.unlabelled], [self.labelled]
-        parts = next((parts for parts in blocks if rows % sum(parts) == 0), [rows])
+        parts = next((parts for parts in blocks if sum(parts) and rows % sum(parts) == 0), [rows])
         whole = torch.arange(self.processes * rows, device=self.device).view(-1, self.processes * sum(parts))
         of_parts = whole.split([self.processes * size for size in parts], dim=1)
         own = [part.narrow(1, self.process * size, size) for part, size in zip(of_parts, parts, strict=True)]
