@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from models.networks import ImageShape
 from training.process import choose_device, choose_precision, share_cores, tune_process
 from training.trained import Facts, build_model, spread_out
 
+if TYPE_CHECKING:
+    from training.distributed import Together
+
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]
 USUAL = 1000  # first steps, whose gradient norms tell what is usual
@@ -38,8 +41,9 @@ USUAL = 1000  # first steps, whose gradient norms tell what is usual
 class Run:
     """A run's data, model, estimator and optimizer, and the number of steps done. Raises ConfigError, DataError."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, together: Together | None = None) -> None:
         self.config = config
+        self.together = together  # with the other processes, where several share each minibatch
         self.asked: dict[str, Any] = {}  # the command line's overrides, choices and references
         self.step = 0
         self.rollbacks = 0
@@ -77,6 +81,8 @@ class Run:
             self.estimator: Estimator = prepared_estimator(config, self.model, shape.size)
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
+        if together:
+            together.share_batch_norm(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.parameters |= {f"estimator.{name}": p for name, p in self.estimator.named_parameters()}
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
@@ -236,7 +242,7 @@ class Run:
             f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
             f"{len(split.validation)} validation images (split {split.hash[:12]}); "
             f"{self.estimator.name}, {self.config.likelihood.value}, {count:,} parameters, "
-            f"{self.device}, {self.precision}"
+            f"{self.device}, {self.precision}{f', {self.together.size} processes' if self.together else ''}"
         )
 
     @property

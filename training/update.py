@@ -62,7 +62,7 @@ class Update:
 
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         self.run, self.guard = run, guard
-        self.generator = torch.Generator(run.device)
+        self.generator = run.together.generator(run) if run.together else torch.Generator(run.device)
         self.temperatures: list[Held] = []
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
@@ -94,6 +94,8 @@ class Update:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""
         run = self.run
         batch = run.batches.take(rows, self.generator)
+        if run.together:
+            batch = run.together.own(run, *batch)
         with run.autocast(), self.half or nullcontext(), ExitStack() as stack:
             for temperature in self.temperatures:
                 stack.enter_context(temperature)
@@ -102,6 +104,8 @@ class Update:
         result.loss.backward()
         if self.half:
             self.half.hand_over_gradients()
+        if run.together:
+            run.together.average(run, result)
         self.guard.before_update(number, result.terms)
         run.optimizer.step()
         return detached(result)

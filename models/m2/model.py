@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from estimators.contract import Estimate, Estimator
+from estimators.shared import drawn
 from models import contract
 from models.contract import Alarm, Estimation, Evaluation, Model, Objective, PerImage, Weights
 from models.likelihoods import Bernoulli, Likelihood
@@ -147,7 +148,11 @@ class SemiSupervisedVAE(Model):
 
     def noise(self, number: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [number, Z] for z, a row an image."""
-        return torch.randn(number, self.latent_size, device=generator.device, generator=generator)
+
+        def normal(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, device=generator.device, generator=generator)
+
+        return drawn(normal, (number, self.latent_size), 0, generator)
 
     def generate(self, y: Tensor, z: Tensor) -> Tensor:
         """Mean pictures [S, B, D] in [0, 1] at y [S, B, K] and z [S, B, Z], clipped where a Gaussian's leaves that."""
