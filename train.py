@@ -58,18 +58,18 @@ def train(run: Run, report: Report, folder: Path) -> int:
             report.add(result, guard.norm)
 
             run.unlooked, last = any(looks_due(run)), done == settings.steps
-            is_saved = done % settings.checkpoint_every == 0 or last or run.unlooked
+            save_is_due = done % settings.checkpoint_every == 0 or last or run.unlooked
             with others_told(run, interruption):
                 if done % settings.log_every == 0 or last:
                     guard.raise_if_diverged()
                     report.log_step(done)
-                if is_saved:
+                if save_is_due:
                     guard.raise_if_diverged()
                     save(run, report, folder)
                 if run.unlooked:
                     look(run, report, folder, interruption)
             if interruption.exit_code:
-                if not is_saved:
+                if not save_is_due:
                     guard.raise_if_diverged()
                     save(run, report, folder)
                 return stopped(run, folder, interruption)
