@@ -50,8 +50,8 @@ def bad_images(at: int = 5) -> Any:
     """The process's images are no numbers in a step."""
     own, calls = Together.own, iter(range(1000))
 
-    def nan(self: Together, run: Any, x: torch.Tensor, y: torch.Tensor) -> Any:
-        x, y = own(self, run, x, y)
+    def nan(self: Together, x: torch.Tensor, y: torch.Tensor) -> Any:
+        x, y = own(self, x, y)
         return (x * torch.nan if next(calls) == at else x), y
 
     return mock.patch.object(Together, "own", nan)

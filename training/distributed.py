@@ -11,9 +11,10 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,6 @@ from configs.check import number_of_processes
 from estimators.shared import SharedGenerator
 from models.contract import Objective
 from training.interruption import ProcessLost
-
-if TYPE_CHECKING:
-    from training.run import Run
 
 NO_LIMIT = timedelta(days=365)  # while the first process looks, or writes; one that is no more is noticed at once
 DEVICE, SAID, NONE = "catvae/device", "catvae/said", "none"
@@ -90,26 +88,25 @@ class Together:
 
     # ---- a step ----
 
-    def generator(self, run: Run) -> SharedGenerator:
-        """Draws the whole minibatch's noise, of which a process has the rows of its images."""
-        sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
-        return SharedGenerator(run.device, self.rank, self.size, *(size // self.size for size in sizes))
+    def generator(self, device: torch.device, *sizes: int) -> SharedGenerator:
+        """Draws the noise of a whole minibatch of so many labelled and unlabelled images, each process its own rows."""
+        return SharedGenerator(device, self.rank, self.size, *(size // self.size for size in sizes))
 
-    def own(self, run: Run, x: Tensor, y_labelled: Tensor) -> tuple[Tensor, Tensor]:
+    def own(self, x: Tensor, y_labelled: Tensor) -> tuple[Tensor, Tensor]:
         """This process's part of the minibatch's images x [L + U, C, H, W] and labels [L, K]."""
         labelled = len(y_labelled)
         parts = (part.chunk(self.size)[self.rank] for part in (x[:labelled], x[labelled:]) if len(part))
         return torch.cat(list(parts)), y_labelled.tensor_split(self.size)[self.rank]
 
-    def average(self, run: Run, result: Objective) -> None:
+    def average(self, parameters: Iterable[Tensor], estimator: nn.Module, result: Objective) -> None:
         """Puts means over all processes in place of gradients, J's terms, and the estimator's moving averages.
 
         Those are means over images, and all processes have as many: the means are those of the whole minibatch.
         What an estimator reports besides is of each process's own images.
         """
         result.terms = {name: term.detach().clone() for name, term in result.terms.items()}
-        gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
-        buffers = [buffer for buffer in run.estimator.buffers() if buffer.is_floating_point()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        buffers = [buffer for buffer in estimator.buffers() if buffer.is_floating_point()]
         numbers = [*gradients, *buffers, *result.terms.values()]
         flat = torch.cat([number.reshape(-1) for number in numbers])
         add_up(flat)

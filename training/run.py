@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,11 +27,9 @@ from models.evaluation import evaluate
 from models.gradient_quality import Measurement, gradient_quality
 from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
+from training.distributed import Together
 from training.process import choose_device, choose_precision, share_cores, tune_process
 from training.trained import Facts, build_model, spread_out
-
-if TYPE_CHECKING:
-    from training.distributed import Together
 
 log = logging.getLogger("catvae")
 Part = Literal["val", "test", "labelled", "unlabelled"]

@@ -18,10 +18,8 @@ from training.half import HalfWeights
 from training.run import Run
 
 log = logging.getLogger("catvae")
-NEEDS_GENERATORS = tuple(map(int, torch.__version__.split(".")[:2])) < (
-    2,
-    14,
-)  # to be told of; a no-op that warns since
+# a recording has to be told of its generators; a no-op that warns since
+NEEDS_GENERATORS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 WARM_UP = 3  # steps before one is recorded, in which libraries allocate what they need
 
 
@@ -62,7 +60,10 @@ class Update:
 
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         self.run, self.guard = run, guard
-        self.generator = run.together.generator(run) if run.together else torch.Generator(run.device)
+        self.generator = torch.Generator(run.device)
+        if run.together:
+            sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
+            self.generator = run.together.generator(run.device, *sizes)
         self.temperatures: list[Held] = []
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
@@ -95,7 +96,7 @@ class Update:
         run = self.run
         batch = run.batches.take(rows, self.generator)
         if run.together:
-            batch = run.together.own(run, *batch)
+            batch = run.together.own(*batch)
         with run.autocast(), self.half or nullcontext(), ExitStack() as stack:
             for temperature in self.temperatures:
                 stack.enter_context(temperature)
@@ -105,7 +106,7 @@ class Update:
         if self.half:
             self.half.hand_over_gradients()
         if run.together:
-            run.together.average(run, result)
+            run.together.average(run.parameters.values(), run.estimator, result)
         self.guard.before_update(number, result.terms)
         run.optimizer.step()
         return detached(result)
