@@ -8,7 +8,9 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from configs.check import COMPOSING_ERRORS, refuse, typed
+from configs.check import COMPOSING_ERRORS, is_follower, number_of_processes, refuse, typed
 from configs.schema import Config, ConfigError
 from configs.trust import take_trusted
 from configs.wording import explain, explain_group, print_anywhere
@@ -25,6 +27,7 @@ from data.facts import DataError
 from training.resume import references, resume_arguments, resume_command
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
+    from training.distributed import Together
     from training.interruption import Interruption
     from training.report import Report
     from training.run import Run
@@ -45,7 +48,8 @@ def train(run: Run, report: Report, folder: Path) -> int:
     update = ReplayedUpdate(run, guard) if run.config.cuda_graph else Update(run, guard)
     with Interruption() as interruption:
         if run.unlooked:
-            look(run, report, folder, interruption)
+            with others_told(run, interruption):
+                look(run, report, folder, interruption)
             if interruption.exit_code:
                 return stopped(run, folder, interruption)
         for step in range(run.step, settings.steps):
@@ -54,17 +58,56 @@ def train(run: Run, report: Report, folder: Path) -> int:
             report.add(result, guard.norm)
 
             run.unlooked, last = any(looks_due(run)), done == settings.steps
-            if done % settings.log_every == 0 or last:
-                guard.raise_if_diverged()
-                report.log_step(done)
-            if done % settings.checkpoint_every == 0 or last or run.unlooked or interruption.exit_code:
-                guard.raise_if_diverged()
-                save(run, report, folder)
-            if run.unlooked:
-                look(run, report, folder, interruption)
+            save_is_due = done % settings.checkpoint_every == 0 or last or run.unlooked
+            with others_told(run, interruption):
+                if done % settings.log_every == 0 or last:
+                    guard.raise_if_diverged()
+                    report.log_step(done)
+                if save_is_due:
+                    guard.raise_if_diverged()
+                    save(run, report, folder)
+                if run.unlooked:
+                    look(run, report, folder, interruption)
             if interruption.exit_code:
+                if not save_is_due:
+                    guard.raise_if_diverged()
+                    save(run, report, folder)
                 return stopped(run, folder, interruption)
     return 0
+
+
+@contextmanager
+def others_told(run: Run, interruption: Interruption) -> Iterator[None]:
+    """What the first process of a run does between steps, while others wait; then all go on, or stop, alike."""
+    from training.divergence import Diverged
+
+    try:
+        yield
+    except Diverged:
+        if run.together:
+            run.together.agree(run.together.DIVERGED)
+        raise
+    if run.together and (code := run.together.agree(interruption.exit_code or 0)):
+        interruption.heed(code)
+
+
+def train_along(run: Run) -> int:
+    """The same steps in a process that neither writes nor looks; returns the exit code."""
+    from training.divergence import Diverged, FiniteGuard
+    from training.interruption import Interruption
+    from training.update import Update
+
+    assert run.together
+    update = Update(run, FiniteGuard(run.optimizer, run.parameters, run.device))
+    with Interruption() as interruption:
+        code = run.together.agree(0) if run.unlooked else 0
+        while run.step < run.config.train.steps and not code:
+            update(run.step)
+            run.step += 1
+            code = run.together.agree(interruption.exit_code or 0)
+        if code == run.together.DIVERGED:
+            raise Diverged
+    return code
 
 
 def save(run: Run, report: Report, folder: Path) -> None:
@@ -125,10 +168,12 @@ def look(run: Run, report: Report, folder: Path, interruption: Interruption) -> 
 
 def run_job(config: DictConfig, folder: Path) -> int:
     """One run, from its configuration to result.json; returns the exit code."""
+    from training.distributed import begin
     from training.run_folder import locked
 
+    checked = typed(config)
     with locked(folder):
-        return run_in(folder, typed(config), asked_for(config))
+        return run_in(folder, checked, asked_for(config), begin(checked.device))
 
 
 def asked_for(config: DictConfig) -> dict[str, Any]:
@@ -146,8 +191,8 @@ def asked_for(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
-    """A run in a folder that no other process trains in; returns the exit code."""
+def run_in(folder: Path, checked: Config, asked: dict[str, Any], together: Together | None) -> int:
+    """A run in a folder that no other process writes to, trained with others, if any; returns the exit code."""
     from training import saved
     from training.checkpoints import prune
     from training.divergence import Diverged
@@ -156,21 +201,28 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
     from training.result import finish, is_finished
     from training.run import Run
     from training.run_folder import SPLIT, write_json
+    from training.state import plain
 
     with threads_kept():
-        run = Run(checked)
+        if together:
+            together.tell({"config": plain(checked), "folder": str(folder)})
+        run = Run(checked, together)
         run.asked = asked  # which a checkpoint has from the run's beginning
         if checked.resume:
             saved.restore_newest(run, folder)
             prune(folder)  # a run that was killed right after saving has one too many
             if is_finished(folder, checked):
                 log.info("%s is finished already, and stays as it is", folder)
+                if together:
+                    together.tell({})
                 return 0
         else:
             write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
             saved.save(run, folder)
         with Report(run, folder) as report:
             while True:
+                if together:
+                    together.tell(saved.state_of(run))
                 try:
                     code = train(run, report, folder)
                     break
@@ -179,7 +231,47 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any]) -> int:
                     report.roll_back(run.step)
             if code == 0:
                 finish(run, report, folder)
+        if together:
+            together.part()
         return code
+
+
+def follow() -> int:
+    """What a process does that is not the first of its run; returns the exit code.
+
+    The first one tells the configuration, the state to start from, and whether there is anything to do.
+    """
+    from training import distributed, saved
+    from training.divergence import Diverged
+    from training.interruption import ProcessLost
+    from training.run import Run
+
+    os.environ["TQDM_DISABLE"] = "1"
+    log.disabled = True  # the first process has said it
+    told: dict[str, Any] = {}
+    try:
+        if not (together := distributed.join()):
+            return 0
+        told = together.tell(None)
+        run = Run(typed(OmegaConf.create(told["config"])), together)
+        while state := together.tell(None):
+            saved.restore(run, state)
+            try:
+                code = train_along(run)
+                together.part()
+                return code
+            except Diverged:
+                continue
+        together.part()
+        return 0
+    except KeyboardInterrupt:  # outside the training loop; the first process says it
+        return 130
+    except Exception as error:
+        if isinstance(error, ProcessLost):
+            time.sleep(distributed.AWHILE)
+        if not distributed.says():
+            return 1
+        return ended_by(error, OmegaConf.create(told.get("config", {})), Path(told.get("folder", ".")))
 
 
 def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
@@ -188,6 +280,7 @@ def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
     from models.evaluation import OutOfMemoryError
     from training.checkpoints import CheckpointError
     from training.divergence import Diverged
+    from training.interruption import ProcessLost
 
     if isinstance(error, OutOfMemoryError):
         way_on = f"go on with: {way_to_resume(config, folder)} evaluation.batch_size=NUMBER"
@@ -196,6 +289,12 @@ def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
     if isinstance(error, (ConfigError, DataError, CheckpointError, ContractError, Diverged)):
         errors.error("catvae: %s", error)
         return 3 if isinstance(error, Diverged) else 2
+    if isinstance(error, ProcessLost):
+        way_on = "start it again"
+        if is_saved(folder):
+            way_on = f"what was saved is whole: go on with: {way_to_resume(config, folder)}"
+        errors.error("catvae: another process of this run has ended, and the run with it; %s", way_on)
+        return 1
     if isinstance(error, OSError):  # a full disk, a folder that may not be written to any more
         way_on = "mend that and start again"
         if is_saved(folder):
@@ -235,11 +334,20 @@ def ending(config: DictConfig, folder: Path) -> tuple[int, str]:
     try:
         return run_job(config, folder), ""
     except Exception as error:
-        return ended_by(error, config, folder), str(error)
+        return (ended_by(error, config, folder) if is_to_say() else 1), str(error)
     except (KeyboardInterrupt, SystemExit):  # outside the training loop, which would have taken a checkpoint first
-        if is_saved(folder):
+        if is_to_say() and is_saved(folder):
             log.warning("stopped; go on with: %s", way_to_resume(config, folder))
         raise
+
+
+def is_to_say() -> bool:
+    """Whether this process tells what ended the run: of several, the first that asks."""
+    if number_of_processes() == 1:
+        return True
+    from training.distributed import says
+
+    return says()
 
 
 def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
@@ -281,6 +389,8 @@ def main() -> None:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         try:
+            if is_follower():
+                sys.exit(follow())
             sys.argv[1:] = resume_arguments(*take_trusted(sys.argv[1:]))
         except ConfigError as error:
             refuse(str(error))
@@ -298,6 +408,11 @@ def main() -> None:
         if isinstance(error, TypeError) and (sentence := explain_group(sys.argv[1:])):
             refuse(sentence)
         raise
+    finally:
+        if number_of_processes() > 1 and not is_follower():
+            from training.distributed import over
+
+            over()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -211,7 +212,7 @@ def check_device(name: str) -> None:
     import torch
 
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name in ("auto", "cpu") or (cards and (name == "cuda" or int(name.removeprefix("cuda:")) < cards)):
+    if name in ("auto", "cpu") or (cards and name in ("cuda", *(f"cuda:{card}" for card in range(cards)))):
         return
     if not cards:
         raise ConfigError(f"device must be auto or cpu where PyTorch finds no CUDA device, got {name}")
@@ -219,11 +220,41 @@ def check_device(name: str) -> None:
     raise ConfigError(f"device must be one of auto, cpu, cuda, {seen}, got {name}")
 
 
+def number_of_processes() -> int:
+    """How many share this run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
+
+
+def is_follower() -> bool:
+    """Whether another process of this run, the first, reads the command line and writes."""
+    return number_of_processes() > 1 and os.environ["RANK"] != "0"
+
+
+def check_processes(config: Config) -> None:
+    """Raises ConfigError for what several processes of one run cannot do."""
+    import torch
+
+    if (processes := number_of_processes()) == 1:
+        return
+    for part in ("labelled", "unlabelled"):
+        key = f"train.batch_size_{part}"
+        if (size := getattr(config.train, f"batch_size_{part}")) % processes:
+            raise ConfigError(f"{key} must be divisible by the {processes} processes that share it, got {size}")
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda where processes take a GPU each, got {config.device}")
+    if config.cuda_graph:
+        raise ConfigError("cuda_graph must be false in a run of several processes, got true")
+    here, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if config.device != "cpu" and torch.cuda.is_available() and here > cards:
+        raise ConfigError(f"torchrun --nproc-per-node must be at most the {cards} GPUs that are seen, got {here}")
+
+
 def check_machine(config: Config) -> None:
     """Finds the device and the data, downloaded if need be. Raises ConfigError, DataError."""
     import torch
 
     check_device(config.device)
+    check_processes(config)
     if config.cuda_graph and (config.device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("cuda_graph must be false where no CUDA device trains, got true")
     if config.cuda_graph and not config.optimizer.get("fused"):

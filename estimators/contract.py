@@ -187,8 +187,8 @@ def categorical_kl(logits: Tensor, log_prior: Tensor | None = None) -> Tensor:
     `log_prior` is as an estimator's.
     """
     if log_prior is None:
-        return (math.log(logits.shape[-1]) - entropy(logits)).sum(dim=-1)
-    return (-entropy(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)).sum(dim=-1)
+        return (expected_log_q(logits) + math.log(logits.shape[-1])).sum(dim=-1)
+    return (expected_log_q(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)).sum(dim=-1)
 
 
 def log_ratio(logits: Tensor, y: Tensor, log_prior: Tensor | None = None) -> Tensor:
@@ -207,5 +207,10 @@ def log_mean_exp(log_w: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """H(q) = -sum_k q_k log q_k [...] in nats, of each variable, from logits [..., K]; 0 log 0 = 0."""
+    return -expected_log_q(logits)
+
+
+def expected_log_q(logits: Tensor) -> Tensor:
+    """E_q[log q] = -H(q) [...] in nats, of each variable, from logits [..., K]."""
     log_q = log_probabilities(logits)
-    return -(log_q.exp() * log_q).sum(dim=-1)
+    return (log_q.exp() * log_q).sum(dim=-1)

@@ -49,7 +49,7 @@ class SumAndSample(Estimator):
         classes = one_hot(joint, num_classes)
         rest = 1 - classes.sum(dim=0)
         if num_exact < num_classes:
-            noise = gumbel(tuple(log_q.shape), generator=generator)
+            noise = gumbel(tuple(log_q.shape), generator=generator, rows=0)
             drawn = (log_q.detach() + noise).masked_fill(rest == 0, -math.inf).argmax(dim=-1)
             joint = torch.cat([joint, drawn.unsqueeze(0)])
             classes = torch.cat([classes, one_hot(drawn, num_classes).unsqueeze(0)])
@@ -97,7 +97,7 @@ class UnorderedSet(Estimator):
         log_q = outer(log_probabilities(logits))
         size = min(self.num_samples, log_q.shape[-1])
         fixed = log_q.detach().double()
-        noise = gumbel(tuple(log_q.shape), generator=generator)
+        noise = gumbel(tuple(log_q.shape), generator=generator, rows=0)
         drawn = (log_q.detach() + noise).topk(size, dim=-1).indices
         costs = f(classes_of(drawn.T, *logits.shape[1:]))
         members = fixed.gather(-1, drawn).T

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from estimators.shared import drawn
+
 Temperature = float | Tensor  # a tensor [] where it is read on the device
 TINY = torch.finfo(torch.float32).tiny
 LOG_ZERO = -1e6  # stands for log 0: far below any log-probability of use, and finite after division by tau
@@ -24,10 +26,17 @@ def log_of(temperature: Temperature) -> Temperature:
     return temperature.log() if isinstance(temperature, Tensor) else math.log(temperature)
 
 
-def gumbel(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise g = -log(E), E ~ Exponential(1), always finite, on the generator's device."""
-    exponential = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+def gumbel(shape: tuple[int, ...], *, generator: torch.Generator, rows: int = -3) -> Tensor:
+    """Standard Gumbel noise g = -log(E), E ~ Exponential(1), always finite, on the generator's device.
+
+    Dimension `rows` of the shape is the images of the minibatch.
+    """
+    exponential = drawn(lambda shape: _exponential(shape, generator), shape, rows, generator)
     return -exponential.clamp(min=TINY).log()
+
+
+def _exponential(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.empty(shape, device=generator.device).exponential_(generator=generator)
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:

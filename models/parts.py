@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.randomness import random_int16
+from estimators.shared import drawn
 
 
 def positive(name: str, size: int) -> None:
@@ -48,7 +49,8 @@ class Dropout(nn.Module):
     def forward(self, input: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is None or self.kept == 2**16:
             return input
-        mask = random_int16(input.shape, generator) < self.kept - 2**15
+        chance = drawn(lambda shape: random_int16(torch.Size(shape), generator), input.shape, 0, generator)
+        mask = chance < self.kept - 2**15
         return input * mask.to(input.dtype).mul_(2**16 / self.kept)
 
 
@@ -73,7 +75,10 @@ class RandomMotion(nn.Module):
         if generator is None or not (self.rotation or self.shift):
             return x
         batch, channels, height, width = x.shape
-        chance = 2 * torch.rand(3, batch, 1, 1, device=x.device, generator=generator) - 1
+        uniform = drawn(
+            lambda shape: torch.rand(shape, device=x.device, generator=generator), (3, batch, 1, 1), 1, generator
+        )
+        chance = 2 * uniform - 1
         angle = chance[0] * math.radians(self.rotation)
         right = chance[1] * math.ceil(round(self.shift * width, 6))
         down = chance[2] * math.ceil(round(self.shift * height, 6))

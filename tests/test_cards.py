@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from configs.check import check_device
-from configs.schema import ConfigError
+from configs.check import check_device, check_processes
+from configs.schema import Config, ConfigError
 from training import run_folder
 from training.process import choose_device, take_card, tune_process
+from training.saved import device_here
 
 
 @pytest.fixture
@@ -74,6 +77,32 @@ def test_a_card_that_is_not_there_is_refused(used: list[int]) -> None:
         check_device(name)
     with pytest.raises(ConfigError, match=r"one of auto, cpu, cuda, cuda:0, cuda:1, cuda:2, got cuda:3"):
         check_device("cuda:3")
+
+
+def test_processes_of_one_run_take_a_card_each(used: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(**given: Any) -> Config:
+        sizes = SimpleNamespace(batch_size_labelled=0, batch_size_unlabelled=60)
+        return cast(Config, SimpleNamespace(train=sizes, **{"device": "auto", "cuda_graph": False} | given))
+
+    for name, value in {"RANK": "2", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes(config())  # six on two machines of three cards
+    with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
+        check_processes(config(device="cuda:1"))
+    with pytest.raises(ConfigError, match="cuda_graph must be false in a run of several processes"):
+        check_processes(config(cuda_graph=True))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match="at most the 3 GPUs that are seen, got 6"):
+        check_processes(config())
+
+
+def test_scripts_on_a_run_of_a_card_that_is_not_there_use_another(
+    used: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert device_here("cuda:2") == device_here("cuda") == device_here("auto") == device_here("cpu") == {}
+    assert device_here("cuda:3") == {"device": "cuda"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_here("cuda:2") == {"device": "cpu", "cuda_graph": False}
 
 
 def test_float32_is_not_rounded_to_tf32() -> None:

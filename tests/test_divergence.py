@@ -219,8 +219,8 @@ def said_by_the_command(plant: Plant, tmp_path: Path) -> str:
     made: list[Run] = []
     make = Run.__init__
 
-    def remember(self: Run, config: Config) -> None:
-        make(self, config)
+    def remember(self: Run, config: Config, *others: Any) -> None:
+        make(self, config, *others)
         made.append(self)
 
     with before_the_third_step(plant, made), mock.patch.object(Run, "__init__", remember):

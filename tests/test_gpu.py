@@ -18,9 +18,9 @@ from scripts.benchmark import compose_run
 from scripts.gradient_quality import all_names
 from tests.runs import resume
 from tests.runs import run as run_line
+from tests.test_update import assert_replayed_is_the_same
 from training import checkpoints
 from training.divergence import Diverged, FiniteGuard
-from training.run import Run
 from training.update import ReplayedUpdate, Update
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -31,33 +31,10 @@ UNLABELLED = "data=digits data.num_validation=200 data.binarization=fixed device
 LINES = {"mlp": MLP, "conv": CONV}
 
 
-def trained(line: str, estimator: str, kind: type[Update], steps: int = 12) -> tuple[Run, list[dict[str, float]]]:
-    run = compose_run(line.split(), estimator)
-    guard = FiniteGuard(run.optimizer, run.parameters, run.device)
-    update, terms = kind(run, guard), []
-    for step in range(steps):
-        result = update(step)
-        run.step = step + 1
-        run.add(result, guard.norm)
-        terms.append({name: term.item() for name, term in result.terms.items()})
-    guard.raise_if_diverged()
-    return run, terms
-
-
-def assert_same(one: Run, other: Run) -> None:
-    for mine, yours in ((one.model, other.model), (one.estimator, other.estimator)):
-        for name, value in mine.state_dict().items():
-            assert torch.equal(value, yours.state_dict()[name]), name
-
-
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
 @pytest.mark.parametrize("estimator", all_names())
 def test_a_replayed_step_has_the_bits_of_one_that_is_run(estimator: str, line: str) -> None:
-    line += " deterministic=true"
-    (run, once), (replayed, again) = (trained(line, estimator, kind) for kind in (Update, ReplayedUpdate))
-    assert once == again
-    assert_same(run, replayed)
-    assert all(math.isfinite(value) for terms in once for value in terms.values())
+    assert_replayed_is_the_same(f"{line} deterministic=true", estimator)
 
 
 @pytest.mark.parametrize("kind", [Update, ReplayedUpdate])
@@ -83,13 +60,11 @@ def test_no_step_waits_for_the_device_or_warns(estimator: str, kind: type[Update
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_every_optimizer_is_recorded(optimizer: str) -> None:
-    line = f"{MLP} optimizer={optimizer} deterministic=true"
-    assert_same(*(trained(line, "gumbel_softmax", kind)[0] for kind in (Update, ReplayedUpdate)))
+    assert_replayed_is_the_same(f"{MLP} optimizer={optimizer} deterministic=true", "gumbel_softmax")
 
 
 def test_a_model_without_labels_is_recorded() -> None:
-    line = f"{UNLABELLED} deterministic=true"
-    assert_same(*(trained(line, "concrete", kind)[0] for kind in (Update, ReplayedUpdate)))
+    assert_replayed_is_the_same(f"{UNLABELLED} deterministic=true", "concrete")
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)

@@ -465,6 +465,15 @@ def test_gaussian_kl_agrees_with_torch() -> None:
     assert gaussian_kl(torch.zeros(1, 4), torch.ones(1, 4)).item() == 0
 
 
+def test_the_gradient_of_gaussian_kl_and_its_own_are_those_of_finite_differences() -> None:
+    """RELAX and REBAR differentiate the gradient."""
+    random = torch.Generator().manual_seed(0)
+    loc = torch.randn(2, 3, 4, dtype=torch.float64, generator=random).requires_grad_()
+    scale = (torch.rand(2, 3, 4, dtype=torch.float64, generator=random) + 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(gaussian_kl, (loc, scale))
+    assert torch.autograd.gradgradcheck(gaussian_kl, (loc, scale))
+
+
 def test_log_likelihood_agrees_with_torch_and_is_finite_at_extreme_logits() -> None:
     logits = torch.tensor([-1e30, -1e4, -100.0, -20.5, -1.0, 0.0, 0.1, 19.5, 20.5, 100.0, 1e4, 1e30])
     for pixel in (0.0, 1.0, 0.3):

@@ -18,9 +18,10 @@ from estimators.gumbel_softmax import GumbelSoftmax
 from models.contract import Objective
 from scripts.benchmark import compose_run, time_in_a_row
 from scripts.gradient_quality import all_names
-from tests.runs import CONV, MLP, ROOT, SLOWLY, run
+from tests.runs import CONV, FAMILIES, MLP, ROOT, SLOWLY, run
 from training import update
 from training.divergence import Diverged, FiniteGuard
+from training.half import HalfWeights
 from training.run import Run
 
 aten = torch.ops.aten
@@ -156,6 +157,39 @@ def test_a_step_is_recorded_anew_when_what_an_estimator_does_has_changed(
     assert len(recordings) == recorded
     said = [message for message in caplog.messages if "cuda_graph=true records no step" in message]
     assert len(said) == (recorded == 0)
+
+
+class Half(update.Update):
+    """As a GPU has it."""
+
+    def __init__(self, run: Run, guard: FiniteGuard) -> None:
+        super().__init__(run, guard)
+        self.half = HalfWeights(run.model)
+
+
+@pytest.mark.parametrize("line", [MLP, FAMILIES["categorical_mlp"]], ids=["mlp", "without labels"])
+@pytest.mark.parametrize("estimator", ["gumbel_softmax", "score_function"])
+def test_weights_rounded_at_once_give_the_bits_of_autocast(line: str, estimator: str) -> None:
+    line = f"{line} precision=bf16"
+    (run_once, once), (other, again) = (trained(kind, line, estimator) for kind in (update.Update, Half))
+    assert once == again
+    for name, value in run_once.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    assert all(parameter.dtype == torch.float32 for parameter in other.model.parameters())
+
+
+@pytest.mark.parametrize("line", [MLP, CONV], ids=["mlp", "conv"])
+@pytest.mark.parametrize("estimator", ["marginalization", "relax"])
+def test_gradients_of_weights_rounded_at_once_are_those_of_autocast_to_rounding(line: str, estimator: str) -> None:
+    """Where one weight has several uses, their gradients add up in bf16."""
+    found = []
+    for kind in (update.Update, Half):
+        made = compose_run([*line.split(), "precision=bf16"], estimator)
+        kind(made, FiniteGuard(made.optimizer, made.parameters, made.device))(0)
+        found.append({name: p.grad for name, p in made.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert (gradient - found[1][name]).norm() <= 0.02 * gradient.norm(), name
 
 
 def test_the_learning_rate_of_a_replayed_step_is_the_step_s(recordings: list[Recording]) -> None:

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.check import COMPOSING_ERRORS, check, check_machine, refuse, typed
+from configs.check import COMPOSING_ERRORS, check, check_machine, number_of_processes, refuse, typed
 from configs.schema import Config, ConfigError
 from configs.wording import explain, has_a_comma
 from data.facts import DataError
@@ -44,6 +44,11 @@ class CheckBeforeWork(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         is_search = _is_search(config)
         with _refusing():
+            if number_of_processes() > 1:
+                raise ConfigError(
+                    "-m must be left out under torchrun, which is for one run; hydra/launcher=joblib deals the jobs of "
+                    "a sweep over the GPUs"
+                )
             if config.get("resume") is not None:
                 raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
             if is_search:

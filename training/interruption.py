@@ -15,6 +15,10 @@ IN_SLURM = "SLURM_JOB_ID"  # which warns by several signals, minutes apart, and 
 ONE_STOP = 2.0  # seconds in which several are one: a scheduler sends a signal to a process and to its group
 
 
+class ProcessLost(Exception):
+    """Another process of this run is no more."""
+
+
 class Interrupted(Exception):
     """Work was left off because of a signal."""
 
@@ -31,9 +35,9 @@ class Interruption:
         self._previous = {number: signal.signal(number, self._remember) for number in heeded}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
+        for number, handler in self._previous.items():  # torchrun ends all processes of a run once it has lost one
+            signal.signal(number, signal.SIG_IGN if isinstance(error, ProcessLost) else handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
@@ -43,6 +47,10 @@ class Interruption:
         elif time.monotonic() - self._first > ONE_STOP:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def heed(self, code: int) -> None:
+        """Stops as if there had been the signal of an exit code, which another process of the run was sent."""
+        self.signal = self.signal or code - 128
 
     def check(self) -> None:
         """Raises Interrupted if there was a signal: for work that takes longer than a person waits."""

@@ -27,6 +27,7 @@ from models.evaluation import evaluate
 from models.gradient_quality import Measurement, gradient_quality
 from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
+from training.distributed import Together
 from training.process import choose_device, choose_precision, share_cores, tune_process
 from training.trained import Facts, build_model, spread_out
 
@@ -38,8 +39,9 @@ USUAL = 1000  # first steps, whose gradient norms tell what is usual
 class Run:
     """A run's data, model, estimator and optimizer, and the number of steps done. Raises ConfigError, DataError."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, together: Together | None = None) -> None:
         self.config = config
+        self.together = together  # with the other processes, where several share each minibatch
         self.asked: dict[str, Any] = {}  # the command line's overrides, choices and references
         self.step = 0
         self.rollbacks = 0
@@ -77,6 +79,8 @@ class Run:
             self.estimator: Estimator = prepared_estimator(config, self.model, shape.size)
         share_cores(shape.size * (config.train.batch_size_labelled + config.train.batch_size_unlabelled))
         self.model.to(memory_format=torch.channels_last)
+        if together:
+            together.share_batch_norm(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.parameters |= {f"estimator.{name}": p for name, p in self.estimator.named_parameters()}
         self.optimizer = build_optimizer(config, list(self.parameters.values()))
@@ -236,7 +240,7 @@ class Run:
             f"{self.config.data.name}: {len(split.labelled)} labelled, {len(split.unlabelled)} unlabelled, "
             f"{len(split.validation)} validation images (split {split.hash[:12]}); "
             f"{self.estimator.name}, {self.config.likelihood.value}, {count:,} parameters, "
-            f"{self.device}, {self.precision}"
+            f"{self.device}, {self.precision}{f', {self.together.size} processes' if self.together else ''}"
         )
 
     @property

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from configs.check import build_optimizer, check, typed
+from configs.check import build_optimizer, check, check_device, typed
 from configs.schema import ConfigError
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
@@ -26,11 +26,10 @@ ROLLBACKS = 5  # at most, each with half the learning rate of the one before
 ENOUGH = 10  # checkpoints that a disk should have room for; events take room as well
 
 
-def save(run: Run, folder: Path) -> Path:
-    """Writes a checkpoint that `restore` goes on from to the bit. Raises Diverged rather than keep a bad number."""
-    for name, value in [*run.model.state_dict().items(), *run.estimator.state_dict().items()]:
-        raise_unless_finite(name, value.double().sum().item(), run.step)
+def state_of(run: Run) -> dict[str, Any]:
+    """What `restore` goes on from to the bit."""
     state = {
+        "step": run.step,
         "rollbacks": run.rollbacks,
         "unlooked": run.unlooked,
         "sums": run.sums,
@@ -52,7 +51,14 @@ def save(run: Run, folder: Path) -> Path:
     }
     if run.device.type == "cuda":
         state["random_state_cuda"] = torch.cuda.get_rng_state(run.device)
-    path = checkpoints.save(folder, run.step, state)
+    return state
+
+
+def save(run: Run, folder: Path) -> Path:
+    """Writes a checkpoint. Raises Diverged rather than keep a bad number."""
+    for name, value in [*run.model.state_dict().items(), *run.estimator.state_dict().items()]:
+        raise_unless_finite(name, value.double().sum().item(), run.step)
+    path = checkpoints.save(folder, run.step, state_of(run))
     free, size = shutil.disk_usage(folder).free, path.stat().st_size + _yet_to_come(run)
     if free < ENOUGH * size:
         log.warning("%s has %.1f MB left, and a checkpoint takes %.1f MB", folder, free / 1e6, size / 1e6)
@@ -118,6 +124,17 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.step = state["step"]
 
 
+def device_here(trained_on: str) -> dict[str, Any]:
+    """What a stored configuration must have changed where it was trained on another machine, which has more GPUs."""
+    if not torch.cuda.is_available():
+        return {"device": "cpu", "cuda_graph": False}
+    try:
+        check_device(trained_on)
+    except ConfigError:
+        return {"device": "cuda"}
+    return {}
+
+
 def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
@@ -125,8 +142,7 @@ def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection
     program's own, or of the modules `trusted`. Raises CheckpointError, ConfigError, DataError.
     """
     state = stored_state(folder, checkpoint, trusted)
-    if not torch.cuda.is_available():  # and it may have been trained on a machine that has one
-        state["config"] |= {"device": "cpu", "cuda_graph": False}
+    state["config"] |= device_here(state["config"]["device"])
     state["config"].setdefault("lr_factor", CONSTANT)
     config = typed(OmegaConf.create(state["config"]))
     check(config)

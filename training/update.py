@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from data.randomness import key
 from estimators.contract import Schedule, temperature_at
 from models.contract import Objective
 from training.divergence import FiniteGuard
+from training.half import HalfWeights
 from training.run import Run
 
 log = logging.getLogger("catvae")
-NEEDS_GENERATORS = tuple(map(int, torch.__version__.split(".")[:2])) < (
-    2,
-    14,
-)  # to be told of; a no-op that warns since
+# a recording has to be told of its generators; a no-op that warns since
+NEEDS_GENERATORS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 WARM_UP = 3  # steps before one is recorded, in which libraries allocate what they need
 
 
@@ -62,7 +61,11 @@ class Update:
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         self.run, self.guard = run, guard
         self.generator = torch.Generator(run.device)
+        if run.together:
+            sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
+            self.generator = run.together.generator(run.device, *sizes)
         self.temperatures: list[Held] = []
+        self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
         if run.device.type == "cuda" and run.optimizer.defaults.get("fused"):
@@ -92,12 +95,18 @@ class Update:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""
         run = self.run
         batch = run.batches.take(rows, self.generator)
-        with run.autocast(), ExitStack() as stack:
+        if run.together:
+            batch = run.together.own(*batch)
+        with run.autocast(), self.half or nullcontext(), ExitStack() as stack:
             for temperature in self.temperatures:
                 stack.enter_context(temperature)
             result = run.model.objective(run.estimator, run.weights, *batch, step=step, generator=self.generator)
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
+        if self.half:
+            self.half.hand_over_gradients()
+        if run.together:
+            run.together.average(run.parameters.values(), run.estimator, result)
         self.guard.before_update(number, result.terms)
         run.optimizer.step()
         return detached(result)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from estimators.contract import Estimate, Estimator
+from estimators.shared import drawn
 from models import contract
 from models.contract import Alarm, Estimation, Evaluation, Model, Objective, PerImage, Weights
 from models.likelihoods import Bernoulli, Likelihood
@@ -52,7 +53,22 @@ class Bound:
 
 def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
     """KL(N(loc, scale^2) || N(0, I)) summed over the last axis, nats (Kingma & Welling 2014, appendix B)."""
-    return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+    return torch.as_tensor(GaussianKL.apply(loc, scale))
+
+
+class GaussianKL(torch.autograd.Function):
+    """With its gradient written out, loc and scale - 1 / scale, in 4 operations for 11."""
+
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(loc, scale)
+        return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = ctx.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        return gradient * loc, gradient * scale - gradient / scale
 
 
 Rows = tuple[Tensor, ...]  # what a bound needs beside y, each [B, ...], a row an image
@@ -185,7 +201,11 @@ class SemiSupervisedVAE(Model):
 
     def noise(self, number: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [number, Z] for z, a row an image."""
-        return torch.randn(number, self.latent_size, device=generator.device, generator=generator)
+
+        def normal(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, device=generator.device, generator=generator)
+
+        return drawn(normal, (number, self.latent_size), 0, generator)
 
     def generate(self, y: Tensor, z: Tensor) -> Tensor:
         """Mean pictures [S, B, D] in [0, 1] at y [S, B, K] and z [S, B, Z], clipped where a Gaussian's leaves that."""
