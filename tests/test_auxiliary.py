@@ -24,7 +24,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
-    """In float64, with weights so large that a, y and z matter."""
+    """With weights so large that a, y and z matter."""
     if kind == "mlp":
         networks = auxiliary_mlp(
             SHAPE, K, latent_size=size, auxiliary_size=size, hidden=5, dropout=0.0, scale="softplus", skip=skip

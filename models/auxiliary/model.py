@@ -14,7 +14,7 @@ from models.auxiliary.evaluation import importance_weighted
 from models.contract import PerImage
 from models.likelihoods import Likelihood
 from models.m2 import model as m2
-from models.m2.model import Bound, Rows, SemiSupervisedVAE, drawn_unless_given, gaussian_kl
+from models.m2.model import Bound, Rows, SemiSupervisedVAE, drawn_unless_given, gaussian_kl, normal
 from models.parts import RandomMotion
 
 DRAWS = 10  # of a, in q(y|x) of an image
@@ -107,8 +107,7 @@ class AuxiliaryVAE(SemiSupervisedVAE):
 
     def noise(self, number: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [number, A + Z] for a and z, a row an image."""
-        size = self.auxiliary_size + self.latent_size
-        return torch.randn(number, size, device=generator.device, generator=generator)
+        return normal((number, self.auxiliary_size + self.latent_size), generator)
 
     def infer(
         self, x: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None

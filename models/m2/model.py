@@ -82,6 +82,15 @@ def drawn_unless_given(noise: Tensor | None, model: Model, number: int, generato
     return model.noise(number, generator)
 
 
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal noise, a row an image: of the whole minibatch, where several processes have parts of it."""
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, device=generator.device, generator=generator)
+
+    return drawn(draw, shape, 0, generator)
+
+
 class Classifier(Protocol):
     """q(y|x): logits [B, K] from images [B, C, H, W]; dropout only where a random generator is given."""
 
@@ -201,11 +210,7 @@ class SemiSupervisedVAE(Model):
 
     def noise(self, number: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [number, Z] for z, a row an image."""
-
-        def normal(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, device=generator.device, generator=generator)
-
-        return drawn(normal, (number, self.latent_size), 0, generator)
+        return normal((number, self.latent_size), generator)
 
     def generate(self, y: Tensor, z: Tensor) -> Tensor:
         """Mean pictures [S, B, D] in [0, 1] at y [S, B, K] and z [S, B, Z], clipped where a Gaussian's leaves that."""
