@@ -183,7 +183,7 @@ def networks_of(model: Model) -> Networks:
     """What the peers are made of: each of them is M2. Raises ConfigError for another model."""
     from models.m2.model import Networks, SemiSupervisedVAE
 
-    if not isinstance(model, SemiSupervisedVAE):
+    if type(model) is not SemiSupervisedVAE:  # nor one with more networks
         raise ConfigError("--peer must be none with this model: what there is to compare with is M2, as model=mlp is")
     return Networks(model.classifier, model.inference, model.generator, model.num_classes, model.latent_size)
 

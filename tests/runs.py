@@ -88,9 +88,11 @@ FAMILIES = {
     "structured_mlp": UNLABELLED
     + "model=structured_mlp model.layers=2 model.encoder=[] model.between=[] model.decoder=[] "
     "estimator=reinmax" + ONE + STEADY + "1.0",
-    "auxiliary_mlp": SMALL + "model=auxiliary_mlp model.auxiliary_size=3 model.hidden=16 model.dropout=0 "
+    "auxiliary_mlp": SMALL
+    + "model=auxiliary_mlp model.auxiliary_size=3 model.hidden=16 model.hidden_layers=2 model.dropout=0 "
     "model.skip=false model.rotation=0 model.shift=0",
-    "auxiliary_skip": SMALL + "model=auxiliary_mlp model.auxiliary_size=3 model.hidden=16 model.dropout=0 "
+    "auxiliary_skip": SMALL
+    + "model=auxiliary_mlp model.auxiliary_size=3 model.hidden=16 model.hidden_layers=2 model.dropout=0 "
     "model.skip=true model.rotation=0 model.shift=0",
     "several_samples": UNLABELLED + "model=categorical_mlp model.encoder=[] model.decoder=[] model.prior=uniform "
     "estimator=vimco objective.samples=3",

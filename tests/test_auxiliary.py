@@ -27,7 +27,15 @@ def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
     """With weights so large that a, y and z matter."""
     if kind == "mlp":
         networks = auxiliary_mlp(
-            SHAPE, K, latent_size=size, auxiliary_size=size, hidden=5, dropout=0.0, scale="softplus", skip=skip
+            SHAPE,
+            K,
+            latent_size=size,
+            auxiliary_size=size,
+            hidden=5,
+            hidden_layers=2,
+            dropout=0,
+            scale="softplus",
+            skip=skip,
         )
     else:
         networks = auxiliary_conv(

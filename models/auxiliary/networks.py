@@ -103,6 +103,13 @@ def from_auxiliary(auxiliary_size: int, hidden: int) -> nn.Linear:
     return layer
 
 
+def deeper(network: nn.Module, last: str, hidden: int, layers: int) -> None:
+    """Puts further hidden layers before the last layer of a network of one hidden layer, to so many in all."""
+    more = [nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()) for _ in range(layers - 1)]
+    if more:
+        setattr(network, last, nn.Sequential(*more, getattr(network, last)))
+
+
 def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         positive(name, size)
@@ -118,26 +125,36 @@ def auxiliary_mlp(
     dropout: float,
     scale: ScaleFunction,
     skip: bool,
+    hidden_layers: int = 1,
     rotation: float = 0.0,
     shift: float = 0.0,
 ) -> Networks:
-    """One hidden layer in each network but q(y|a,x), which has two; a of `auxiliary_size`; SDGM where `skip`.
+    """Networks of `hidden_layers`, and two in q(y|a,x); a of `auxiliary_size`; SDGM where `skip`.
 
-    In training q(a|x) and q(y|a,x) see images turned and shifted by chance, as q(y|x) of M2 does. Raises ValueError for
-    sizes below 1, dropout outside [0, 1), and what `RandomMotion` refuses.
+    y, z and a join x in the first hidden layer, a in q(y|a,x) in the second. In training q(a|x) and q(y|a,x) see images
+    turned and shifted by chance, as q(y|x) of M2 does. Raises ValueError for sizes below 1, dropout outside [0, 1), and
+    what `RandomMotion` refuses.
     """
-    check_sizes(latent_size=latent_size, auxiliary_size=auxiliary_size, hidden=hidden)
+    check_sizes(latent_size=latent_size, auxiliary_size=auxiliary_size, hidden=hidden, hidden_layers=hidden_layers)
 
     def image() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(shape.size, hidden))
 
+    auxiliary = Auxiliary(image(), hidden, auxiliary_size, scale)
+    inference = MLPInference(shape, num_classes, latent_size, hidden, scale)
+    generator = MLPGenerator(shape, num_classes, latent_size + (auxiliary_size if skip else 0), hidden)
+    of_auxiliary = AuxiliaryGenerator(
+        None if skip else image(), num_classes, latent_size, hidden, auxiliary_size, scale
+    )
+    for network, last in ((auxiliary, "head"), (inference, "head"), (generator, "pixels"), (of_auxiliary, "head")):
+        deeper(network, last, hidden, hidden_layers)
     return Networks(
         RandomMotion(rotation, shift),
-        Auxiliary(image(), hidden, auxiliary_size, scale),
+        auxiliary,
         Classifier(MLPClassifier(shape, hidden, hidden, dropout), hidden, auxiliary_size, num_classes),
-        Inference(MLPInference(shape, num_classes, latent_size, hidden, scale), hidden, auxiliary_size),
-        MLPGenerator(shape, num_classes, latent_size + (auxiliary_size if skip else 0), hidden),
-        AuxiliaryGenerator(None if skip else image(), num_classes, latent_size, hidden, auxiliary_size, scale),
+        Inference(inference, hidden, auxiliary_size),
+        generator,
+        of_auxiliary,
         num_classes,
         latent_size,
         auxiliary_size,
