@@ -103,7 +103,7 @@ def test_an_auxiliary_that_is_ignored_gives_m2_s_bound() -> None:
     model, x = tiny(size=2), images(4)
     for layer in (model.classifier.from_auxiliary, model.inference.from_auxiliary):
         layer.weight.zero_()
-    for head in (model.auxiliary.head, model.auxiliary_generator.head):  # type: ignore[attr-defined]
+    for head in (model.auxiliary.head[-1], model.auxiliary_generator.head[-1]):  # type: ignore[attr-defined]
         head.parameters_of_z.weight.zero_()
         head.parameters_of_z.bias.fill_(0.3)
     noise = model.noise(4, seeded(3))
