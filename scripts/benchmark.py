@@ -1,4 +1,4 @@
-"""Times a training step: of every estimator, its parts, the arithmetic alone, a loop as first written, and Pyro.
+"""Times a training step: of every estimator, its parts, the arithmetic alone, a loop as first written, Pyro and JAX.
 
 uv run python -m scripts.benchmark model=mlp train.batch_size_labelled=100
 uv run python -m scripts.benchmark --estimators marginalization,gumbel_softmax --peer pyro precision=fp32 model=mlp
@@ -37,6 +37,7 @@ PARTS = ("data", "forward", "backward", "guard", "optimizer", "logging")
 YARDSTICKS = ("plain loop, class by class", "plain loop, Gumbel-Softmax")
 PYRO_EXAMPLE = ("Pyro's example, enumerated in parallel", "Pyro's example, sampled")
 PYRO = ("Pyro's M2 in one step, enumerated in parallel", "Pyro's M2 in one step, sampled")
+JAX = ("M2 in JAX, one jitted step, enumerated", "M2 in JAX, one jitted step, Gumbel-Softmax")
 PYRO_OURS = ("Pyro, our networks, enumerated in parallel", "Pyro, our networks, sampled")
 
 
@@ -188,7 +189,15 @@ def networks_of(model: Model) -> Networks:
     return Networks(model.classifier, model.inference, model.generator, model.num_classes, model.latent_size)
 
 
-def time_peers(run: Run, rounds: int, with_pyro: bool) -> dict[str, float]:
+def check_peer(peer: str, model: Model) -> None:
+    """Before any work. Raises ConfigError."""
+    from models.networks import MLPClassifier
+
+    if not isinstance(networks_of(model).classifier, MLPClassifier) and peer == "jax":
+        raise ConfigError("--peer jax must go with model=mlp, whose step it writes once more")
+
+
+def time_peers(run: Run, rounds: int, peer: str) -> dict[str, float]:
     """Median seconds of a step of each yardstick, in turns."""
     from copy import deepcopy
 
@@ -197,7 +206,11 @@ def time_peers(run: Run, rounds: int, with_pyro: bool) -> dict[str, float]:
 
     ours = networks_of(run.model)
     makers: list[tuple[MakeStep, Networks, tuple[str, str]]] = [(plain_loop, ours, YARDSTICKS)]
-    if with_pyro:
+    if peer == "jax":
+        from scripts.peer_in_jax import jax_step
+
+        makers += [(jax_step, ours, JAX)]
+    if peer == "pyro":
         if isinstance(ours.classifier, MLPClassifier):
             makers += [(pyro_example, concatenating(ours), PYRO_EXAMPLE), (pyro_svi, concatenating(ours), PYRO)]
         makers += [(pyro_svi, ours, PYRO_OURS)]
@@ -225,13 +238,13 @@ def apart(*arguments: str) -> str:
     ).stdout
 
 
-def print_peers(overrides: list[str], name: str, rounds: int, with_pyro: bool) -> None:
+def print_peers(overrides: list[str], name: str, rounds: int, peer: str) -> None:
     """`time_peers` in a process as their users have it, without what a run sets for its own."""
     from unittest.mock import patch
 
     with patch("training.run.tune_process"):
         run = compose_run(overrides, name)
-    print(json.dumps(time_peers(run, rounds, with_pyro)))
+    print(json.dumps(time_peers(run, rounds, peer)))
 
 
 def peak_memory(overrides: list[str], name: str) -> float:
@@ -284,7 +297,7 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     trainers, left_out = made_trainers(arguments)
     names, run = list(trainers), next(iter(trainers.values())).run
     if arguments.peer != "none":
-        networks_of(run.model)  # refused before any work
+        check_peer(arguments.peer, run.model)
     about = machine(run) | {"command": sys.argv[1:], "rounds": arguments.rounds}
     model, data, settings = run.config.model["_target_"].rpartition(".")[2], run.config.data.name, run.config.train
     print(
@@ -389,7 +402,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of train.py")
     parser.add_argument("--rounds", type=positive, default=20, help="turns of each contender, of some steps each")
     parser.add_argument("--estimators", help="names between commas; by default all that the model can have")
-    parser.add_argument("--peer", choices=("none", "plain", "pyro"), default="none", help="time these as well")
+    parser.add_argument("--peer", choices=("none", "plain", "pyro", "jax"), default="none", help="time these as well")
     parser.add_argument("--memory", action="store_true", help="peak memory of each, in processes of their own")
     parser.add_argument("--classes", type=numbers_of_classes, help="time against the number of classes, random labels")
     parser.add_argument("--picture", type=Path, help="of --classes: steps a second, as .png, .pdf or .svg")
@@ -402,13 +415,13 @@ def main() -> None:
             writable(arguments.output, (".json",))
         if arguments.picture:
             writable(arguments.picture, (".png", ".pdf", ".svg"), "--picture")
-        if arguments.peer == "pyro":
-            import_module("pyro")  # refused before any work
+        if arguments.peer in ("pyro", "jax"):
+            import_module(arguments.peer)  # refused before any work
         if arguments.peak_of:
             print_peak(arguments.overrides, arguments.peak_of)
             return
         if arguments.peers_of:
-            print_peers(arguments.overrides, arguments.peers_of, arguments.rounds, arguments.peer == "pyro")
+            print_peers(arguments.overrides, arguments.peers_of, arguments.rounds, arguments.peer)
             return
         found = growth_table(arguments) if arguments.classes else steps_table(arguments)
         if arguments.picture and arguments.classes:

@@ -18,6 +18,8 @@ from data.facts import DataError
 COME_BY = {
     "matplotlib": "drawing this needs Matplotlib; it comes by: uv sync --extra figures",
     "pyro": "--peer pyro needs Pyro; it comes by: uv sync --group dev",
+    "jax": "--peer jax needs JAX; it comes by: uv sync --extra jax",
+    "optax": "--peer jax needs Optax; it comes by: uv sync --extra jax",
 }
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,11 +96,30 @@ def test_peers_learn(make: peers.MakeStep, networks_from: Callable[[Networks], N
     assert trainer.run.evaluate(trainer.run.validation).bound > before + 1
 
 
-def test_without_pyro_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyro", None)
-    ended = command(benchmark.main, f"--peer pyro --rounds 1 --estimators marginalization {MLP}")
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_peer_in_jax_learns(sampled: bool) -> None:
+    pytest.importorskip("jax", reason="needs JAX: uv sync --extra jax")
+    pytest.importorskip("optax", reason="needs Optax: uv sync --extra jax")
+    from scripts.peer_in_jax import jax_step
+
+    run = benchmark.compose_run([*MLP.split(), "objective.alpha=1"], "marginalization")
+    step: Callable[[], Any] = jax_step(run, benchmark.networks_of(run.model), sampled)
+    losses = [float(step()) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 10
+
+
+@pytest.mark.parametrize(
+    ("peer", "said"),
+    [
+        ("pyro", "--peer pyro needs Pyro; it comes by: uv sync --group dev"),
+        ("jax", "--peer jax needs JAX; it comes by: uv sync --extra jax"),
+    ],
+)
+def test_without_the_peer_it_says_how_to_get_it(peer: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, peer, None)
+    ended = command(benchmark.main, f"--peer {peer} --rounds 1 --estimators marginalization {MLP}")
     assert ended.code == 2
-    assert ended.err == "catvae: --peer pyro needs Pyro; it comes by: uv sync --group dev\n"
+    assert ended.err == f"catvae: {said}\n"
 
 
 def test_a_bad_argument_is_refused_in_one_sentence() -> None:
