@@ -138,6 +138,7 @@ def test_a_bad_argument_is_refused_in_one_sentence() -> None:
         ("data=digts", "data must be one of"),
         ("--estimators nope", "estimators must be names out of"),
         ("--output figures.txt", "--output must end in .json"),
+        ("--peer plain --estimators gumbel_softmax data=digits model=auxiliary_mlp", "--peer must be none"),
     ):
         ended = command(benchmark.main, line)
         assert ended.code == 2
