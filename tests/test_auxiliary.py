@@ -23,8 +23,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
-    """With weights so large that a, y and z matter."""
+def untrained(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
     if kind == "mlp":
         networks = auxiliary_mlp(
             SHAPE,
@@ -49,7 +48,12 @@ def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
             scale="softplus",
             skip=skip,
         )
-    model = AuxiliaryVAE(networks)
+    return AuxiliaryVAE(networks)
+
+
+def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
+    """With weights so large that a, y and z matter."""
+    model = untrained(skip, size, kind)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.4, generator=seeded(parameter.numel()))
@@ -147,3 +151,10 @@ def test_class_of_an_image_depends_on_no_other() -> None:
     torch.testing.assert_close(model.posterior(x)[3:], model.posterior(x[3:]))
     generator = keyed_generator(torch.device("cpu"), 0, "drawn")
     assert model.sample(4, generator).shape == (4, 16)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_it_is_made_on_the_device_that_it_shall_be_on(kind: str) -> None:
+    with torch.device("meta"):
+        model = untrained(kind=kind)
+    assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}

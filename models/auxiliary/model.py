@@ -102,8 +102,9 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         self.auxiliary_generator = networks.auxiliary_generator
         self.auxiliary_size = networks.auxiliary_size
         self.skip = networks.skip
-        drawn = torch.randn(DRAWS, 1, self.auxiliary_size, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("draws_of_a", drawn, persistent=False)
+        cpu = torch.Generator().manual_seed(0)  # wherever the model is made: q(y|x) is the same on every device
+        drawn = torch.randn(DRAWS, 1, self.auxiliary_size, generator=cpu, device="cpu")
+        self.register_buffer("draws_of_a", drawn.to(torch.get_default_device()), persistent=False)
 
     def noise(self, number: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [number, A + Z] for a and z, a row an image."""
