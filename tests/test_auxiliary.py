@@ -154,7 +154,15 @@ def test_class_of_an_image_depends_on_no_other() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
-def test_it_is_made_on_the_device_that_it_shall_be_on(kind: str) -> None:
+def test_it_is_made_on_the_device_that_it_shall_be_on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU does not draw by a CPU's generator; the meta device, which stands for one here, does not mind."""
+    randn = torch.randn
+
+    def as_on_a_gpu(*size: int, generator: torch.Generator, device: str | None = None) -> Tensor:
+        assert generator.device == torch.device(device or torch.get_default_device())
+        return randn(*size, generator=generator, device=device)
+
+    monkeypatch.setattr(torch, "randn", as_on_a_gpu)
     with torch.device("meta"):
         model = untrained(kind=kind)
     assert {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} == {"meta"}

@@ -28,7 +28,8 @@ GPU = torch.device("cuda")
 SMALL = "data=digits data.num_labelled=50 data.num_validation=200 device=cuda "
 MLP, CONV = SMALL + "model=mlp model.hidden=64", SMALL + "model=conv model.channels=4"
 UNLABELLED = "data=digits data.num_validation=200 data.binarization=fixed device=cuda model=categorical_mlp"
-LINES = {"mlp": MLP, "conv": CONV}
+AUXILIARY = MLP.replace("model=mlp", "model=auxiliary_mlp model.auxiliary_size=8")
+LINES = {"mlp": MLP, "conv": CONV, "auxiliary": AUXILIARY}
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=LINES)
