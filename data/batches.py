@@ -21,6 +21,7 @@ from data.stored import Drawn, Images, InFile
 
 Binarization = Literal["dynamic", "fixed", "threshold", "none"]
 AHEAD = 2  # minibatches that are read before they are asked for
+TOLD = 256  # steps whose rows come to the device at once, or fewer of large minibatches
 
 
 class OnHost:
@@ -139,19 +140,17 @@ class ShuffledIndices:
     """Row numbers of minibatch `step` out of `size` rows, a new permutation each epoch; a function of the step alone.
 
     A minibatch may span epochs, so every row is seen equally often whatever the sizes are. One of size 0 has no rows.
+    They are drawn and told on the CPU: the same on every device.
     """
 
-    def __init__(
-        self, size: int, batch_size: int, seed: int, purpose: str, device: torch.device, on_host: bool = False
-    ) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, purpose: str) -> None:
         self.size, self.batch_size = size, batch_size
-        self.seed, self.purpose, self.device = seed, purpose, device
-        self.on_host = on_host  # where they are told; they are drawn on the device, so that they are the same
+        self.seed, self.purpose = seed, purpose
         self._epochs: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
         if not self.batch_size:
-            return torch.empty(0, dtype=torch.int64, device="cpu" if self.on_host else self.device)
+            return torch.empty(0, dtype=torch.int64)
         first = step * self.batch_size
         epochs = range(first // self.size, (first + self.batch_size - 1) // self.size + 1)
         self._epochs = {epoch: self._permutation(epoch) for epoch in epochs}
@@ -162,9 +161,8 @@ class ShuffledIndices:
     def _permutation(self, epoch: int) -> Tensor:
         if epoch in self._epochs:
             return self._epochs[epoch]
-        generator = keyed_generator(self.device, self.seed, self.purpose, epoch)
-        permutation = torch.randperm(self.size, device=self.device, generator=generator)
-        return permutation.cpu() if self.on_host else permutation
+        generator = keyed_generator(torch.device("cpu"), self.seed, self.purpose, epoch)
+        return torch.randperm(self.size, generator=generator)
 
 
 class Batches:
@@ -185,26 +183,35 @@ class Batches:
         self.data = data
         self.binarization = binarization
         self.device = data.y_labelled.device
-        on_host = isinstance(data.x_unlabelled, OnHost)
         sizes = len(data.x_labelled), len(data.x_unlabelled)
-        self.labelled = ShuffledIndices(sizes[0], batch_size_labelled, seed, "labelled order", self.device, on_host)
-        self.unlabelled = ShuffledIndices(
-            sizes[1], batch_size_unlabelled, seed, "unlabelled order", self.device, on_host
-        )
-        self.ahead = Ahead(self._read) if on_host else None
+        self.labelled = ShuffledIndices(sizes[0], batch_size_labelled, seed, "labelled order")
+        self.unlabelled = ShuffledIndices(sizes[1], batch_size_unlabelled, seed, "unlabelled order")
+        self.ahead = Ahead(self._read) if isinstance(data.x_unlabelled, OnHost) else None
+        self.told = range(0)  # the steps whose rows are in the table [T, B + B'], on the device
+        self.table = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.take(self.rows(step), generator)
 
-    def rows(self, step: int) -> tuple[Tensor, Tensor]:
-        """What differs between steps: the numbers of the labelled and of the unlabelled images of a step.
+    def rows(self, step: int) -> tuple[Tensor, ...]:
+        """What differs between steps: the numbers [B + B'] of the labelled and the unlabelled images of a step.
 
-        Of images on the host, instead of the unlabelled ones' numbers the images themselves, of both.
+        Of images on the host, the labelled ones' numbers and the images themselves, of both.
         """
         if self.ahead is None:
-            return self.labelled(step), self.unlabelled(step)
+            if step not in self.told:
+                self._tell(step)
+            return (self.table[step - self.told.start],)
         labelled, images = self.ahead(step)
         return labelled.to(self.device, non_blocking=True), images.to(self.device, non_blocking=True)
+
+    def _tell(self, step: int) -> None:
+        """Brings the rows of this step and of those after it to the device, in one copy."""
+        images = self.labelled.batch_size + self.unlabelled.batch_size
+        self.told = range(step, step + max(1, min(TOLD, 2**20 // images)))
+        table = torch.stack([torch.cat([self.labelled(number), self.unlabelled(number)]) for number in self.told])
+        # a GPU copies from pinned memory while it computes
+        self.table = (table.pin_memory() if self.device.type == "cuda" else table).to(self.device, non_blocking=True)
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         """The numbers of the labelled images of a step, and its images, on the host."""
@@ -217,10 +224,10 @@ class Batches:
 
     def take(self, rows: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The images of these rows, binarized by the generator, and the classes of the labelled ones."""
-        labelled, unlabelled = rows
         x_labelled, x_unlabelled = self.data.x_labelled, self.data.x_unlabelled
         if isinstance(x_labelled, OnHost) or isinstance(x_unlabelled, OnHost):
-            images = unlabelled
+            labelled, images = rows
         else:
+            labelled, unlabelled = rows[0].split([self.labelled.batch_size, self.unlabelled.batch_size])
             images = torch.cat([x_labelled.index_select(0, labelled), x_unlabelled.index_select(0, unlabelled)])
         return binarize(images, self.binarization, generator), self.data.y_labelled.index_select(0, labelled)

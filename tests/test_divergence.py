@@ -207,7 +207,7 @@ def before_the_third_step(plant: Plant, made: list[Run]) -> Any:
     """Has `plant` called with the run, which is the last one of `made`."""
     original = Batches.rows
 
-    def rows(self: Batches, step: int) -> tuple[Tensor, Tensor]:
+    def rows(self: Batches, step: int) -> tuple[Tensor, ...]:
         if step == 2:
             plant(made[-1])
         return original(self, step)

@@ -33,9 +33,13 @@ class Held:
         self.module = module
         self.schedule: Schedule = module.temperature  # type: ignore[assignment]
         self.value = torch.zeros((), dtype=torch.float64, device=device)
+        self.written: object = None
 
     def write(self, step: int) -> None:
-        self.value.fill_(temperature_at(self.schedule, step))
+        temperature = temperature_at(self.schedule, step)
+        if temperature != self.written:  # most schedules change it seldom
+            self.value.fill_(temperature)
+            self.written = temperature
 
     def __call__(self, step: int) -> Tensor:
         return self.value
@@ -128,7 +132,8 @@ class ReplayedUpdate(Update):
 
     def __init__(self, run: Run, guard: FiniteGuard) -> None:
         super().__init__(run, guard)
-        self.number = torch.zeros((), dtype=torch.float64, device=run.device)
+        self.number = torch.zeros((), dtype=torch.float64, device=run.device)  # of the step, and counts on by itself
+        self.before: int | None = None  # the step that was worked on last
         self.rows = tuple(rows.clone() for rows in run.batches.rows(run.step))
         self.done, self.changes = 0, 0
         self.replay: Callable[[], None] | None = None
@@ -147,9 +152,9 @@ class ReplayedUpdate(Update):
             changes = depends_on(step) != depends_on(step + 1)
             self.say_that_nothing_is_recorded(changes)
             if self.done <= WARM_UP or changes:
-                return beside(self.stream, lambda: self.work(step, self.number, self.rows))
+                return beside(self.stream, lambda: self.work(step, self.number.add_(1), self.rows))
             self.replay = None  # frees what the recording before holds
-            self.replay, self.result = record(lambda: self.work(step, self.number, self.rows), self.generator)
+            self.replay, self.result = record(lambda: self.work(step, self.number.add_(1), self.rows), self.generator)
             self.recorded = depends_on(step)
         self.replay()
         return self.result
@@ -165,7 +170,9 @@ class ReplayedUpdate(Update):
 
     def prepare(self, step: int) -> None:
         super().prepare(step)
-        self.number.fill_(step)
+        if self.before != step - 1:
+            self.number.fill_(step - 1)
+        self.before = step
         for static, rows in zip(self.rows, self.run.batches.rows(step), strict=True):
             static.copy_(rows)
 
