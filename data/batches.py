@@ -21,7 +21,7 @@ from data.stored import Drawn, Images, InFile
 
 Binarization = Literal["dynamic", "fixed", "threshold", "none"]
 AHEAD = 2  # minibatches that are read before they are asked for
-TOLD = 256  # steps whose rows come to the device at once, or fewer of large minibatches
+STEPS_AT_ONCE = 256  # whose rows come to the device in one copy; fewer of large minibatches
 
 
 class OnHost:
@@ -187,8 +187,8 @@ class Batches:
         self.labelled = ShuffledIndices(sizes[0], batch_size_labelled, seed, "labelled order")
         self.unlabelled = ShuffledIndices(sizes[1], batch_size_unlabelled, seed, "unlabelled order")
         self.ahead = Ahead(self._read) if isinstance(data.x_unlabelled, OnHost) else None
-        self.told = range(0)  # the steps whose rows are in the table [T, B + B'], on the device
-        self.table = torch.empty(0, dtype=torch.int64)
+        self.steps_in_table = range(0)
+        self.table = torch.empty(0, dtype=torch.int64)  # [T, B + B'], on the device, the rows of those steps
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.take(self.rows(step), generator)
@@ -199,19 +199,18 @@ class Batches:
         Of images on the host, the labelled ones' numbers and the images themselves, of both.
         """
         if self.ahead is None:
-            if step not in self.told:
-                self._tell(step)
-            return (self.table[step - self.told.start],)
+            if step not in self.steps_in_table:
+                self._fill_table(step)
+            return (self.table[step - self.steps_in_table.start],)
         labelled, images = self.ahead(step)
         return labelled.to(self.device, non_blocking=True), images.to(self.device, non_blocking=True)
 
-    def _tell(self, step: int) -> None:
+    def _fill_table(self, step: int) -> None:
         """Brings the rows of this step and of those after it to the device, in one copy."""
         images = self.labelled.batch_size + self.unlabelled.batch_size
-        self.told = range(step, step + max(1, min(TOLD, 2**20 // images)))
-        table = torch.stack([torch.cat([self.labelled(number), self.unlabelled(number)]) for number in self.told])
-        # a GPU copies from pinned memory while it computes
-        self.table = (table.pin_memory() if self.device.type == "cuda" else table).to(self.device, non_blocking=True)
+        self.steps_in_table = range(step, step + max(1, min(STEPS_AT_ONCE, 2**20 // images)))
+        rows = [torch.cat([self.labelled(number), self.unlabelled(number)]) for number in self.steps_in_table]
+        self.table = self._pinned(torch.stack(rows)).to(self.device, non_blocking=True)
 
     def _read(self, step: int) -> tuple[Tensor, Tensor]:
         """The numbers of the labelled images of a step, and its images, on the host."""
@@ -219,8 +218,11 @@ class Batches:
         assert isinstance(self.data.x_labelled, OnHost)
         assert isinstance(self.data.x_unlabelled, OnHost)
         images = torch.cat([self.data.x_labelled.read(labelled), self.data.x_unlabelled.read(unlabelled)])
-        # a GPU copies from pinned memory while it computes
-        return labelled, images.pin_memory() if self.device.type == "cuda" else images
+        return labelled, self._pinned(images)
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        """In memory that a GPU copies from while it computes."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def take(self, rows: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The images of these rows, binarized by the generator, and the classes of the labelled ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,30 +25,11 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def untrained(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
+    sizes: Any = {"latent_size": size, "auxiliary_size": size, "hidden": 5, "dropout": 0.0, "scale": "softplus"}
     if kind == "mlp":
-        networks = auxiliary_mlp(
-            SHAPE,
-            K,
-            latent_size=size,
-            auxiliary_size=size,
-            hidden=5,
-            hidden_layers=2,
-            dropout=0,
-            scale="softplus",
-            skip=skip,
-        )
+        networks = auxiliary_mlp(SHAPE, K, **sizes, hidden_layers=2, skip=skip)
     else:
-        networks = auxiliary_conv(
-            SHAPE,
-            K,
-            latent_size=size,
-            auxiliary_size=size,
-            channels=2,
-            hidden=5,
-            dropout=0,
-            scale="softplus",
-            skip=skip,
-        )
+        networks = auxiliary_conv(SHAPE, K, **sizes, channels=2, skip=skip)
     return AuxiliaryVAE(networks)
 
 

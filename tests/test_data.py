@@ -24,7 +24,7 @@ from configs.check import check_labels, typed
 from configs.schema import ConfigError
 from data import datasets
 from data.batches import (
-    TOLD,
+    STEPS_AT_ONCE,
     Batches,
     Binarization,
     ShuffledIndices,
@@ -548,16 +548,18 @@ def test_rows_are_a_function_of_the_step_alone(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("images", [50, 2**19])
-def test_rows_of_a_step_are_told_among_those_of_many(images: int) -> None:
+def test_rows_of_a_step_come_with_those_of_many(images: int) -> None:
     """In steps that follow each other or go back, within a table and from one to the next."""
     data = TrainingData(torch.zeros(10, 1), torch.eye(10), torch.zeros(images, 1))
     batches = Batches(data, batch_size_labelled=3, batch_size_unlabelled=images, binarization="none", seed=0)
-    assert len(batches.told) == 0
-    for step in (0, 1, TOLD - 1, TOLD, TOLD + 1, 5, 0) if images < TOLD else (0, 1, 2, 0):
+    assert len(batches.steps_in_table) == 0
+    for step in (
+        (0, 1, STEPS_AT_ONCE - 1, STEPS_AT_ONCE, STEPS_AT_ONCE + 1, 5, 0) if images < STEPS_AT_ONCE else (0, 1, 2, 0)
+    ):
         (rows,) = batches.rows(step)
         assert torch.equal(rows, torch.cat([batches.labelled(step), batches.unlabelled(step)]))
-        assert step in batches.told
-        assert len(batches.told) * len(rows) <= 2**20
+        assert step in batches.steps_in_table
+        assert len(batches.steps_in_table) * len(rows) <= 2**20
 
 
 def test_seed_and_purpose_change_the_order() -> None:
