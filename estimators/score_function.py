@@ -110,9 +110,8 @@ class ScoreFunction(Estimator):
         super().__init__()
         minimum = getattr(baseline, "minimum_samples", 1)
         if num_samples < minimum:
-            raise ValueError(
-                f"num_samples must be >= {minimum} with the baseline {type(baseline).__name__}, got {num_samples}"
-            )
+            reason = f" with the baseline {type(baseline).__name__}" if minimum > 1 else ""
+            raise ValueError(f"num_samples must be >= {minimum}{reason}, got {num_samples}")
         self.baseline = baseline
         self.num_samples = num_samples
 
@@ -131,13 +130,17 @@ class ScoreFunction(Estimator):
         baseline = self.baseline(costs.detach(), context)
         signal = costs.detach() - baseline.detach()
         value = with_gradient_of(costs.mean(dim=0), (signal * (y * log_q).sum(dim=(-2, -1))).mean(dim=0))
-        squared_error = (costs.detach() - baseline).square().mean()
-        auxiliary = squared_error if baseline.requires_grad else logits.new_zeros(())
         metrics: dict[str, Tensor | float] = {
             "evaluations": float(self.num_samples),
             "signal_variance": signal.var(correction=0),
         }
-        return Estimate(value, categorical_kl(logits, self.log_prior), auxiliary, metrics)
+        error = squared_error(costs.detach(), baseline)
+        return Estimate(value, categorical_kl(logits, self.log_prior), error, metrics)
+
+
+def squared_error(costs: Tensor, baseline: Tensor) -> Tensor:
+    """What a learned baseline is fitted by, a scalar; 0 where nothing of it is learned."""
+    return (costs - baseline).square().mean() if baseline.requires_grad else costs.new_zeros(())
 
 
 class VIMCO(ScoreFunction):
@@ -195,20 +198,19 @@ def bounds_of_the_others(log_w: Tensor) -> Tensor:
     return log_mean_exp(torch.where(is_own, of_others, log_w.unsqueeze(1)))
 
 
-class MuProp(Estimator):
+class MuProp(ScoreFunction):
     """The score function with the mean-field Taylor expansion of f as its baseline: unbiased (Gu et al. 2016, eq. 3).
 
-    grad = mean_s [(f(y_s) - f(q) - f'(q)(y_s - q)) grad log q(y_s) + grad f(y_s)] + f'(q) grad q,  y_s ~ q,
+    grad = mean_s [(r_s - b_s) grad log q(y_s) + grad f(y_s)] + f'(q) grad q,  r_s = f(y_s) - f(q) - f'(q)(y_s - q),
 
-    with f continued to the simplex, at S + 1 calls of f. Raises ValueError for num_samples < 1.
+    y_s ~ q, with f continued to the simplex, at S + 1 calls of f; b_s is a baseline of the r_s, none in eq. 3.
+    Raises ValueError for num_samples < 1, or below 2 with the leave-one-out baseline.
     """
 
-    def __init__(self, num_samples: int = 1) -> None:
-        super().__init__()
-        self.num_samples = at_least("num_samples", num_samples, 1)
+    calls_once = False
 
-    def depends_on(self, step: int) -> object:
-        return None
+    def __init__(self, num_samples: int = 1, baseline: Baseline | None = None) -> None:
+        super().__init__(baseline or NoBaseline(), num_samples)
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
@@ -219,7 +221,9 @@ class MuProp(Estimator):
         costs, at_mean = f(y), f(mean.unsqueeze(0)).squeeze(0)
         slope_at_mean = slope(at_mean, mean)
         taylor = at_mean.detach() + (slope_at_mean * (y - mean.detach())).sum(dim=(-2, -1))
-        signal = costs.detach() - taylor
+        remainder = costs.detach() - taylor
+        baseline = self.baseline(remainder, context)
+        signal = remainder - baseline.detach()
         score = (signal * (y * log_q).sum(dim=(-2, -1))).mean(dim=0)
         surrogate = score + (slope_at_mean * log_q.exp()).sum(dim=(-2, -1))
         metrics: dict[str, Tensor | float] = {
@@ -227,4 +231,4 @@ class MuProp(Estimator):
             "signal_variance": signal.var(correction=0),
         }
         value = with_gradient_of(costs.mean(dim=0), surrogate)
-        return Estimate(value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), metrics)
+        return Estimate(value, categorical_kl(logits, self.log_prior), squared_error(remainder, baseline), metrics)

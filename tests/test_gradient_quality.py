@@ -466,7 +466,8 @@ def test_script_measures_every_estimator(trained: Path) -> None:
     output = trained / "gradient_quality"
     assert ended.out.endswith(f"{output / 'gradient_quality.csv'}\n{output / 'gradient_quality.png'}\n")
     assert "score_function/moving_average is the run's own, as trained" in ended.out
-    assert "warmed up over 2 steps: rebar, relax, score_function/learned\n" in ended.out
+    warmed = "muprop/learned, muprop/moving_average, rebar, relax, score_function/learned"
+    assert f"warmed up over 2 steps: {warmed}\n" in ended.out
     assert "the first 4 unlabelled training images of digits, model at step 4, 3 draws" in ended.out
     rows = read(output / "gradient_quality.csv")
     names = script.all_names()
