@@ -162,9 +162,11 @@ class ObjectiveConfig:
     unlabelled: float = 1.0
     alpha: float = 1.0
     samples: int = 1  # of y in the bound, of models without labels
+    kl_warmup: int = 0  # steps, of models without labels
 
     def __post_init__(self) -> None:
         _at_least(1, objective__samples=self.samples)
+        _at_least(0, objective__kl_warmup=self.kl_warmup)
         for key in ("labelled", "unlabelled", "alpha"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):

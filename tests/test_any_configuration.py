@@ -110,6 +110,7 @@ INTEGERS: dict[str, st.SearchStrategy[int]] = {
     "data.num_labelled": st.sampled_from([10, 20, 50]),
     "data.num_validation": st.integers(1, 50),
     "objective.samples": st.sampled_from([1, 1, 1, 2]),
+    "objective.kl_warmup": st.sampled_from([0, 0, 0, 2]),
     "model.classes": st.integers(2, 4),
     "train.steps": st.just(2),
     "train.log_every": st.just(1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -316,6 +317,16 @@ def test_the_weight_of_the_bound_scales_j() -> None:
     torch.testing.assert_close(half, one / 2)
 
 
+def test_the_kl_is_warmed_up() -> None:
+    """Steps 0, 1, ... of a warm-up of 4: J less 1/4, 2/4, ... of the KL, and from step 3 on the bound."""
+    model, weights = one_layer("uniform"), Weights(0, 1, 0, kl_warmup=4)
+    q = model.posterior(X)
+    kl = (q * (q.log() + math.log(K))).sum(dim=(-2, -1)).mean()
+    for step, weight in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
+        found = by_objective(model, Marginalization(), X, weights=replace(weights, kl=weights.kl_at(step)))
+        torch.testing.assert_close(found, exact_bound(model, X).mean() + (1 - weight) * kl, rtol=1e-5, atol=1e-5)
+
+
 def test_the_learned_prior_learns() -> None:
     """At the best prior, the mean of q over images, its gradient vanishes."""
     model = one_layer()
@@ -523,6 +534,11 @@ REFUSED = [
     ("model=categorical_mlp estimator=reinmax objective.samples=5", "vimco, gumbel_softmax"),
     ("model=categorical_mlp objective.samples=5", "kl must be sampled or relaxed"),
     ("model=categorical_mlp objective.samples=0", "objective.samples must be >= 1, got 0"),
+    ("model=categorical_mlp objective.kl_warmup=-1", "objective.kl_warmup must be >= 0, got -1"),
+    ("model=categorical_two_layers objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model of 2 layers"),
+    ("model=structured_mlp objective.kl_warmup=9", "objective.kl_warmup must be 0 where J has no KL, got 9"),
+    ("model=categorical_mlp estimator=vimco objective.samples=2 objective.kl_warmup=9", "several samples, got 9"),
+    ("objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model that learns from labels, got 9"),
     ("objective.samples=5", "objective.samples must be 1 with a model that learns from labels", "categorical_mlp"),
     ("model=structured_mlp model.layers=0", "model.layers must be >= 1, got 0"),
     ("model=categorical_mlp estimator=score_function estimator.temperature=1", "estimator.temperature"),

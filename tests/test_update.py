@@ -197,6 +197,11 @@ def test_the_learning_rate_of_a_replayed_step_is_the_step_s(recordings: list[Rec
     assert_replayed_is_the_same(line, "marginalization")
 
 
+def test_the_weight_of_the_kl_in_a_replayed_step_is_the_step_s(recordings: list[Recording]) -> None:
+    assert_replayed_is_the_same(FAMILIES["categorical_mlp"] + " objective.kl_warmup=8", "score_function/leave_one_out")
+    assert len(recordings) == 1
+
+
 def test_a_bad_number_in_a_replayed_step_is_named_and_blocks_the_update(recordings: list[Recording]) -> None:
     made = compose_run(MLP.split(), "marginalization")
     guard = FiniteGuard(made.optimizer, made.parameters, made.device)

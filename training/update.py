@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class Update:
             sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
             self.generator = run.together.generator(run.device, *sizes)
         self.temperatures: list[Held] = []
+        self.weights = run.weights
+        self.kl_weight = 1.0  # as last written
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
@@ -83,6 +86,7 @@ class Update:
         self.temperatures = held(self.run.estimator, self.run.device)
         for group in self.run.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.run.device)
+        self.weights = replace(self.weights, kl=torch.ones((), device=self.run.device))
 
     def __call__(self, step: int) -> Objective:
         self.prepare(step)
@@ -94,6 +98,15 @@ class Update:
         self.generator.manual_seed(key(self.run.config.seed, "step", step))
         for temperature in self.temperatures:
             temperature.write(step)
+        if (weight := self.run.weights.kl_at(step)) != self.kl_weight:
+            self.write_kl_weight(weight)
+
+    def write_kl_weight(self, weight: float) -> None:
+        self.kl_weight = weight
+        if isinstance(self.weights.kl, Tensor):
+            self.weights.kl.fill_(weight)
+        else:
+            self.weights = replace(self.weights, kl=weight)
 
     def work(self, step: int, number: int | Tensor, rows: tuple[Tensor, ...]) -> Objective:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""
@@ -104,7 +117,7 @@ class Update:
         with run.autocast(), self.half or nullcontext(), ExitStack() as stack:
             for temperature in self.temperatures:
                 stack.enter_context(temperature)
-            result = run.model.objective(run.estimator, run.weights, *batch, step=step, generator=self.generator)
+            result = run.model.objective(run.estimator, self.weights, *batch, step=step, generator=self.generator)
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         if self.half:

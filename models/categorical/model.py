@@ -136,6 +136,7 @@ class CategoricalVAE(Model):
     ) -> Objective:
         """J = E_q(y|x)[log p(x|y)] - KL(q(y|x) || p(y)) (Jang et al. 2017, section 4.2), a mean over x [B, C, H, W].
 
+        The KL has a weight below 1 while it is warmed up, and J is a bound from then on.
         With weights.samples = m > 1 the bound of m samples, E log (1/m) sum_j p(x, y_j) / q(y_j|x) (Burda et al. 2016,
         eq. 8), of one layer. Raises ContractError for an estimate of other shapes.
         """
@@ -164,11 +165,14 @@ class CategoricalVAE(Model):
                 generator=generator,
                 auxiliaries=auxiliaries,
             )
-        terms = {"J": weights.unlabelled * (estimate.value - estimate.kl).mean()}
+        kl, metrics = estimate.kl, estimate.metrics
+        if weights.kl_warmup:
+            kl, metrics = weights.kl * kl, {**metrics, "kl_weight": weights.kl}
+        terms = {"J": weights.unlabelled * (estimate.value - kl).mean()}
         if weights.samples == 1:
             terms |= {"reconstruction": estimate.value.mean(), "kl_y": estimate.kl.mean()}
         terms["entropy_y"] = entropy(logits).sum(dim=-1).mean()
-        return maximised(terms, estimate.metrics, torch.stack(auxiliaries).sum())
+        return maximised(terms, metrics, torch.stack(auxiliaries).sum())
 
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         of = f"the bound of {weights.samples} samples" if weights.samples > 1 else "E_q(y|x)[log p(x|y)] - KL(q || p)"
@@ -248,5 +252,9 @@ def check_weights(weights: Weights, estimator: Estimator, layers: int, *, import
             raise ValueError(f"objective.{name} must be 0 with a model without labels, got {value:g}")
     if weights.samples > 1 and layers > 1:
         raise ValueError(f"objective.samples must be 1 with a model of {layers} layers, got {weights.samples}")
+    if weights.kl_warmup and layers > 1:
+        raise ValueError(f"objective.kl_warmup must be 0 with a model of {layers} layers, got {weights.kl_warmup}")
+    if weights.kl_warmup and weights.samples > 1:
+        raise ValueError(f"objective.kl_warmup must be 0 in a bound of several samples, got {weights.kl_warmup}")
     if weights.samples > 1:
         estimator.check_several_samples(importance_weighted=importance_weighted)

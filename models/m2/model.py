@@ -246,6 +246,10 @@ class SemiSupervisedVAE(Model):
                 f"objective.samples must be 1 with a model that learns from labels, got {weights.samples}; "
                 "model=categorical_mlp takes several"
             )
+        if weights.kl_warmup:
+            raise ValueError(
+                f"objective.kl_warmup must be 0 with a model that learns from labels, got {weights.kl_warmup}"
+            )
 
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         return describe(weights, labelled, unlabelled)

@@ -135,6 +135,8 @@ class StructuredModel(Model):
         return in_layers(estimator, self.latents, context_size)
 
     def check(self, weights: Weights, estimator: Estimator) -> None:
+        if weights.kl_warmup:
+            raise ValueError(f"objective.kl_warmup must be 0 where J has no KL, got {weights.kl_warmup}")
         check_weights(weights, estimator, len(self.latents), importance_weighted=False)
 
     # ---- evaluation ----
