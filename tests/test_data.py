@@ -664,6 +664,31 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path: Path, suffix: str) -> No
     assert source.num_classes == 10
 
 
+@pytest.mark.parametrize(
+    ("name", "folder", "last"), [("fashion_mnist", "FashionMNIST", "Ankle boot"), ("kmnist", "KMNIST", "wo")]
+)
+def test_datasets_of_mnist_s_layout_train_from_files_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, folder: str, last: str
+) -> None:
+    """The published files are not here: these are made, so that they are not the ones of the published checksums."""
+    noise, raw = np.random.default_rng(2), tmp_path / folder / "raw"
+    raw.mkdir(parents=True)
+    for (images, labels), rows in zip(datasets.FILES.values(), (120, 40), strict=True):
+        made = noise.integers(256, size=(rows, 28, 28)).astype(np.uint8), (np.arange(rows) % 10).astype(np.uint8)
+        for file, content in zip((images, labels), made, strict=True):
+            (raw / f"{file}.gz").write_bytes(gzip.compress(idx(content)))
+    monkeypatch.setenv("CATVAE_DATA", str(tmp_path))
+    line = f"data={name} model=mlp model.hidden=8 data.num_labelled=20 data.num_validation=20 train.steps=2 device=cpu "
+    line += f"train.batch_size_labelled=10 train.batch_size_unlabelled=10 hydra.run.dir={tmp_path / 'run'} "
+    refused = command(train.main, line)
+    assert refused.code == 2, refused.said
+    assert re.fullmatch(f"catvae: .*{folder}.*checksum.*\n", refused.err), refused.err
+    ended = command(train.main, line + "data.checksum=false")
+    assert ended.code == 0, ended.said
+    assert checkpoint(tmp_path / "run")["facts"]["class_names"][-1] == last
+    assert "test_accuracy" in (tmp_path / "run" / "result.json").read_text()
+
+
 @pytest.mark.parametrize("kept", [0, 3, 10, 16, len(idx(IMAGES)) - 1])
 def test_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
     images, _ = write(tmp_path, images=idx(IMAGES)[:kept])
