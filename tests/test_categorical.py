@@ -27,7 +27,7 @@ from estimators.score_function import VIMCO, LearnedBaseline, LeaveOneOut, Movin
 from models import contract
 from models.categorical import evaluation
 from models.categorical.model import CategoricalVAE
-from models.categorical.networks import Prior, categorical_mlp, categorical_two_layers
+from models.categorical.networks import Prior, ToLogits, categorical_mlp, categorical_two_layers
 from models.categorical.pictures import UNUSED, alarms, information, use_of_variables
 from models.contract import Evaluation, Model, PerImage, Weights
 from models.evaluation import evaluate
@@ -327,6 +327,15 @@ def test_the_kl_is_warmed_up() -> None:
         torch.testing.assert_close(found, exact_bound(model, X).mean() + (1 - weight) * kl, rtol=1e-5, atol=1e-5)
 
 
+def test_the_first_logits_are_scaled() -> None:
+    def difference(scale: float) -> Tensor:
+        torch.manual_seed(0)
+        posterior = ToLogits(SHAPE.size, [6], N, K, "relu", layer_norm=True, scale=scale)
+        return posterior(X[1:]) - posterior(X[:1])
+
+    torch.testing.assert_close(difference(20.0), 20 * difference(1.0))
+
+
 def test_the_learned_prior_learns() -> None:
     """At the best prior, the mean of q over images, its gradient vanishes."""
     model = one_layer()
@@ -526,6 +535,7 @@ REFUSED = [
     ("model=categorical_mlp prior=[0.1,0.1,0.1,0.1,0.1,0.1,0.1,0.1,0.1,0.1]", "prior must be uniform", "model.prior"),
     ("model=categorical_mlp model.variables=0", "model.variables must be >= 1, got 0"),
     ("model=categorical_mlp model.classes=1", "model.classes must be >= 2, got 1"),
+    ("model=categorical_mlp model.logits_scale=0", "model.logits_scale must be > 0 and finite, got 0"),
     ("model=categorical_mlp model.prior=some", "model.prior must be one of uniform, learned"),
     ("model=categorical_mlp model.decoder=200", "model.decoder must be"),
     ("model=categorical_mlp model.latent_size=50", "model.latent_size"),

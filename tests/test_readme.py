@@ -130,7 +130,7 @@ def test_images_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_every_setting_of_the_table_exists() -> None:
     annealed = "estimator=gumbel_softmax schedule@estimator.temperature="
-    families = ("model=auxiliary_mlp", "model=categorical_two_layers", "model=structured_mlp")
+    families = ("model=auxiliary_mlp", "model=categorical_mlp", "model=categorical_two_layers", "model=structured_mlp")
     lines = (*families, "", "estimator=marginalization", f"{annealed}geometric", f"{annealed}exponential")
     composed = "".join(command(train.main, f"{line} --cfg job").out for line in lines)
     rows = re.findall(

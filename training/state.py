@@ -34,7 +34,14 @@ FREE_TO_CHANGE |= {"device", "cuda_graph"}  # a run may go on where there is a m
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}
 # keys that older runs do not have, and what those did
 SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
-SINCE |= {"objective.samples": 1, "objective.kl_warmup": 0, "likelihood": "bernoulli", "prior": "uniform"}
+SINCE |= {
+    "objective.samples": 1,
+    "objective.kl_warmup": 0,
+    "model.layer_norm": False,
+    "model.logits_scale": 1.0,
+    "likelihood": "bernoulli",
+    "prior": "uniform",
+}
 SINCE |= {
     "data.num_test": None,
     "data.resize": None,

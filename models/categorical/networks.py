@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from models import contract
@@ -37,7 +38,10 @@ class Dense(nn.Sequential):
 
 
 class ToLogits(nn.Module):
-    """Float32 logits [R, N, K] of variables, from what is below them: images [R, C, H, W] or variables [R, N', K']."""
+    """Float32 logits [R, N, K] of variables, from what is below them: images [R, C, H, W] or variables [R, N', K'].
+
+    The last layer's first weights are `scale` times PyTorch's.
+    """
 
     def __init__(
         self,
@@ -47,9 +51,12 @@ class ToLogits(nn.Module):
         classes: int,
         activation: Activation,
         layer_norm: bool,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.layers = Dense([inputs, *hidden, variables * classes], activation, layer_norm)
+        with torch.no_grad():
+            self.layers[-1].get_parameter("weight").mul_(scale)
         self.sizes = variables, classes
 
     def forward(self, below: Tensor) -> Tensor:
@@ -109,15 +116,20 @@ def categorical_mlp(
     decoder: list[int],
     activation: Activation,
     prior: Prior,
-    layer_norm: bool = False,  # runs from before have no such key
+    layer_norm: bool = False,  # runs from before have no such key, nor the next
+    logits_scale: float = 1.0,
 ) -> Networks:
     """One layer: q(y|x) and p(x|y) by fully connected networks, `encoder` and `decoder` their hidden widths.
 
     No hidden layer is the linear model of Maddison et al. 2017, 784-(20x10)-200-784 the one of Jang et al. 2017. The
-    data's classes have no part in it. Raises ValueError for sizes below 1 and fewer than two classes.
+    data's classes have no part in it. q(y|x) starts the surer of y the larger `logits_scale`: in many variables that
+    start undecided, training finds codes of which each variable says a little, and wrongly (docs/categorical.md).
+    Raises ValueError for sizes below 1, fewer than two classes, and a scale that is not above 0.
     """
     latents = check_latents(variables, classes)
-    posterior = ToLogits(shape.size, encoder, *latents, activation, layer_norm)
+    if not (math.isfinite(logits_scale) and logits_scale > 0):
+        raise ValueError(f"logits_scale must be > 0 and finite, got {logits_scale}")
+    posterior = ToLogits(shape.size, encoder, *latents, activation, layer_norm, logits_scale)
     generator = FromClasses(*latents, decoder, shape.size, activation, layer_norm)
     return Networks([posterior], [generator], [latents], prior == "learned")
 
