@@ -88,20 +88,21 @@ class Estimator(nn.Module):
         logits: Tensor,
         num_samples: int,
         *,
-        importance_weighted: bool,
+        ratio_weight: float | Tensor,
         step: int,
         context: Tensor,
         generator: torch.Generator,
     ) -> Estimate:
         """Estimates L_m = E_{y_1..y_m ~ q}[log (1/m) sum_j w_j], m = num_samples (Burda et al. 2016, eq. 8), in nats.
 
-        f(y_j) [S, B] is log p(x|y_j), and `context` and `generator` are as in `forward`. Where `importance_weighted`,
-        log w_j = f(y_j) + log p(y_j) - log q(y_j|x), with p(y) the estimator's `log_prior`: a bound of log p(x).
-        Otherwise log w_j = f(y_j): y is drawn from the model's own p(y|x), as in structured prediction (Raiko et al.
-        2015). The estimate's `value` is the whole bound, and its `kl` is zero; the estimator's own `num_samples`, of
-        `forward`, plays no part. Raises ValueError as `check_several_samples` does, and for num_samples < 1.
+        f(y_j) [S, B] is log p(x|y_j), and `context` and `generator` are as in `forward`.
+        log w_j = f(y_j) + r (log p(y_j) - log q(y_j|x)), with r = `ratio_weight` and p(y) the estimator's `log_prior`.
+        At r = 1 L_m is a bound of log p(x); r is below 1, perhaps a tensor [] in (0, 1], while it is warmed up; and 0
+        where y is drawn from the model's own p(y|x), as in structured prediction (Raiko et al. 2015). The estimate's
+        `value` is the whole bound, and its `kl` is zero; the estimator's own `num_samples`, of `forward`, plays no
+        part. Raises ValueError as `check_several_samples` does, and for num_samples < 1.
         """
-        self.check_several_samples(importance_weighted=importance_weighted)
+        self.check_several_samples(importance_weighted=is_weighted(ratio_weight))
         raise TypeError(f"{type(self).__name__} must define multi_sample(f, logits, num_samples, *, ...)")
 
     def check_several_samples(self, *, importance_weighted: bool) -> None:
@@ -111,6 +112,11 @@ class Estimator(nn.Module):
                 "estimator must be one that takes several samples in one bound: vimco, gumbel_softmax, "
                 f"st_gumbel_softmax or concrete, got {type(self).__name__}"
             )
+
+
+def is_weighted(ratio_weight: float | Tensor) -> bool:
+    """Whether the `ratio_weight` of `multi_sample` is above 0, which a tensor always is."""
+    return isinstance(ratio_weight, Tensor) or ratio_weight > 0
 
 
 class ContractError(ValueError):

@@ -14,6 +14,7 @@ from estimators.contract import (
     Schedule,
     at_least,
     categorical_kl,
+    is_weighted,
     log_mean_exp,
     log_ratio,
     positive,
@@ -91,7 +92,7 @@ class GumbelSoftmax(Estimator):
         logits: Tensor,
         num_samples: int,
         *,
-        importance_weighted: bool,
+        ratio_weight: float | Tensor,
         step: int,
         context: Tensor,
         generator: torch.Generator,
@@ -102,13 +103,13 @@ class GumbelSoftmax(Estimator):
         2017, eq. 20, of several samples); with kl=sampled (eq. 21) it bounds nothing. kl=analytic is refused where
         importance-weighted.
         """
-        self.check_several_samples(importance_weighted=importance_weighted)
+        self.check_several_samples(importance_weighted=is_weighted(ratio_weight))
         at_least("num_samples", num_samples, 1)
         temperature = temperature_at(self.temperature, step)
         log_y, y = self._draws(logits, num_samples, temperature, generator)
         log_w = f(y)
-        if importance_weighted:
-            log_w = log_w - self._log_ratio(logits, log_y, y, temperature)
+        if is_weighted(ratio_weight):
+            log_w = log_w - ratio_weight * self._log_ratio(logits, log_y, y, temperature)
         return Estimate(
             value=log_mean_exp(log_w),
             kl=logits.new_zeros(logits.shape[0]),

@@ -11,6 +11,7 @@ from estimators.contract import (
     Estimator,
     at_least,
     categorical_kl,
+    is_weighted,
     log_mean_exp,
     log_ratio,
     slope,
@@ -161,7 +162,7 @@ class VIMCO(ScoreFunction):
         logits: Tensor,
         num_samples: int,
         *,
-        importance_weighted: bool,
+        ratio_weight: float | Tensor,
         step: int,
         context: Tensor,
         generator: torch.Generator,
@@ -174,8 +175,8 @@ class VIMCO(ScoreFunction):
         log_q = log_probabilities(logits)
         y = gumbel_max(log_q.detach(), gumbel((num_samples, *logits.shape), generator=generator))
         log_w = f(y).float()
-        if importance_weighted:
-            log_w = log_w - log_ratio(logits, y, self.log_prior)
+        if is_weighted(ratio_weight):
+            log_w = log_w - ratio_weight * log_ratio(logits, y, self.log_prior)
         bound = log_mean_exp(log_w)
         signal = bound.detach() - bounds_of_the_others(log_w.detach())
         metrics: dict[str, Tensor | float] = {

@@ -24,7 +24,7 @@ from tests.test_variables import cost, problem
 DRAWS = 2**17  # > 1e5
 SIZES = [(1, 3, 2), (2, 2, 2), (1, 2, 4), (2, 3, 2), (1, 3, 1)]  # N, K, m
 sizes = pytest.mark.parametrize(("num_variables", "num_classes", "m"), SIZES, ids=lambda size: str(size))
-weighted = pytest.mark.parametrize("importance_weighted", [True, False], ids=["weighted", "of_the_prior"])
+weighted = pytest.mark.parametrize("ratio_weight", [1.0, 0.4, 0.0], ids=["weighted", "warmed_up", "of_the_prior"])
 KLS: list[KL] = ["sampled", "relaxed"]
 RELAXED: list[Callable[[], Estimator]] = [
     *(partial(make, at_one, kl=kl) for make in (GumbelSoftmax, StraightThroughGumbelSoftmax) for kl in KLS)
@@ -32,11 +32,11 @@ RELAXED: list[Callable[[], Estimator]] = [
 
 
 def bound(
-    estimator: Estimator, f: CostFunction, logits: Tensor, m: int, *, importance_weighted: bool = True, seed: int = 4
+    estimator: Estimator, f: CostFunction, logits: Tensor, m: int, *, ratio_weight: float = 1.0, seed: int = 4
 ) -> Estimate:
     context = torch.zeros(len(logits), CONTEXT_SIZE)
     return estimator.multi_sample(
-        f, logits, m, importance_weighted=importance_weighted, step=0, context=context, generator=seeded(seed)
+        f, logits, m, ratio_weight=ratio_weight, step=0, context=context, generator=seeded(seed)
     )
 
 
@@ -55,7 +55,7 @@ def unequal_prior(num_variables: int, num_classes: int) -> Tensor:
     return torch.randn(num_variables, num_classes, generator=seeded(5)).log_softmax(dim=-1)
 
 
-def enumerated(logits: Tensor, weight: Tensor, log_prior: Tensor, m: int, *, importance_weighted: bool) -> Bounds:
+def enumerated(logits: Tensor, weight: Tensor, log_prior: Tensor, m: int, *, ratio_weight: float) -> Bounds:
     """In float64, by a loop over the outcomes of m draws of N variables."""
     leaves = [tensor.double().requires_grad_() for tensor in (logits, weight, log_prior)]
     logits, weight, log_prior = leaves
@@ -64,7 +64,7 @@ def enumerated(logits: Tensor, weight: Tensor, log_prior: Tensor, m: int, *, imp
     y = torch.nn.functional.one_hot(torch.tensor(classes), num_classes).double()
     f = cost(weight.unsqueeze(0))(y.unsqueeze(1)).squeeze(1)
     chance, ratio = ((y * rows).sum(dim=(-2, -1)) for rows in (log_q, log_prior - log_q))
-    log_w = f + ratio if importance_weighted else f
+    log_w = f + ratio_weight * ratio
     value = torch.zeros((), dtype=torch.float64)
     for outcome in map(list, product(range(len(classes)), repeat=m)):
         value = value + chance[outcome].sum().exp() * (log_w[outcome].logsumexp(dim=0) - math.log(m))
@@ -78,23 +78,23 @@ def drawn(
     log_prior: Tensor,
     m: int,
     *,
-    importance_weighted: bool,
+    ratio_weight: float,
     draws: int = DRAWS,
 ) -> Bounds:
     """A batch of equal images, each with its own copy of all that has a gradient: an image's gradient is one draw."""
     leaves = [tensor.expand(draws, *tensor.shape).clone().requires_grad_() for tensor in (logits, weight, log_prior)]
     logits, weight, estimator.log_prior = leaves
-    value = bound(estimator, cost(weight), logits, m, importance_weighted=importance_weighted).value
+    value = bound(estimator, cost(weight), logits, m, ratio_weight=ratio_weight).value
     return Bounds(value.detach(), *torch.autograd.grad(value.sum(), leaves, materialize_grads=True))
 
 
 def z_scores(
-    estimator: Estimator, num_variables: int, num_classes: int, m: int, *, importance_weighted: bool
+    estimator: Estimator, num_variables: int, num_classes: int, m: int, *, ratio_weight: float
 ) -> dict[str, float]:
     logits, weight = problem(num_variables, num_classes)
     leaves = logits, weight, unequal_prior(num_variables, num_classes)
-    found = drawn(estimator, *leaves, m, importance_weighted=importance_weighted)
-    truth = enumerated(*leaves, m, importance_weighted=importance_weighted)
+    found = drawn(estimator, *leaves, m, ratio_weight=ratio_weight)
+    truth = enumerated(*leaves, m, ratio_weight=ratio_weight)
     names = ("value", "logits", "weight", "prior")
     return {name: worst_z(getattr(found, name), getattr(truth, name)) for name in names}
 
@@ -104,8 +104,8 @@ def z_scores(
 
 @weighted
 @sizes
-def test_vimco_is_unbiased(num_variables: int, num_classes: int, m: int, importance_weighted: bool) -> None:
-    z = z_scores(VIMCO(), num_variables, num_classes, m, importance_weighted=importance_weighted)
+def test_vimco_is_unbiased(num_variables: int, num_classes: int, m: int, ratio_weight: float) -> None:
+    z = z_scores(VIMCO(), num_variables, num_classes, m, ratio_weight=ratio_weight)
     assert max(z.values()) < 4, z
 
 
@@ -115,16 +115,16 @@ def test_vimco_is_unbiased(num_variables: int, num_classes: int, m: int, importa
 )
 @pytest.mark.parametrize(("num_variables", "num_classes"), [(1, 3), (2, 2)])
 def test_relaxed_bounds_fail_the_test_of_unbiasedness(
-    make: Callable[[], Estimator], num_variables: int, num_classes: int, importance_weighted: bool
+    make: Callable[[], Estimator], num_variables: int, num_classes: int, ratio_weight: float
 ) -> None:
-    assert z_scores(make(), num_variables, num_classes, 2, importance_weighted=importance_weighted)["logits"] > 4
+    assert z_scores(make(), num_variables, num_classes, 2, ratio_weight=ratio_weight)["logits"] > 4
 
 
 def test_a_baseline_with_the_draws_own_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "estimators.score_function.bounds_of_the_others", lambda log_w: log_mean_exp(log_w).expand_as(log_w) / 2
     )
-    z = z_scores(VIMCO(), 1, 3, 2, importance_weighted=True)
+    z = z_scores(VIMCO(), 1, 3, 2, ratio_weight=1.0)
     assert z.pop("logits") > 4
     assert max(z.values()) < 4
 
@@ -148,7 +148,7 @@ def test_the_baselines_lower_the_variance(monkeypatch: pytest.MonkeyPatch) -> No
     leaves = *problem(2, 3), unequal_prior(2, 3)
 
     def variance() -> float:
-        return float(drawn(VIMCO(), *leaves, 5, importance_weighted=True, draws=2**14).logits.var(dim=0).sum())
+        return float(drawn(VIMCO(), *leaves, 5, ratio_weight=1.0, draws=2**14).logits.var(dim=0).sum())
 
     with_them = variance()
     monkeypatch.setattr("estimators.score_function.bounds_of_the_others", torch.zeros_like)
@@ -163,7 +163,7 @@ def test_vimco_of_one_sample_is_the_score_function_without_baseline() -> None:
     logits, weight = (tensor.repeat(5, *[1] * tensor.dim()).requires_grad_() for tensor in problem(2, 3))
     context = torch.zeros(5, CONTEXT_SIZE)
     plain = ScoreFunction(NoBaseline())(cost(weight), logits, step=0, context=context, generator=seeded(4)).value
-    found = bound(VIMCO(), cost(weight), logits, 1, importance_weighted=False).value
+    found = bound(VIMCO(), cost(weight), logits, 1, ratio_weight=0.0).value
     torch.testing.assert_close(found, plain)
     for a, b in zip(*(torch.autograd.grad(value.sum(), (logits, weight)) for value in (found, plain)), strict=True):
         torch.testing.assert_close(a, b)
@@ -234,14 +234,14 @@ def test_the_relaxed_bound_grows_to_the_evidence_of_the_relaxed_model() -> None:
 
 @each([case for case in CASES if case.build(3).takes_several_samples])
 @weighted
-def test_shapes_isolation_and_calls(case: Case, importance_weighted: bool) -> None:
+def test_shapes_isolation_and_calls(case: Case, ratio_weight: float) -> None:
     logits = torch.randn(5, 2, 3, generator=seeded(2)).requires_grad_()
     weight = torch.randn(5, 2, 3, 2, generator=seeded(3)).requires_grad_()
     estimator = case.build(3, num_variables=2)
     if isinstance(estimator, GumbelSoftmax) and estimator.kl == "analytic":
         estimator.kl = "sampled"
     spy = Spy(cost(weight))
-    result = bound(estimator, spy, logits, 4, importance_weighted=importance_weighted)
+    result = bound(estimator, spy, logits, 4, ratio_weight=ratio_weight)
     assert result.value.shape == (5,)
     assert torch.equal(result.kl, torch.zeros(5))
     assert result.auxiliary == 0
@@ -249,8 +249,7 @@ def test_shapes_isolation_and_calls(case: Case, importance_weighted: bool) -> No
     assert result.metrics["evaluations"] == 4
     assert all(gradient.any() for gradient in torch.autograd.grad(result.value.sum(), (logits, weight)))
     again, other = (
-        bound(estimator, cost(weight), logits, 4, importance_weighted=importance_weighted, seed=seed).value
-        for seed in (4, 5)
+        bound(estimator, cost(weight), logits, 4, ratio_weight=ratio_weight, seed=seed).value for seed in (4, 5)
     )
     assert torch.equal(result.value, again)
     assert not torch.equal(result.value, other)
@@ -258,12 +257,12 @@ def test_shapes_isolation_and_calls(case: Case, importance_weighted: bool) -> No
 
 @pytest.mark.parametrize("make", [VIMCO, *RELAXED], ids=["vimco", *map(str, range(4))])
 @weighted
-def test_bounds_stay_finite(make: Callable[[], Estimator], importance_weighted: bool) -> None:
+def test_bounds_stay_finite(make: Callable[[], Estimator], ratio_weight: float) -> None:
     infinity = math.inf
     rows = [[1e4, -1e4, 0.0], [1e4, 1e4, 1e4], [0.0, 1.0, -infinity], [-infinity, -1e4, -infinity]]
     logits = torch.tensor(rows).unsqueeze(1).requires_grad_()
     weight = torch.randn(4, 1, 3, 2, generator=seeded(3)).requires_grad_()
-    value = bound(make(), cost(weight), logits, 5, importance_weighted=importance_weighted).value
+    value = bound(make(), cost(weight), logits, 5, ratio_weight=ratio_weight).value
     assert value.isfinite().all()
     for gradient in torch.autograd.grad(value.sum(), (logits, weight)):
         assert gradient.isfinite().all()
@@ -285,9 +284,7 @@ def test_the_analytic_kl_is_refused_where_there_is_a_ratio() -> None:
     estimator = GumbelSoftmax(at_one)
     with pytest.raises(ValueError, match=r"^kl must be sampled or relaxed"):
         bound(estimator, lambda y: y.sum(dim=(-2, -1)), torch.zeros(2, 1, 3), 2)
-    of_the_prior = bound(
-        estimator, lambda y: 2 * y.sum(dim=(-2, -1)), torch.zeros(2, 1, 3), 2, importance_weighted=False
-    )
+    of_the_prior = bound(estimator, lambda y: 2 * y.sum(dim=(-2, -1)), torch.zeros(2, 1, 3), 2, ratio_weight=0.0)
     torch.testing.assert_close(of_the_prior.value, torch.full((2,), 2.0))
 
 

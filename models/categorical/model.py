@@ -136,9 +136,9 @@ class CategoricalVAE(Model):
     ) -> Objective:
         """J = E_q(y|x)[log p(x|y)] - KL(q(y|x) || p(y)) (Jang et al. 2017, section 4.2), a mean over x [B, C, H, W].
 
-        The KL has a weight below 1 while it is warmed up, and J is a bound from then on.
         With weights.samples = m > 1 the bound of m samples, E log (1/m) sum_j p(x, y_j) / q(y_j|x) (Burda et al. 2016,
-        eq. 8), of one layer. Raises ContractError for an estimate of other shapes.
+        eq. 8), of one layer. While the KL, or log p(y)/q(y|x) there, is warmed up it has a weight below 1, and J is a
+        bound from then on. Raises ContractError for an estimate of other shapes.
         """
         logits, auxiliaries = self.logits(0, x), list[Tensor]()
         if weights.samples > 1:
@@ -147,7 +147,7 @@ class CategoricalVAE(Model):
                 lambda y: self.log_prob(0, x, y),
                 logits,
                 weights.samples,
-                importance_weighted=True,
+                ratio_weight=weights.kl if weights.kl_warmup else 1.0,
                 step=step,
                 context=x,
                 generator=generator,
@@ -176,6 +176,7 @@ class CategoricalVAE(Model):
 
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         of = f"the bound of {weights.samples} samples" if weights.samples > 1 else "E_q(y|x)[log p(x|y)] - KL(q || p)"
+        of += f", KL warmed up in {weights.kl_warmup} steps" if weights.kl_warmup else ""
         sizes = ", ".join(f"{variables} variables of {classes} classes" for variables, classes in self.latents)
         return f"J = {weights.unlabelled:g} x {of}, a mean over {unlabelled} images; y is {sizes}"
 
@@ -254,7 +255,5 @@ def check_weights(weights: Weights, estimator: Estimator, layers: int, *, import
         raise ValueError(f"objective.samples must be 1 with a model of {layers} layers, got {weights.samples}")
     if weights.kl_warmup and layers > 1:
         raise ValueError(f"objective.kl_warmup must be 0 with a model of {layers} layers, got {weights.kl_warmup}")
-    if weights.kl_warmup and weights.samples > 1:
-        raise ValueError(f"objective.kl_warmup must be 0 in a bound of several samples, got {weights.kl_warmup}")
     if weights.samples > 1:
         estimator.check_several_samples(importance_weighted=importance_weighted)

@@ -112,7 +112,7 @@ class StructuredModel(Model):
                 lambda y: self.log_prob(lower, y),
                 logits,
                 weights.samples,
-                importance_weighted=False,
+                ratio_weight=0.0,
                 step=step,
                 context=x,
                 generator=generator,
