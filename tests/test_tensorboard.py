@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -33,7 +34,7 @@ from training.charts import confusion, draw_calibration, draw_confusion, draw_mi
 from training.names import LONGEST, run_name
 from training.report import draws_pictures
 from training.run_folder import events_folder
-from training.tensorboard import LAYOUT, coloured_by_class
+from training.tensorboard import LAYOUT, TensorBoard, coloured_by_class
 
 LINE = f"{MLP} estimator=gumbel_softmax{ANNEALED} train.steps="
 PICTURES = {"reconstructions", "generated", "analogies", "walk_through_z"}
@@ -211,6 +212,18 @@ def drawn(steps: int, validate_every: int, pictures_every: int | None) -> list[i
     settings = TrainConfig(steps, 50, 100, 100, validate_every, 1000, pictures_every)
     looked = [*range(validate_every, steps, validate_every), steps]
     return [step for step in looked if draws_pictures(step, settings)]
+
+
+def test_a_process_with_a_lower_number_goes_on_within_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, step in ((99_999, 1), (111, 2), (5, 3)):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        board = TensorBoard(tmp_path, step - 1, {"seed": 0})
+        board.scalars({"train/J": float(-step)}, step)
+        board.close()
+    monkeypatch.undo()
+    assert curve(tmp_path, "train/J") == [(1, -1.0), (2, -2.0), (3, -3.0)]
 
 
 def test_pictures_are_drawn_ever_more_rarely() -> None:

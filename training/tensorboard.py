@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import io
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from models.pictures import grid
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.checkpoints import write_atomically
 from training.pictures import save_png
+from training.run_folder import EVENTS
 
 # J and validation accuracy, or what stands for it, once more, before all other tags, which TensorBoard sorts by letters
 FIRST = "Overview"
@@ -79,6 +81,7 @@ class TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         laid_out = has_layout(folder)
         first_to_drop = start + (logged is None)
+        wait_for_a_name_that_sorts_last(folder)
         self.writer = SummaryWriter(str(folder), purge_step=first_to_drop)
         self.newest_step = start
         self.newest: dict[str, float] = {}  # scalars of the step last written of
@@ -160,9 +163,19 @@ def laid(layout: Layout, more: Layout) -> dict[str, Any]:
     return {section: charts for section, charts in sections.items() if charts}
 
 
+def wait_for_a_name_that_sorts_last(folder: Path) -> None:
+    """TensorBoard reads event files by name: by the second, then by the process, whose number may be lower than before.
+
+    It would read what an earlier process wrote last, and drop what came after it as steps that were undone.
+    """
+    seconds = (path.name.removeprefix(EVENTS.rstrip("*")).partition(".")[0] for path in folder.glob(EVENTS))
+    newest = max((int(second) for second in seconds if second.isdigit()), default=0)
+    time.sleep(min(max(newest + 1 - time.time(), 0.0), 1.0))
+
+
 def has_layout(folder: Path) -> bool:
     """Whether a run has its layout already: a second one, from a resumed run, would lie beside it."""
-    for path in sorted(folder.glob("events.out.tfevents.*")):  # all, or the folder stays open
+    for path in sorted(folder.glob(EVENTS)):  # all, or the folder stays open
         with path.open("rb") as file:
             if LAYOUT_TAG in file.read(HEAD):
                 return True
