@@ -112,6 +112,14 @@ def test_importance_samples(folder: Path) -> None:
     assert more["test_accuracy"] == own["test_accuracy"]
 
 
+def test_the_first_images_alone(folder: Path) -> None:
+    whole, some, one = (measured(f"{folder} --part val{first}") for first in ("", " --first 9", " --first 1"))
+    assert (whole["val_n"], some["val_n"], one["val_n"]) == (200, 9, 1)
+    assert len({whole["val_bound"], some["val_bound"], one["val_bound"]}) == 3
+    assert measured(f"{folder} --part val --first 1000") == whole
+    assert command(evaluate.main, f"{folder} --first 0").code == 2
+
+
 def test_evaluate_with_other_pixels_than_the_runs(folder: Path) -> None:
     own = measured(f"{folder} --part val")
     assert measured(f"{folder} --part val --binarization none") == own

@@ -164,8 +164,8 @@ class Run:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
         return evaluation_data(self.load_images("train"), self.rows(part), self.device)
 
-    def measure(self, part: Part, importance_samples: int | None = None) -> dict[str, float]:
-        """Evaluation of a part under the names of result.json.
+    def measure(self, part: Part, importance_samples: int | None = None, first: int | None = None) -> dict[str, float]:
+        """Evaluation of a part, or of its `first` images alone, under the names of result.json.
 
         PART_n is the number of its images, which means are over, and PART_n_with_label that of those with a known
         label, which accuracy and calibration are over.
@@ -182,6 +182,7 @@ class Run:
             data, samples = self.load_training(part), 0
         if not len(data.labels):
             return {}
+        data = EvaluationData(data.x[:first], data.labels[:first]) if first else data
         samples = samples if importance_samples is None else importance_samples
         evaluation = self.evaluate(data, samples, doing=f"evaluation of {part}")
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
