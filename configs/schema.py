@@ -245,6 +245,9 @@ class Config:
             raise ValueError(f"seed must be >= 0 and < 2**64, got {self.seed}")
         if not re.fullmatch(DEVICES, self.device):
             raise ValueError(f"device must be one of auto, cpu, cuda, or a GPU such as cuda:1, got {self.device}")
+        if self.objective.kl_warmup > self.train.steps:
+            wanted = f"<= train.steps, {self.train.steps}, got {self.objective.kl_warmup}"
+            raise ValueError(f"objective.kl_warmup must be {wanted}: J would never be the bound")
         data = self.data
         if self.likelihood is Likelihood.auto and data.known().is_binary:
             self.likelihood = Likelihood.bernoulli

@@ -211,7 +211,7 @@ class MuProp(ScoreFunction):
     calls_once = False
 
     def __init__(self, num_samples: int = 1, baseline: Baseline | None = None) -> None:
-        super().__init__(baseline or NoBaseline(), num_samples)
+        super().__init__(NoBaseline() if baseline is None else baseline, num_samples)
 
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator

@@ -30,9 +30,9 @@ class Weights:
     alpha: float
     samples: int = 1  # of y in the bound, where there are no labels
     kl_warmup: int = 0  # steps in which the KL's weight grows to 1, there
-    kl: float | Tensor = 1.0  # that weight at the step in hand; a tensor [] where it is read on the device
+    kl_weight: float | Tensor = 1.0  # that weight at the step in hand; a tensor [] where it is read on the device
 
-    def kl_at(self, step: int) -> float:
+    def kl_weight_at(self, step: int) -> float:
         """The KL's weight at a step, on a straight line (Bowman et al. 2016; Sønderby et al. 2016)."""
         return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
 

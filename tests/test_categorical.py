@@ -323,8 +323,25 @@ def test_the_kl_is_warmed_up() -> None:
     q = model.posterior(X)
     kl = (q * (q.log() + math.log(K))).sum(dim=(-2, -1)).mean()
     for step, weight in enumerate((0.25, 0.5, 0.75, 1.0, 1.0)):
-        found = by_objective(model, Marginalization(), X, weights=replace(weights, kl=weights.kl_at(step)))
+        found = by_objective(
+            model, Marginalization(), X, weights=replace(weights, kl_weight=weights.kl_weight_at(step))
+        )
         torch.testing.assert_close(found, exact_bound(model, X).mean() + (1 - weight) * kl, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ratio_is_warmed_up_in_the_bound_of_several_samples() -> None:
+    """At weight w each log w_j is w (log p(y)/q(y|x)) + log p(x|y): between log p(x|y) alone and the bound."""
+    model = one_layer()
+
+    def j(weight: float) -> Tensor:
+        weights = Weights(0, 1, 0, samples=2, kl_warmup=4, kl_weight=weight)
+        return by_objective(model, VIMCO(), X, weights=weights)
+
+    torch.testing.assert_close(j(1.0), by_objective(model, VIMCO(), X, weights=Weights(0, 1, 0, samples=2)))
+    h = 1e-3  # at the same draws: what grows with w is the mean of the ratio under the weights w_j
+    slopes = [(j(w + h) - j(w - h)) / (2 * h) for w in (0.25, 0.75)]
+    assert slopes[0] < slopes[1] < 0, slopes  # convex in w, and log p(y)/q(y|x) is negative on average
+    assert j(1.0) < j(0.5) < j(0.0)
 
 
 def test_the_first_logits_are_scaled() -> None:
@@ -545,6 +562,10 @@ REFUSED = [
     ("model=categorical_mlp objective.samples=5", "kl must be sampled or relaxed"),
     ("model=categorical_mlp objective.samples=0", "objective.samples must be >= 1, got 0"),
     ("model=categorical_mlp objective.kl_warmup=-1", "objective.kl_warmup must be >= 0, got -1"),
+    (
+        "model=categorical_mlp train.steps=5 objective.kl_warmup=9",
+        "objective.kl_warmup must be <= train.steps, 5, got 9",
+    ),
     ("model=categorical_two_layers objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model of 2 layers"),
     ("model=structured_mlp objective.kl_warmup=9", "objective.kl_warmup must be 0 where J has no KL, got 9"),
     ("objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model that learns from labels, got 9"),

@@ -71,7 +71,7 @@ class Update:
             self.generator = run.together.generator(run.device, *sizes)
         self.temperatures: list[Held] = []
         self.weights = run.weights
-        self.kl_weight = 1.0  # as last written
+        self.written_kl_weight = 1.0
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
@@ -86,7 +86,7 @@ class Update:
         self.temperatures = held(self.run.estimator, self.run.device)
         for group in self.run.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.run.device)
-        self.weights = replace(self.weights, kl=torch.ones((), device=self.run.device))
+        self.weights = replace(self.weights, kl_weight=torch.ones((), device=self.run.device))
 
     def __call__(self, step: int) -> Objective:
         self.prepare(step)
@@ -98,15 +98,15 @@ class Update:
         self.generator.manual_seed(key(self.run.config.seed, "step", step))
         for temperature in self.temperatures:
             temperature.write(step)
-        if (weight := self.run.weights.kl_at(step)) != self.kl_weight:
+        if (weight := self.run.weights.kl_weight_at(step)) != self.written_kl_weight:
             self.write_kl_weight(weight)
 
     def write_kl_weight(self, weight: float) -> None:
-        self.kl_weight = weight
-        if isinstance(self.weights.kl, Tensor):
-            self.weights.kl.fill_(weight)
+        self.written_kl_weight = weight
+        if isinstance(self.weights.kl_weight, Tensor):
+            self.weights.kl_weight.fill_(weight)
         else:
-            self.weights = replace(self.weights, kl=weight)
+            self.weights = replace(self.weights, kl_weight=weight)
 
     def work(self, step: int, number: int | Tensor, rows: tuple[Tensor, ...]) -> Objective:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""

@@ -147,7 +147,7 @@ class CategoricalVAE(Model):
                 lambda y: self.log_prob(0, x, y),
                 logits,
                 weights.samples,
-                ratio_weight=weights.kl if weights.kl_warmup else 1.0,
+                ratio_weight=weights.kl_weight if weights.kl_warmup else 1.0,
                 step=step,
                 context=x,
                 generator=generator,
@@ -167,7 +167,7 @@ class CategoricalVAE(Model):
             )
         kl, metrics = estimate.kl, estimate.metrics
         if weights.kl_warmup:
-            kl, metrics = weights.kl * kl, {**metrics, "kl_weight": weights.kl}
+            kl, metrics = weights.kl_weight * kl, {**metrics, "kl_weight": weights.kl_weight}
         terms = {"J": weights.unlabelled * (estimate.value - kl).mean()}
         if weights.samples == 1:
             terms |= {"reconstruction": estimate.value.mean(), "kl_y": estimate.kl.mean()}
