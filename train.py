@@ -40,13 +40,12 @@ OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cach
 def train(run: Run, report: Report, folder: Path) -> int:
     """Trains from the run's step to its last; returns 0, or 128 + the number of the signal that stopped it."""
     from training.divergence import FiniteGuard
-    from training.interruption import Interruption
-    from training.update import ReplayedUpdate, Update
+    from training.side_by_side import interruption_here, update_of
 
     settings = run.config.train
     guard = FiniteGuard(run.optimizer, run.parameters, run.device)
-    update = ReplayedUpdate(run, guard) if run.config.cuda_graph else Update(run, guard)
-    with Interruption() as interruption:
+    update = update_of(run, guard)
+    with interruption_here() as interruption:
         if run.unlooked:
             with others_told(run, interruption):
                 look(run, report, folder, interruption)

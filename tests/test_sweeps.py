@@ -66,6 +66,7 @@ launchers = pytest.mark.parametrize(
     "launcher",
     [
         "basic",
+        pytest.param("side_by_side", marks=pytest.mark.slow),
         pytest.param("joblib hydra.launcher.n_jobs=2", marks=[needs_joblib, pytest.mark.slow], id="joblib"),
         pytest.param("submitit_local", marks=[needs_submitit, pytest.mark.slow]),
     ],
@@ -316,7 +317,7 @@ def test_joblib_tells_of_a_failed_job_and_shares_the_cores(tmp_path: Path) -> No
     ended = end(start(line, folder, OMP_NUM_THREADS="7", TOLD=str(tmp_path)), folder)
     assert ended.code == 3, ended.said
     assert f"failed with exit code 3: {folder}/0: " in ended.err
-    assert "job 1: test accuracy" in ended.out
+    assert "job 2: test accuracy" in ended.out
     assert f"; in {folder}/1" in next(line for line in ended.err.splitlines() if "job 2 of 2: optimizer.lr=" in line)
     assert "step/s" not in ended.said
     assert [path.name for path in tmp_path.glob("threads*")] == [f"threads{max(1, sweep.usable_cores() // 2)}"]

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from estimators.gumbel_softmax import GumbelSoftmax
-from models.contract import Objective
 from scripts.benchmark import compose_run, time_in_a_row
 from scripts.gradient_quality import all_names
 from tests.runs import CONV, FAMILIES, MLP, ROOT, SLOWLY, run
@@ -72,16 +71,18 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """Has recordings emulated, and lists them."""
     made: list[Recording] = []
 
-    def record(work: Callable[[], Objective], generator: torch.Generator) -> tuple[Callable[[], None], Objective]:
+    def record(work: Callable[[], Any], *generators: torch.Generator) -> tuple[Callable[[], None], Any]:
         made.append(Recording())
-        drawn_from = generator.get_state()
+        drawn_from = [generator.get_state() for generator in generators]
         with made[-1]:
             result = work()
         made[-1].undo()
-        generator.set_state(drawn_from)
+        for generator, state in zip(generators, drawn_from, strict=True):
+            generator.set_state(state)
         return made[-1].replay, result
 
     monkeypatch.setattr(update, "record", record)
+    monkeypatch.setattr(update, "branches", lambda works: [work() for _, work in works])
     monkeypatch.setattr(update, "beside", lambda stream, work: work())
     return made
 

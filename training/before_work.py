@@ -70,6 +70,9 @@ class CheckBeforeWork(Callback):
                 _check_apart([(jobs[0], _job_folder(_compose_job(config, number, jobs[0]))) for number in (0, 1)])
         from training import sweep
 
+        if sweep.launcher(config.hydra) == sweep.SIDE_BY_SIDE:
+            with _refusing():
+                sweep.check_side_by_side(config.hydra.launcher, [job_checked for *_, job_checked in checked])
         for job, _, job_checked in checked:
             if is_search and job_checked.data.num_validation == 0:
                 with _refusing(job):

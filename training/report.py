@@ -71,7 +71,8 @@ class Report:
                 dynamic_ncols=True,
             )
         )
-        self.stack.enter_context(logging_redirect_tqdm())
+        if not self.bar.disable:
+            self.stack.enter_context(logging_redirect_tqdm())
         self.stack.callback(lambda: self.board.close())  # the one there is then
         log.info("%s\n%s", self.run.describe(), self.run.describe_objective())
         for note in self.run.notes:

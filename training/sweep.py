@@ -38,8 +38,10 @@ THESE_JOBS = "CATVAE_SWEEP_JOBS"  # how many there are, and the keys in which th
 FAILED = "failed.json"
 SEARCH = "search.json"
 BASIC, JOBLIB, LOCAL, SLURM = "BasicLauncher", "JoblibLauncher", "LocalLauncher", "SlurmLauncher"
+SIDE_BY_SIDE = "SideBySideLauncher"
+IN_THIS_PROCESS = (BASIC, SIDE_BY_SIDE)
 PARALLEL = (JOBLIB, LOCAL)
-ON_THIS_MACHINE = (BASIC, *PARALLEL)
+ON_THIS_MACHINE = (*IN_THIS_PROCESS, *PARALLEL)
 LET_GO = 20.0  # seconds that jobs of a killed sweep have for the step in hand and a checkpoint
 ROOT = Path(__file__).parent.parent
 WORST = -math.inf  # of a job that diverged: less than any accuracy or bound
@@ -77,7 +79,7 @@ def _tell_jobs(config: DictConfig, folder: Path) -> None:
     if config.hydra.launcher._target_.endswith(JOBLIB):
         config.hydra.launcher.n_jobs = n_jobs(config.hydra.launcher)
         config.hydra.launcher.batch_size = "1"  # joblib's own guess, after jobs that were skipped, is many in a row
-    if launcher(config.hydra) == BASIC:
+    if launcher(config.hydra) in IN_THIS_PROCESS:
         return
     # the jobs' processes start with the current folder on their path, and not with this program's
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -100,7 +102,7 @@ def _stop_by_signal(lock: Path) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         for again, handler in before.items():
             signal.signal(again, handler)
-        _stopped.append(number)
+        stopped_by(number)
         lock.write_text("")  # where there are no locks, this alone tells the jobs
         release(lock)
         _say("stopping; the running jobs save first")
@@ -113,9 +115,23 @@ def _stop_by_signal(lock: Path) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
+def stopped_by(number: int) -> None:
+    """Has the sweep of this process end as stopped by a signal."""
+    _stopped.append(number)
+
+
 def tell_number(jobs: int, varied: Sequence[str]) -> None:
     """Has the jobs know, in processes of their own too, how many they are and in which keys they differ."""
     os.environ[THESE_JOBS] = " ".join(map(str, (jobs, *varied)))
+
+
+def check_side_by_side(launcher: DictConfig, jobs: Sequence[Config]) -> None:
+    """Raises ConfigError for what jobs that train in one process cannot differ in."""
+    if launcher.n_jobs < 1:
+        raise ConfigError(f"hydra.launcher.n_jobs must be >= 1, got {launcher.n_jobs}")
+    for key in ("device", "deterministic"):
+        if len(values := {str(getattr(job, key)) for job in jobs}) > 1:
+            raise ConfigError(f"{key} must be the same in all jobs side by side, got {' and '.join(sorted(values))}")
 
 
 def check_search(config: DictConfig) -> None:
@@ -225,6 +241,10 @@ def launcher(hydra: Any) -> str:
 
 def is_stopped(hydra: Any) -> bool:
     """Whether the process that started this job wants no more of it, or is gone: another may have its lock by then."""
+    if launcher(hydra) == SIDE_BY_SIDE:
+        from training.side_by_side import is_stopped
+
+        return bool(_stopped) or is_stopped()
     return launcher(hydra) in PARALLEL and _is_let_go()
 
 
@@ -236,6 +256,13 @@ def _is_let_go() -> bool:
 @contextmanager
 def beside_others(hydra: Any) -> Iterator[None]:
     """In a process of its own, a job has its share of the cores, a quiet terminal, and stops when the sweep does."""
+    if launcher(hydra) == SIDE_BY_SIDE:
+        from training.side_by_side import own_log
+
+        os.environ["TQDM_DISABLE"] = "1"
+        with own_log(hydra.job.num + 1):
+            yield
+        return
     if launcher(hydra) == BASIC:
         yield
         return
@@ -257,7 +284,7 @@ def _within_sweep(hydra: Any) -> None:
     """A job on this machine says which one it is, and stops when its sweep does."""
     for handler in [*logging.root.handlers, *errors.handlers]:
         if type(handler) is logging.StreamHandler:
-            handler.setFormatter(logging.Formatter(f"job {hydra.job.num}: %(message)s"))
+            handler.setFormatter(logging.Formatter(f"job {hydra.job.num + 1}: %(message)s"))
     if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # out of reach of Ctrl-C on the terminal, which joblib's processes take
     _end_with_sweep(os.getppid())
@@ -323,7 +350,7 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
         return WORST if code == 3 else None
     if launcher(hydra) in (LOCAL, SLURM) and code == 128 + signal.SIGUSR2:
         signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
-    if code in (130, 143) and launcher(hydra) in PARALLEL:  # the process that started the sweep says so
+    if code in (130, 143) and launcher(hydra) in (*PARALLEL, SIDE_BY_SIDE):  # whoever started the sweep says so
         return None
     if code:
         if launcher(hydra) == BASIC:

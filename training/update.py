@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from training.half import HalfWeights
 from training.run import Run
 
 log = logging.getLogger("catvae")
+Result = TypeVar("Result")
 # a recording has to be told of its generators; a no-op that warns since
 NEEDS_GENERATORS = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
 WARM_UP = 3  # steps before one is recorded, in which libraries allocate what they need
@@ -143,14 +144,16 @@ class ReplayedUpdate(Update):
     recorded anew once that has changed; while it changes with every step, nothing is recorded, which is said once.
     """
 
-    def __init__(self, run: Run, guard: FiniteGuard) -> None:
+    def __init__(self, run: Run, guard: FiniteGuard, launcher: Launcher | None = None) -> None:
         super().__init__(run, guard)
+        self.launcher = launcher or Recording()
         self.number = torch.zeros((), dtype=torch.float64, device=run.device)  # of the step, and counts on by itself
         self.before: int | None = None  # the step that was worked on last
         self.rows = tuple(rows.clone() for rows in run.batches.rows(run.step))
         self.done, self.changes = 0, 0
-        self.replay: Callable[[], None] | None = None
-        self.recorded: object = None  # what of the step the recording is for
+        self.state: object = None  # what of the step a recording of it is for
+        self.recorded: object = None  # and the one that was recorded last
+        self.is_run = True  # rather than replayed
         self.stream: Any = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         self.read_on_device()
         for group in run.optimizer.param_groups:
@@ -161,16 +164,11 @@ class ReplayedUpdate(Update):
         depends_on = self.run.estimator.depends_on
         self.prepare(step)
         self.done += 1
-        if self.replay is None or depends_on(step) != self.recorded:
-            changes = depends_on(step) != depends_on(step + 1)
-            self.say_that_nothing_is_recorded(changes)
-            if self.done <= WARM_UP or changes:
-                return beside(self.stream, lambda: self.work(step, self.number.add_(1), self.rows))
-            self.replay = None  # frees what the recording before holds
-            self.replay, self.result = record(lambda: self.work(step, self.number.add_(1), self.rows), self.generator)
-            self.recorded = depends_on(step)
-        self.replay()
-        return self.result
+        self.state = depends_on(step)
+        changes = self.state != self.recorded and self.state != depends_on(step + 1)
+        self.say_that_nothing_is_recorded(changes)
+        self.is_run = self.done <= WARM_UP or changes
+        return self.launcher.launch([self])[0]
 
     def say_that_nothing_is_recorded(self, changes: bool) -> None:
         """Once, when three steps in a row are each another step's."""
@@ -189,8 +187,58 @@ class ReplayedUpdate(Update):
         for static, rows in zip(self.rows, self.run.batches.rows(step), strict=True):
             static.copy_(rows)
 
+    def work_prepared(self) -> Objective:
+        assert self.before is not None
+        return self.work(self.before, self.number.add_(1), self.rows)
 
-def beside(stream: torch.cuda.Stream, work: Callable[[], Objective]) -> Objective:
+
+class Launcher(Protocol):
+    def launch(self, updates: Sequence[ReplayedUpdate]) -> list[Objective]: ...
+
+
+class Recording:
+    """Prepared steps of runs, each on a stream of its own, as one CUDA graph."""
+
+    def __init__(self) -> None:
+        self.of: dict[ReplayedUpdate, object] = {}  # the steps that are recorded, and each one's state
+        self.results: dict[ReplayedUpdate, Objective] = {}
+        self.replay: Callable[[], None] | None = None
+
+    def launch(self, updates: Sequence[ReplayedUpdate]) -> list[Objective]:
+        """Their results: of those to be run after running them, of the others by a replay, recorded anew if need be."""
+        run = {update: beside(update.stream, update.work_prepared) for update in updates if update.is_run}
+        replayed = {update: update.state for update in updates if not update.is_run}
+        if replayed and replayed != self.of:
+            self._record(replayed)
+        if replayed:
+            assert self.replay
+            self.replay()
+        return [(run if update.is_run else self.results)[update] for update in updates]
+
+    def _record(self, steps: dict[ReplayedUpdate, object]) -> None:
+        self.replay, self.results, self.of = None, {}, {}  # frees what the recording before holds
+        works = [(update.stream, update.work_prepared) for update in steps]
+        self.replay, results = record(lambda: branches(works), *(update.generator for update in steps))
+        self.results, self.of = dict(zip(steps, results, strict=True)), steps
+        for update, state in steps.items():
+            update.recorded = state
+
+
+def branches(works: Sequence[tuple[torch.cuda.Stream, Callable[[], Result]]]) -> list[Result]:
+    """Does works that do not wait for each other, each on its stream; one alone on the stream that there is."""
+    if len(works) == 1:
+        return [works[0][1]()]
+    here, results = torch.cuda.current_stream(), []
+    for stream, work in works:
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            results.append(work())
+    for stream, _ in works:
+        here.wait_stream(stream)
+    return results
+
+
+def beside(stream: torch.cuda.Stream, work: Callable[[], Result]) -> Result:
     """Does the work on another stream, as is asked for before a recording."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -199,11 +247,12 @@ def beside(stream: torch.cuda.Stream, work: Callable[[], Objective]) -> Objectiv
     return result
 
 
-def record(work: Callable[[], Objective], generator: torch.Generator) -> tuple[Callable[[], None], Objective]:
+def record(work: Callable[[], Result], *generators: torch.Generator) -> tuple[Callable[[], None], Result]:
     """Records the work without doing it: what does it, as often as called, and where its result is then found."""
     graph = torch.cuda.CUDAGraph()
     if NEEDS_GENERATORS:
-        graph.register_generator_state(generator)
+        for generator in generators:
+            graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         result = work()
     return graph.replay, result
