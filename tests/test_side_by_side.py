@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from tests.runs import MLP, Ended, assert_same_events, checkpoint, command, equal
 from tests.test_update import Recording, recordings
-from training import side_by_side
+from training import side_by_side, update
 from training.divergence import FiniteGuard
 from training.run import Run
 from training.run_folder import read_json
@@ -31,7 +32,7 @@ def recorded(recordings: list[Recording], monkeypatch: pytest.MonkeyPatch) -> li
 
     def update_of(run: Run, guard: FiniteGuard) -> ReplayedUpdate:
         guard.deferred = True
-        return ReplayedUpdate(run, guard, side_by_side.beside())
+        return ReplayedUpdate(run, guard, side_by_side.here())
 
     monkeypatch.setattr(side_by_side, "update_of", update_of)
     return recordings
@@ -131,3 +132,14 @@ def test_more_jobs_than_at_once_come_later(tmp_path: Path, recorded: list[Record
     sweep_of("seed=1,2,3 hydra.launcher.n_jobs=2", tmp_path)
     assert len(recorded) == 2
     assert all((tmp_path / f"{job}" / "result.json").exists() for job in range(3))
+
+
+def test_too_little_memory_for_all_is_one_sentence_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(update, "record", record)
+    ended = sweep_of("seed=1,2", tmp_path, code=2)
+    assert "Traceback" not in ended.said
+    sentence = "the GPU has not the memory for 2 runs side by side: lower hydra.launcher.n_jobs"
+    assert [f"failed with exit code 2: {tmp_path}/{job}: {sentence}" in ended.err for job in (0, 1)] == [True, True]
