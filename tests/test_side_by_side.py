@@ -121,7 +121,8 @@ def test_a_signal_stops_all_and_the_command_goes_on(tmp_path: Path, monkeypatch:
     [
         ("deterministic=true,false", "deterministic must be the same in all jobs side by side, got False and True"),
         ("device=cpu,auto", "device must be the same in all jobs side by side, got auto and cpu"),
-        ("seed=1,2 hydra.launcher.n_jobs=0", "hydra.launcher.n_jobs must be >= 1, got 0"),
+        ("seed=1,2 hydra.launcher.n_jobs=0", "hydra.launcher.n_jobs must be a number >= 1, got 0"),
+        ("seed=1,2 hydra.launcher.n_jobs=x", "hydra.launcher.n_jobs must be a number >= 1, got x"),
     ],
 )
 def test_what_cannot_be_side_by_side_is_refused(line: str, said: str, tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def tell_number(jobs: int, varied: Sequence[str]) -> None:
 
 def check_side_by_side(launcher: DictConfig, jobs: Sequence[Config]) -> None:
     """Raises ConfigError for what jobs that train in one process cannot differ in."""
-    if launcher.n_jobs < 1:
-        raise ConfigError(f"hydra.launcher.n_jobs must be >= 1, got {launcher.n_jobs}")
+    if not isinstance(launcher.n_jobs, int) or launcher.n_jobs < 1:
+        raise ConfigError(f"hydra.launcher.n_jobs must be a number >= 1, got {launcher.n_jobs}")
     for key in ("device", "deterministic"):
         if len(values := {str(getattr(job, key)) for job in jobs}) > 1:
             raise ConfigError(f"{key} must be the same in all jobs side by side, got {' and '.join(sorted(values))}")
