@@ -108,7 +108,7 @@ def binarize(images: Tensor, binarization: Binarization, generator: torch.Genera
     """
     if binarization == "dynamic":
         uniform = random_int16(images.shape, generator).clamp_(min=1 - 2**15)
-        return uniform.le_(_highest_that_lights(images)).float()
+        return torch.le(uniform, _highest_that_lights(images), out=torch.empty_like(images, dtype=torch.float32))
     intensity = images.float() / 255
     if binarization == "threshold":
         return (intensity > 0.5).float()
@@ -131,9 +131,8 @@ def binarize_by_itself(images: Tensor, binarization: Binarization, generators: S
 
 
 def _highest_that_lights(images: Tensor) -> Tensor:
-    """257 v - 2^15 as int16 for v in 0..255, from the lowest int16 to the highest, without overflow on the way."""
-    intensity = images.to(torch.int16)
-    return (intensity - 128).mul_(256).add_(intensity)
+    """257 v - 2^15 as int16 for v in 0..255, from the lowest int16 to the highest."""
+    return images.to(torch.int16).mul_(257).add_(-(2**15))  # modulo 2^16, as int16 counts
 
 
 class ShuffledIndices:

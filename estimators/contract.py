@@ -192,18 +192,26 @@ def categorical_kl(logits: Tensor, log_prior: Tensor | None = None) -> Tensor:
 
     `log_prior` is as an estimator's.
     """
-    if log_prior is None:
-        return (expected_log_q(logits) + math.log(logits.shape[-1])).sum(dim=-1)
-    return (expected_log_q(logits) - (log_probabilities(logits).exp() * log_prior).sum(dim=-1)).sum(dim=-1)
+    return kl_from(log_probabilities(logits), log_prior)
 
 
-def log_ratio(logits: Tensor, y: Tensor, log_prior: Tensor | None = None) -> Tensor:
-    """sum_n sum_k y_nk (log q_nk - log p_nk) [S, B], in nats, at y [S, B, N, K] and from logits [B, N, K].
+def kl_from(log_q: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """`categorical_kl` of log q, for estimators that need it for more and normalise once: the log-ratio at y = q."""
+    return log_ratio(log_q, log_q.exp(), log_prior)
+
+
+def log_ratio(log_q: Tensor, y: Tensor, log_prior: Tensor | None = None) -> Tensor:
+    """sum_n sum_k y_nk (log q_nk - log p_nk) [S, B], in nats, at y [S, B, N, K] and from log q [B, N, K].
 
     It is log q(y|x) - log p(y) where y is one-hot. `log_prior` is as an estimator's.
     """
-    log_p = -math.log(logits.shape[-1]) if log_prior is None else log_prior
-    return (y * (log_probabilities(logits) - log_p)).sum(dim=(-2, -1))
+    log_p = -math.log(log_q.shape[-1]) if log_prior is None else log_prior
+    return (y * (log_q - log_p)).sum(dim=(-2, -1))
+
+
+def mean_of_draws(costs: Tensor) -> Tensor:
+    """The mean [B] of the costs [S, B] of S draws; that of one without an operation."""
+    return costs.squeeze(0) if len(costs) == 1 else costs.mean(dim=0)
 
 
 def log_mean_exp(log_w: Tensor) -> Tensor:
@@ -212,11 +220,6 @@ def log_mean_exp(log_w: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(q) = -sum_k q_k log q_k [...] in nats, of each variable, from logits [..., K]; 0 log 0 = 0."""
-    return -expected_log_q(logits)
-
-
-def expected_log_q(logits: Tensor) -> Tensor:
-    """E_q[log q] = -H(q) [...] in nats, of each variable, from logits [..., K]."""
-    log_q = log_probabilities(logits)
-    return (log_q.exp() * log_q).sum(dim=-1)
+    """H(q) = -sum_k q_k log q_k [...] in nats, of each variable, from logits [..., K]; 0 log 0 = 0. No gradient."""
+    q = logits.detach().float().softmax(dim=-1)
+    return -torch.xlogy(q, q).sum(dim=-1)

@@ -13,18 +13,20 @@ from estimators.contract import (
     Estimator,
     Schedule,
     at_least,
-    categorical_kl,
     is_weighted,
+    kl_from,
     log_mean_exp,
     log_ratio,
+    mean_of_draws,
     positive,
     temperature_at,
 )
 from estimators.relaxations import (
     Temperature,
-    concrete_log_sample,
     exp_concrete_log_density,
     gumbel,
+    log_probabilities,
+    relaxed,
     straight_through,
 )
 
@@ -74,13 +76,14 @@ class GumbelSoftmax(Estimator):
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
         temperature = temperature_at(self.temperature, step)
-        log_y, y = self._draws(logits, self.num_samples, temperature, generator)
+        log_q = log_probabilities(logits)
+        log_y, y = self._draws(log_q, self.num_samples, temperature, generator)
         if self.kl == "analytic":
-            kl = categorical_kl(logits, self.log_prior)
+            kl = kl_from(log_q, self.log_prior)
         else:
-            kl = self._log_ratio(logits, log_y, y, temperature).mean(dim=0)
+            kl = mean_of_draws(self._log_ratio(log_q, log_y, y, temperature))
         return Estimate(
-            value=f(y).mean(dim=0),
+            value=mean_of_draws(f(y)),
             kl=kl,
             auxiliary=logits.new_zeros(()),
             metrics={"evaluations": float(self.num_samples), "temperature": temperature},
@@ -106,10 +109,11 @@ class GumbelSoftmax(Estimator):
         self.check_several_samples(importance_weighted=is_weighted(ratio_weight))
         at_least("num_samples", num_samples, 1)
         temperature = temperature_at(self.temperature, step)
-        log_y, y = self._draws(logits, num_samples, temperature, generator)
+        log_q = log_probabilities(logits)
+        log_y, y = self._draws(log_q, num_samples, temperature, generator)
         log_w = f(y)
         if is_weighted(ratio_weight):
-            log_w = log_w - ratio_weight * self._log_ratio(logits, log_y, y, temperature)
+            log_w = log_w - ratio_weight * self._log_ratio(log_q, log_y, y, temperature)
         return Estimate(
             value=log_mean_exp(log_w),
             kl=logits.new_zeros(logits.shape[0]),
@@ -122,19 +126,18 @@ class GumbelSoftmax(Estimator):
             raise ValueError("kl must be sampled or relaxed in a bound of several samples, got analytic")
 
     def _draws(
-        self, logits: Tensor, num_samples: int, temperature: Temperature, generator: torch.Generator
+        self, log_q: Tensor, num_samples: int, temperature: Temperature, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Relaxed log y, and the y that f sees, both [S, B, N, K]."""
-        gumbels = gumbel((num_samples, *logits.shape), generator=generator)
-        log_y = concrete_log_sample(logits, gumbels, temperature)
+        log_y = relaxed(log_q, gumbel((num_samples, *log_q.shape), generator=generator), temperature)
         return log_y, self.draw(log_y)
 
-    def _log_ratio(self, logits: Tensor, log_y: Tensor, y: Tensor, temperature: Temperature) -> Tensor:
+    def _log_ratio(self, log_q: Tensor, log_y: Tensor, y: Tensor, temperature: Temperature) -> Tensor:
         """log q(y|x) - log p(y) [S, B] as kl=sampled or kl=relaxed has it."""
         if self.kl == "sampled":
-            return log_ratio(logits, y, self.log_prior)
-        posterior = exp_concrete_log_density(log_y, logits, temperature)
-        prior_logits = torch.zeros_like(logits) if self.log_prior is None else self.log_prior
+            return log_ratio(log_q, y, self.log_prior)
+        posterior = exp_concrete_log_density(log_y, log_q, temperature)
+        prior_logits = torch.zeros_like(log_q) if self.log_prior is None else self.log_prior
         prior = exp_concrete_log_density(log_y, prior_logits, self.prior_temperature)
         return (posterior - prior).sum(dim=-1)
 

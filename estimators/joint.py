@@ -36,6 +36,8 @@ def outer(rows: Tensor, combine: Callable[[Tensor, Tensor], Tensor] = torch.add)
 
 def classes_of(joint: Tensor, num_variables: int, num_classes: int) -> Tensor:
     """One-hot class vectors [..., N, K] of joint classes [...]."""
+    if num_variables == 1:
+        return one_hot(joint.unsqueeze(-1), num_classes)
     places = num_classes ** torch.arange(num_variables - 1, -1, -1, device=joint.device)
     return one_hot(joint.unsqueeze(-1) // places % num_classes, num_classes)
 
@@ -43,5 +45,7 @@ def classes_of(joint: Tensor, num_variables: int, num_classes: int) -> Tensor:
 def all_classes(logits: Tensor) -> Tensor:
     """Every joint class for every image of logits [B, N, K], [K^N, B, N, K]."""
     batch, num_variables, num_classes = logits.shape
+    if num_variables == 1:
+        return torch.eye(num_classes, device=logits.device)[:, None, None].expand(-1, batch, -1, -1)
     joint = torch.arange(num_classes**num_variables, device=logits.device)
     return classes_of(joint, num_variables, num_classes).unsqueeze(1).expand(-1, batch, -1, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, with_gradient_of
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, kl_from, with_gradient_of
 from estimators.relaxations import gumbel, gumbel_max, log_probabilities
 
 
@@ -39,7 +39,7 @@ class IndeCateR(Estimator):
         evaluations = float(self.num_samples * num_variables * num_classes)
         return Estimate(
             with_gradient_of(value, local),
-            categorical_kl(logits, self.log_prior),
+            kl_from(log_q, self.log_prior),
             logits.new_zeros(()),
             {"evaluations": evaluations},
         )

@@ -11,9 +11,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl, with_gradient_of
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, kl_from, with_gradient_of
 from estimators.joint import check_joint, classes_of, outer
-from estimators.relaxations import LOG_ZERO, TINY, gumbel, log_probabilities, one_hot
+from estimators.relaxations import LOG_ZERO, TINY, exponential, gumbel, log_probabilities
 
 
 class SumAndSample(Estimator):
@@ -42,31 +42,23 @@ class SumAndSample(Estimator):
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        log_q = outer(log_probabilities(logits))
-        num_classes = log_q.shape[-1]
-        num_exact = min(self.num_exact, num_classes)
-        joint = log_q.detach().topk(num_exact, dim=-1).indices.T
-        classes = one_hot(joint, num_classes)
-        rest = 1 - classes.sum(dim=0)
-        if num_exact < num_classes:
-            noise = gumbel(tuple(log_q.shape), generator=generator, rows=0)
-            drawn = (log_q.detach() + noise).masked_fill(rest == 0, -math.inf).argmax(dim=-1)
-            joint = torch.cat([joint, drawn.unsqueeze(0)])
-            classes = torch.cat([classes, one_hot(drawn, num_classes).unsqueeze(0)])
-        costs = f(classes_of(joint, *logits.shape[1:]))
-        q = (classes * log_q.exp()).sum(dim=-1)
-        weight = q.detach().clone()
-        weight[num_exact:] = (rest * log_q.detach().exp()).sum(dim=-1)
-        fixed = costs.detach()
-        baseline = (weight * fixed)[:num_exact].sum(dim=0) / weight[:num_exact].sum(dim=0)
-        centred = fixed - baseline
-        surrogate = (centred * q)[:num_exact].sum(dim=0)
-        if num_exact < num_classes:
-            surrogate = surrogate + weight[-1] * centred[-1] * (classes[-1] * log_q).sum(dim=-1)
-        value = with_gradient_of((weight * costs).sum(dim=0), surrogate)
-        return Estimate(
-            value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), {"evaluations": float(len(classes))}
-        )
+        of_variables = log_probabilities(logits)
+        log_q = outer(of_variables)
+        exact = log_q.detach().topk(min(self.num_exact, log_q.shape[-1]), dim=-1).indices
+        joint = exact  # classes that f is called at, [B, C] or [B, C + 1]
+        weight = log_q.detach().gather(-1, exact).exp()
+        if self.num_exact < log_q.shape[-1]:
+            others = log_q.detach().scatter(-1, exact, -math.inf).exp()
+            race = others / exponential(tuple(log_q.shape), generator=generator, rows=0)  # as argmax(log q + Gumbel)
+            joint = torch.cat([exact, race.argmax(dim=-1, keepdim=True)], dim=-1)
+            weight = torch.cat([weight, others.sum(dim=-1, keepdim=True)], dim=-1)
+        costs = f(classes_of(joint.T, *logits.shape[1:]))
+        summed, fixed = slice(exact.shape[-1]), costs.detach().T
+        baseline = (weight * fixed)[:, summed].sum(dim=-1, keepdim=True) / weight[:, summed].sum(dim=-1, keepdim=True)
+        surrogate = (weight * (fixed - baseline) * log_q.gather(-1, joint)).sum(dim=-1)  # grad q = q grad log q
+        value = with_gradient_of((weight.T * costs).sum(dim=0), surrogate)
+        metrics: dict[str, Tensor | float] = {"evaluations": float(len(costs))}
+        return Estimate(value, kl_from(of_variables, self.log_prior), logits.new_zeros(()), metrics)
 
 
 class UnorderedSet(Estimator):
@@ -94,7 +86,8 @@ class UnorderedSet(Estimator):
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        log_q = outer(log_probabilities(logits))
+        of_variables = log_probabilities(logits)
+        log_q = outer(of_variables)
         size = min(self.num_samples, log_q.shape[-1])
         fixed = log_q.detach().double()
         noise = gumbel(tuple(log_q.shape), generator=generator, rows=0)
@@ -107,9 +100,8 @@ class UnorderedSet(Estimator):
         signal = log_weight.exp() * (costs.detach() - baseline)
         surrogate = (signal.float() * log_q.gather(-1, drawn).T).sum(dim=0)  # R grad q = q R grad log q
         value = with_gradient_of((log_weight.exp().float() * costs).sum(dim=0), surrogate)
-        return Estimate(
-            value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), {"evaluations": float(size)}
-        )
+        metrics: dict[str, Tensor | float] = {"evaluations": float(size)}
+        return Estimate(value, kl_from(of_variables, self.log_prior), logits.new_zeros(()), metrics)
 
 
 def ratios(members: Tensor, log_rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ LOG_ZERO = -1e6  # stands for log 0: far below any log-probability of use, and f
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """Normalised log-probabilities [..., K] in float32, finite also for classes of probability zero."""
-    return torch.log_softmax(logits.float(), dim=-1).clamp(min=LOG_ZERO)
+    log_q = torch.log_softmax(logits.float(), dim=-1)
+    return torch.nn.functional.threshold(log_q, LOG_ZERO, LOG_ZERO)  # a clamp whose gradient is one operation
 
 
 def log_of(temperature: Temperature) -> Temperature:
@@ -31,12 +32,16 @@ def gumbel(shape: tuple[int, ...], *, generator: torch.Generator, rows: int = -3
 
     Dimension `rows` of the shape is the images of the minibatch.
     """
-    exponential = drawn(lambda shape: _exponential(shape, generator), shape, rows, generator)
-    return -exponential.clamp(min=TINY).log()
+    return -exponential(shape, generator=generator, rows=rows).log()
 
 
-def _exponential(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.empty(shape, device=generator.device).exponential_(generator=generator)
+def exponential(shape: tuple[int, ...], *, generator: torch.Generator, rows: int = -3) -> Tensor:
+    """Standard exponential noise, never 0, on the generator's device; `rows` as in `gumbel`."""
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=generator.device).exponential_(generator=generator)
+
+    return drawn(draw, shape, rows, generator).clamp(min=TINY)
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:
@@ -59,7 +64,12 @@ def gumbel_softmax(logits: Tensor, gumbels: Tensor, temperature: Temperature) ->
 
 def concrete_log_sample(logits: Tensor, gumbels: Tensor, temperature: Temperature) -> Tensor:
     """log y of a relaxed draw, y ~ Concrete(pi, tau) [..., K]: ExpConcrete (Maddison et al. 2017, C.3, eq. 25)."""
-    return torch.log_softmax((log_probabilities(logits) + gumbels) / temperature, dim=-1)
+    return relaxed(log_probabilities(logits), gumbels, temperature)
+
+
+def relaxed(log_q: Tensor, gumbels: Tensor, temperature: Temperature) -> Tensor:
+    """`concrete_log_sample` of what `log_probabilities` gives."""
+    return torch.log_softmax((log_q + gumbels) / temperature, dim=-1)
 
 
 def conditional_perturbed(logits: Tensor, y: Tensor, gumbels: Tensor) -> Tensor:

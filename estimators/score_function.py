@@ -10,8 +10,8 @@ from estimators.contract import (
     Estimate,
     Estimator,
     at_least,
-    categorical_kl,
     is_weighted,
+    kl_from,
     log_mean_exp,
     log_ratio,
     slope,
@@ -136,7 +136,7 @@ class ScoreFunction(Estimator):
             "signal_variance": signal.var(correction=0),
         }
         error = squared_error(costs.detach(), baseline)
-        return Estimate(value, categorical_kl(logits, self.log_prior), error, metrics)
+        return Estimate(value, kl_from(log_q, self.log_prior), error, metrics)
 
 
 def squared_error(costs: Tensor, baseline: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class VIMCO(ScoreFunction):
         y = gumbel_max(log_q.detach(), gumbel((num_samples, *logits.shape), generator=generator))
         log_w = f(y).float()
         if is_weighted(ratio_weight):
-            log_w = log_w - ratio_weight * log_ratio(logits, y, self.log_prior)
+            log_w = log_w - ratio_weight * log_ratio(log_q, y, self.log_prior)
         bound = log_mean_exp(log_w)
         signal = bound.detach() - bounds_of_the_others(log_w.detach())
         metrics: dict[str, Tensor | float] = {
@@ -232,4 +232,4 @@ class MuProp(ScoreFunction):
             "signal_variance": signal.var(correction=0),
         }
         value = with_gradient_of(costs.mean(dim=0), surrogate)
-        return Estimate(value, categorical_kl(logits, self.log_prior), squared_error(remainder, baseline), metrics)
+        return Estimate(value, kl_from(log_q, self.log_prior), squared_error(remainder, baseline), metrics)

@@ -10,7 +10,16 @@ import math
 import torch
 from torch import Tensor
 
-from estimators.contract import CostFunction, Estimate, Estimator, Schedule, at_least, categorical_kl, temperature_at
+from estimators.contract import (
+    CostFunction,
+    Estimate,
+    Estimator,
+    Schedule,
+    at_least,
+    kl_from,
+    mean_of_draws,
+    temperature_at,
+)
 from estimators.relaxations import (
     LOG_ZERO,
     Temperature,
@@ -51,8 +60,8 @@ class StraightThrough(Estimator):
         y = gumbel_max(log_q.detach(), gumbel((self.num_samples, *logits.shape), generator=generator))
         soft = self.surrogate(log_q, y, temperature, generator)
         return Estimate(
-            value=f(y + (soft - soft.detach())).mean(dim=0),
-            kl=categorical_kl(logits, self.log_prior),
+            value=mean_of_draws(f(y + (soft - soft.detach()))),
+            kl=kl_from(log_q, self.log_prior),
             auxiliary=logits.new_zeros(()),
             metrics={"evaluations": float(self.num_samples), "temperature": temperature},
         )

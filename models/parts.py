@@ -50,8 +50,8 @@ class Dropout(nn.Module):
         if generator is None or self.kept == 2**16:
             return input
         chance = drawn(lambda shape: random_int16(torch.Size(shape), generator), input.shape, 0, generator)
-        mask = chance < self.kept - 2**15
-        return input * mask.to(input.dtype).mul_(2**16 / self.kept)
+        mask = torch.lt(chance, self.kept - 2**15, out=torch.empty_like(input, requires_grad=False))  # 0 and 1
+        return input * mask.mul_(2**16 / self.kept)
 
 
 class RandomMotion(nn.Module):

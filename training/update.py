@@ -70,6 +70,7 @@ class Update:
         if run.together:
             sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
             self.generator = run.together.generator(run.device, *sizes)
+        self.one = torch.ones((), device=run.device)  # dJ/dJ, which backward() would write anew
         self.temperatures: list[Held] = []
         self.weights = run.weights
         self.written_kl_weight = 1.0
@@ -120,7 +121,7 @@ class Update:
                 stack.enter_context(temperature)
             result = run.model.objective(run.estimator, self.weights, *batch, step=step, generator=self.generator)
         run.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
+        result.loss.backward(self.one)
         if self.half:
             self.half.hand_over_gradients()
         if run.together:

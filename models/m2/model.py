@@ -57,18 +57,19 @@ def gaussian_kl(loc: Tensor, scale: Tensor) -> Tensor:
 
 
 class GaussianKL(torch.autograd.Function):
-    """With its gradient written out, loc and scale - 1 / scale, in 4 operations for 11."""
+    """With its gradient written out, loc and scale - 1 / scale, in 3 operations for 11."""
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(loc, scale)
-        return 0.5 * (loc.square() + scale.square() - 1 - 2 * scale.log()).sum(dim=-1)
+        terms = (loc * loc).addcmul_(scale, scale).sub_(scale.log(), alpha=2)
+        return terms.sum(dim=-1).sub_(loc.shape[-1]).mul_(0.5)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         loc, scale = ctx.saved_tensors
         gradient = gradient.unsqueeze(-1)
-        return gradient * loc, gradient * scale - gradient / scale
+        return gradient * loc, (gradient * scale).addcdiv_(gradient, scale, value=-1)
 
 
 Rows = tuple[Tensor, ...]  # what a bound needs beside y, each [B, ...], a row an image
@@ -170,7 +171,7 @@ class SemiSupervisedVAE(Model):
         z = loc + scale * noise (Kingma & Welling 2014, section 2.4); noise [B, Z] is shared over S.
         """
         loc, scale = self.inference(features, y)
-        outputs = self.generator(y, loc + scale * noise)
+        outputs = self.generator(y, torch.addcmul(loc, scale, noise))
         return Bound(self.likelihood.log_prob(outputs, x.flatten(1)), gaussian_kl(loc, scale))
 
     def infer(

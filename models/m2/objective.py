@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -71,18 +72,20 @@ def objective(
     if bound is None:
         bound = model.bound_at(y_labelled.unsqueeze(0), rows_labelled)
     log_prior = -math.log(num_classes) if model.log_prior is None else (y_labelled * model.log_prior).sum(dim=-1).mean()
-    labelled_bound = bound.value.mean() + log_prior
+    reconstruction, kls = bound.reconstruction.mean(), {name: kl.mean() for name, kl in bound.kls.items()}
+    labelled_bound = functools.reduce(torch.sub, kls.values(), reconstruction) + log_prior
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 
-    j = weights.labelled * labelled_bound + weights.unlabelled * unlabelled_bound + weights.alpha * classification
+    j = torch.add(weights.labelled * labelled_bound, unlabelled_bound, alpha=weights.unlabelled)
+    j = torch.add(j, classification, alpha=weights.alpha)
     terms = {
         "J": j,
         "labelled_bound": labelled_bound,
         "unlabelled_bound": unlabelled_bound,
         "classification": classification,
         "kl_y": estimate.kl.mean(),
-        **{name: kl.mean() for name, kl in bound.kls.items()},
-        "reconstruction": bound.reconstruction.mean(),
+        **kls,
+        "reconstruction": reconstruction,
         "entropy_y": entropy_y,
     }
     return maximised(terms, estimate.metrics, estimate.auxiliary)
