@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+import train
 from data.batches import binarize
 from estimators.relaxations import gumbel
 from models.parts import Dropout
 from scripts.benchmark import compose_run
 from scripts.gradient_quality import all_names
-from tests.runs import resume
+from tests.runs import checkpoint, command, equal, resume
 from tests.runs import run as run_line
 from tests.test_update import assert_replayed_is_the_same
 from training import checkpoints
@@ -131,3 +132,14 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_never_stopped(graph: str, tm
     resume(tmp_path / "stopped", "train.steps=20")
     whole, stopped = (checkpoints.load(tmp_path / name, GPU)["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
+
+
+def test_runs_side_by_side_have_the_bits_that_they_have_alone(tmp_path: Path) -> None:
+    line = f"-m {MLP} estimator=gumbel_softmax,relax seed=1,2 deterministic=true train.steps=20 "
+    for folder, launcher in (("alone", "basic cuda_graph=true"), ("beside", "side_by_side")):
+        ended = command(train.main, f"{line} hydra/launcher={launcher} hydra.sweep.dir={tmp_path / folder}")
+        assert ended.code == 0, ended.said
+    for job in map(str, range(4)):
+        alone, beside = (checkpoint(tmp_path / folder / job) for folder in ("alone", "beside"))
+        for part in ("model", "estimator", "optimizer"):
+            assert equal(alone[part], beside[part]), part
