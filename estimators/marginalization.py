@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from estimators.contract import CostFunction, Estimate, Estimator, at_least, kl_from
+from estimators.contract import CostFunction, Estimate, Estimator, at_least, categorical_kl
 from estimators.joint import all_classes, check_joint, outer
-from estimators.relaxations import log_probabilities
 
 FEW = 16  # classes, which are always evaluated at once, without asking what that takes
 KEPT_BYTES = 256 * 2**20  # on a CPU, of what f keeps for its gradient; on a GPU, an eighth of its memory
@@ -51,11 +50,12 @@ class Marginalization(Estimator):
                     for part in classes.split(chunk)
                 ]
             )
-        log_q = log_probabilities(logits)
-        q = outer(log_q).exp().T.contiguous()  # so the gradient of the costs is laid out as they are
+        q = outer(logits.float().softmax(dim=-1), torch.mul)
+        q = q.T.contiguous()  # so the gradient of the costs is laid out as they are
         value = (q * costs).sum(dim=0)
-        metrics: dict[str, Tensor | float] = {"evaluations": float(len(classes))}
-        return Estimate(value, kl_from(log_q, self.log_prior), logits.new_zeros(()), metrics)
+        return Estimate(
+            value, categorical_kl(logits, self.log_prior), logits.new_zeros(()), {"evaluations": float(len(classes))}
+        )
 
 
 def affordable_chunk(f: CostFunction, classes: Tensor) -> int:

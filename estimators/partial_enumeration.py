@@ -53,8 +53,9 @@ class SumAndSample(Estimator):
             joint = torch.cat([exact, race.argmax(dim=-1, keepdim=True)], dim=-1)
             weight = torch.cat([weight, others.sum(dim=-1, keepdim=True)], dim=-1)
         costs = f(classes_of(joint.T, *logits.shape[1:]))
-        summed, fixed = slice(exact.shape[-1]), costs.detach().T
-        baseline = (weight * fixed)[:, summed].sum(dim=-1, keepdim=True) / weight[:, summed].sum(dim=-1, keepdim=True)
+        fixed, of_exact = costs.detach().T, weight[:, : exact.shape[-1]]
+        shares = of_exact / of_exact.sum(dim=-1, keepdim=True)  # 1 of one class, whose cost then cancels exactly
+        baseline = (shares * fixed[:, : exact.shape[-1]]).sum(dim=-1, keepdim=True)
         surrogate = (weight * (fixed - baseline) * log_q.gather(-1, joint)).sum(dim=-1)  # grad q = q grad log q
         value = with_gradient_of((weight.T * costs).sum(dim=0), surrogate)
         metrics: dict[str, Tensor | float] = {"evaluations": float(len(costs))}

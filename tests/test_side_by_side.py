@@ -62,6 +62,7 @@ def test_jobs_side_by_side_have_the_bits_that_they_have_alone(tmp_path: Path, re
     assert len(recorded) == 4, "none of sparsemax, whose calls depend on the numbers"
     ended = sweep_of(line, tmp_path / "beside")
     assert len(recorded) == 5, "one for all"
+    assert "catvae: no GPU trains: the jobs are done one after another; hydra/launcher=joblib" in ended.err
     assert_same(tmp_path / "alone", tmp_path / "beside", range(8))
     for job in range(8):
         log = (tmp_path / "beside" / str(job) / "train.log").read_text()

@@ -132,6 +132,8 @@ def check_side_by_side(launcher: DictConfig, jobs: Sequence[Config]) -> None:
     for key in ("device", "deterministic"):
         if len(values := {str(getattr(job, key)) for job in jobs}) > 1:
             raise ConfigError(f"{key} must be the same in all jobs side by side, got {' and '.join(sorted(values))}")
+    if not torch.cuda.is_available() or any(job.device == "cpu" for job in jobs):
+        _say("no GPU trains: the jobs are done one after another; hydra/launcher=joblib does several at once")
 
 
 def check_search(config: DictConfig) -> None:

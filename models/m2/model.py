@@ -62,8 +62,8 @@ class GaussianKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(loc, scale)
-        terms = (loc * loc).addcmul_(scale, scale).sub_(scale.log(), alpha=2)
-        return terms.sum(dim=-1).sub_(loc.shape[-1]).mul_(0.5)
+        terms = (loc * loc).addcmul_(scale, scale).sub_(1).sub_(scale.log(), alpha=2)
+        return terms.sum(dim=-1).mul_(0.5)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
