@@ -14,6 +14,7 @@ from estimators.contract import (
     at_least,
     at_logits,
     categorical_kl,
+    mean_of_draws,
     only_to,
     positive,
     slope,
@@ -71,7 +72,7 @@ class REBAR(Estimator):
         signal = costs.detach() - conditional_control
         gradient = ((signal[..., None, None] * score).sum(dim=0) + path) / self.num_samples
 
-        value = with_gradient_of(costs.mean(dim=0), at_logits(logits, gradient))
+        value = with_gradient_of(mean_of_draws(costs), at_logits(logits, gradient))
         auxiliary = logits.new_zeros(())
         if self.training:
             auxiliary = only_to(list(self.parameters()), gradient.square().sum(dim=(-2, -1)).mean())

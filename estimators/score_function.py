@@ -14,6 +14,7 @@ from estimators.contract import (
     kl_from,
     log_mean_exp,
     log_ratio,
+    mean_of_draws,
     slope,
     with_gradient_of,
 )
@@ -130,7 +131,7 @@ class ScoreFunction(Estimator):
         costs = f(y)
         baseline = self.baseline(costs.detach(), context)
         signal = costs.detach() - baseline.detach()
-        value = with_gradient_of(costs.mean(dim=0), (signal * (y * log_q).sum(dim=(-2, -1))).mean(dim=0))
+        value = with_gradient_of(mean_of_draws(costs), (signal * (y * log_q).sum(dim=(-2, -1))).mean(dim=0))
         metrics: dict[str, Tensor | float] = {
             "evaluations": float(self.num_samples),
             "signal_variance": signal.var(correction=0),
@@ -231,5 +232,5 @@ class MuProp(ScoreFunction):
             "evaluations": float(self.num_samples + 1),
             "signal_variance": signal.var(correction=0),
         }
-        value = with_gradient_of(costs.mean(dim=0), surrogate)
+        value = with_gradient_of(mean_of_draws(costs), surrogate)
         return Estimate(value, kl_from(log_q, self.log_prior), squared_error(remainder, baseline), metrics)

@@ -15,7 +15,6 @@ BELOW: dict[str, set[str]] = {  # docs/architecture.md
     "models": {"data", "estimators"},
     "configs": {"data", "estimators", "models"},
     "training": {"data", "estimators", "models", "configs"},
-    "hydra_plugins": {"training"},
     "scripts": {"data", "estimators", "models", "configs", "training"},
     "train": {"data", "estimators", "models", "configs", "training"},
 }

@@ -71,6 +71,9 @@ class CheckBeforeWork(Callback):
         from training import sweep
 
         if sweep.launcher(config.hydra) == sweep.SIDE_BY_SIDE:
+            from training import launcher
+
+            launcher.register()
             with _refusing():
                 sweep.check_side_by_side(config.hydra.launcher, [job_checked for *_, job_checked in checked])
         for job, _, job_checked in checked:

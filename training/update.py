@@ -154,7 +154,7 @@ class ReplayedUpdate(Update):
         self.done, self.changes = 0, 0
         self.state: object = None  # what of the step a recording of it is for
         self.recorded: object = None  # and the one that was recorded last
-        self.is_run = True  # rather than replayed
+        self.is_eager = True  # run, rather than replayed
         self.stream: Any = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
         self.read_on_device()
         for group in run.optimizer.param_groups:
@@ -168,7 +168,7 @@ class ReplayedUpdate(Update):
         self.state = depends_on(step)
         changes = self.state != self.recorded and self.state != depends_on(step + 1)
         self.say_that_nothing_is_recorded(changes)
-        self.is_run = self.done <= WARM_UP or changes
+        self.is_eager = self.done <= WARM_UP or changes
         return self.launcher.launch([self])[0]
 
     def say_that_nothing_is_recorded(self, changes: bool) -> None:
@@ -206,15 +206,15 @@ class Recording:
         self.replay: Callable[[], None] | None = None
 
     def launch(self, updates: Sequence[ReplayedUpdate]) -> list[Objective]:
-        """Their results: of those to be run after running them, of the others by a replay, recorded anew if need be."""
-        run = {update: beside(update.stream, update.work_prepared) for update in updates if update.is_run}
-        replayed = {update: update.state for update in updates if not update.is_run}
+        """Their results: eager ones are run, the others replayed, recorded anew if need be."""
+        eager = {update: beside(update.stream, update.work_prepared) for update in updates if update.is_eager}
+        replayed = {update: update.state for update in updates if not update.is_eager}
         if replayed and replayed != self.of:
             self._record(replayed)
         if replayed:
             assert self.replay
             self.replay()
-        return [(run if update.is_run else self.results)[update] for update in updates]
+        return [(eager if update.is_eager else self.results)[update] for update in updates]
 
     def _record(self, steps: dict[ReplayedUpdate, object]) -> None:
         self.replay, self.results, self.of = None, {}, {}  # frees what the recording before holds

@@ -73,6 +73,7 @@ def objective(
         bound = model.bound_at(y_labelled.unsqueeze(0), rows_labelled)
     log_prior = -math.log(num_classes) if model.log_prior is None else (y_labelled * model.log_prior).sum(dim=-1).mean()
     reconstruction, kls = bound.reconstruction.mean(), {name: kl.mean() for name, kl in bound.kls.items()}
+    # the mean of bound.value, by means that are terms anyway
     labelled_bound = functools.reduce(torch.sub, kls.values(), reconstruction) + log_prior
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 

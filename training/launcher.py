@@ -1,18 +1,30 @@
-"""hydra/launcher=side_by_side. Hydra looks for launchers in a package of this name, and nowhere else."""
+"""hydra/launcher=side_by_side: the jobs of a sweep in one process (side_by_side.py)."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from training import sweep
+from training.interruption import Interruption
+from training.side_by_side import train_side_by_side
+
 
 class SideBySideLauncher(Launcher):
-    """Trains `n_jobs` jobs of a sweep at once in this process (training/side_by_side.py), then as many more."""
+    """Trains `n_jobs` jobs of a sweep at once, then as many more."""
+
+    __module__ = "hydra_plugins.catvae"  # see `register`
 
     def __init__(self, n_jobs: int) -> None:
         self.n_jobs = n_jobs
@@ -21,10 +33,6 @@ class SideBySideLauncher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from training import sweep
-        from training.interruption import Interruption
-        from training.side_by_side import train_side_by_side
-
         setup_globals()
         jobs = [self._job(initial_job_idx + n, overrides) for n, overrides in enumerate(job_overrides)]
         returned: list[JobReturn] = []
@@ -48,3 +56,15 @@ class SideBySideLauncher(Launcher):
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def register() -> None:
+    """Has Hydra know the launcher by the name in configs/hydra/launcher/side_by_side.yaml.
+
+    Hydra takes launchers from the package hydra_plugins alone, so this module is also found there.
+    """
+    with suppress(ImportError):  # of other plugins, if any are installed
+        importlib.import_module("hydra_plugins")
+    package: Any = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    sys.modules["hydra_plugins.catvae"] = package.catvae = sys.modules[__name__]
+    Plugins.instance().register(SideBySideLauncher)
