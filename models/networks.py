@@ -54,11 +54,10 @@ class MLPClassifier(nn.Module):
         num_classes: int,
         hidden: int,
         dropout: float,
-        rotation: float = 0.0,
-        shift: float = 0.0,
+        motion: RandomMotion | None = None,
     ) -> None:
         super().__init__()
-        self.motion = RandomMotion(rotation, shift)
+        self.motion = motion or RandomMotion()
         self.hidden = nn.Linear(shape.size, hidden)
         self.dropout = Dropout(dropout)
         self.logits = nn.Linear(hidden, num_classes)
@@ -126,10 +125,10 @@ class ConvClassifier(nn.Module):
     """
 
     def __init__(
-        self, shape: ImageShape, num_classes: int, channels: int, dropout: float, rotation: float, shift: float
+        self, shape: ImageShape, num_classes: int, channels: int, dropout: float, motion: RandomMotion | None = None
     ) -> None:
         super().__init__()
-        self.motion = RandomMotion(rotation, shift)
+        self.motion = motion or RandomMotion()
         sides = halvings(shape, 4)
         poolings = len(sides) - 1
         layers = max(3, poolings)
@@ -254,17 +253,18 @@ def mlp(
     scale: ScaleFunction,
     rotation: float = 0.0,
     shift: float = 0.0,
+    distortion: float = 0.0,
 ) -> Networks:
     """The M2 model of Kingma et al. 2014: one hidden layer in each network.
 
-    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` of a side;
-    J stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside [0, 1), and
-    what `RandomMotion` refuses.
+    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` of a side,
+    and distorted; J stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside
+    [0, 1), and what `RandomMotion` refuses.
     """
     positive("latent_size", latent_size)
     positive("hidden", hidden)
     return Networks(
-        MLPClassifier(shape, num_classes, hidden, dropout, rotation, shift),
+        MLPClassifier(shape, num_classes, hidden, dropout, RandomMotion(rotation, shift, distortion)),
         MLPInference(shape, num_classes, latent_size, hidden, scale),
         MLPGenerator(shape, num_classes, latent_size, hidden),
         num_classes,
@@ -283,18 +283,19 @@ def conv(
     scale: ScaleFunction,
     rotation: float = 0.0,
     shift: float = 0.0,
+    distortion: float = 0.0,
 ) -> Networks:
     """The networks of Jang et al. 2017, section 4.3: `channels` at half resolution, twice as many at a quarter.
 
-    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` of a side;
-    J stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside [0, 1), and
-    what `RandomMotion` refuses.
+    In training q(y|x) sees its images turned and shifted by chance, within `rotation` degrees and `shift` of a side,
+    and distorted; J stays a bound, as any q(y|x) will do for one. Raises ValueError for sizes below 1, dropout outside
+    [0, 1), and what `RandomMotion` refuses.
     """
     positive("latent_size", latent_size)
     positive("channels", channels)
     positive("hidden", hidden)
     return Networks(
-        ConvClassifier(shape, num_classes, channels, dropout, rotation, shift),
+        ConvClassifier(shape, num_classes, channels, dropout, RandomMotion(rotation, shift, distortion)),
         ConvInference(shape, num_classes, latent_size, channels, hidden, scale),
         ConvGenerator(shape, num_classes, latent_size, channels),
         num_classes,

@@ -115,7 +115,8 @@ RUNS = {
     "relax": MLP + ESTIMATORS["relax"],
     "gumbel_rao, two draws": MLP + "estimator=gumbel_rao estimator.num_samples=2 estimator.num_conditional=3",
     "batch norm, dropout, motion": CONV.replace("optimizer=adam", "optimizer=sgd")
-    + "estimator=gumbel_softmax model.rotation=10 model.shift=0.1 diagnostics.every=6 diagnostics.draws=3",
+    + "estimator=gumbel_softmax model.rotation=10 model.shift=0.1 model.distortion=0.5 "
+    "diagnostics.every=6 diagnostics.draws=3",
     "two layers": UNLABELLED + "model=categorical_two_layers model.encoder=[] model.decoder=[5] model.between=[] "
     "estimator=score_function estimator/baseline=leave_one_out estimator.num_samples=2",
 }

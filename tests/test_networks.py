@@ -18,7 +18,16 @@ from models.contract import Objective, Weights
 from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
 from models.networks import Networks, TransposedConvDoubleSize, TransposedConvSameSize, conv, mlp
-from models.parts import Dropout, ImageShape, RandomMotion, halvings, joined_linear, over_latent_and_class
+from models.parts import (
+    Dropout,
+    ImageShape,
+    RandomMotion,
+    distorted,
+    halvings,
+    joined_linear,
+    over_latent_and_class,
+    redrawn,
+)
 
 LATENT = 3
 LABELLED, UNLABELLED = 2, 4
@@ -403,11 +412,55 @@ def test_only_the_classifier_s_images_are_moved_and_only_in_training() -> None:
     assert torch.equal(features(still, x), features(moving, x))
 
 
-@pytest.mark.parametrize("limits", [{"rotation": -1.0}, {"rotation": 181.0}, {"shift": -0.5}, {"shift": 2.0}])
+@pytest.mark.parametrize(
+    "limits", [{"rotation": -1.0}, {"rotation": 181.0}, {"shift": -0.5}, {"shift": 2.0}, {"distortion": 1.5}]
+)
 def test_impossible_motion_is_refused(limits: dict[str, float]) -> None:
     ((name, value),) = limits.items()
     with pytest.raises(ValueError, match=rf"^{name} must be in \[0, .* got {value}$"):
         build_conv(SIZES["8x8"], 10, **limits)
+
+
+# --- images distorted by chance
+
+
+def test_distortion_keeps_binary_pixels_and_moves_each_image_otherwise() -> None:
+    x = images(SIZES["28x28"], 1).round().expand(20, -1, -1, -1)
+    moved = RandomMotion(distortion=1.0)(x, generator())
+    assert moved.shape == x.shape
+    assert set(moved.abs().unique().tolist()) == {0.0, 1.0}
+    assert len({tuple(image.flatten().tolist()) for image in moved}) == 20
+
+
+def test_distortion_grows_with_its_number_and_is_none_at_zero() -> None:
+    """A square's pixels differ from those that it had; at most a few at a tenth, and none at zero."""
+    x = torch.zeros(500, 1, 28, 28)
+    x[..., 8:20, 8:20] = 1
+    changed = [(RandomMotion(distortion=d)(x, generator()) - x).abs().sum(dim=(1, 2, 3)).mean() for d in (0, 0.1, 1)]
+    assert changed[0] == 0
+    assert 0 < changed[1] < 0.3 * changed[2]
+
+
+def test_distortion_warps_about_the_point_that_it_says() -> None:
+    """The mean place of pixels is where it was, and each image's differs by the warp, a pixel of 28 at 4 x 4 points."""
+    rows = torch.arange(28.0).view(1, 28, 1).expand(4000, 28, 28) - 13.5
+    columns = rows.transpose(1, 2)
+    from_rows, from_columns = distorted(rows, columns, 1.0, generator())
+    for found, before in ((from_rows, rows), (from_columns, columns)):
+        middle = (found - before)[:, 13:15, 13:15].mean(dim=(1, 2))
+        assert abs(middle.mean()) < 4 * middle.std() / 4000**0.5
+        assert 0.4 < middle.std() < 1.0  # between the grid's points the field is a mean of them
+    slant = (from_columns[:, 27] - from_columns[:, 0]).mean(dim=1)
+    assert 0.3 * 27 * 0.8 < slant.abs().quantile(0.95) < 0.3 * 27 * 1.3
+
+
+def test_strokes_get_thicker_and_thinner_by_a_pixel_as_often_as_said() -> None:
+    x = torch.zeros(5000, 1, 9, 9)
+    x[..., 3:6, 3:6] = 1
+    sides = redrawn(x, 0.2, generator()).sum(dim=(1, 2, 3)).sqrt()
+    assert set(sides.tolist()) == {2.0, 3.0, 4.0}
+    for side in (2.0, 4.0):
+        assert (sides == side).float().mean() == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / 5000) ** 0.5)
 
 
 # --- the joined linear layer

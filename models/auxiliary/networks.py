@@ -128,12 +128,13 @@ def auxiliary_mlp(
     hidden_layers: int = 1,
     rotation: float = 0.0,
     shift: float = 0.0,
+    distortion: float = 0.0,
 ) -> Networks:
     """Networks of `hidden_layers`, and two in q(y|a,x); a of `auxiliary_size`; SDGM where `skip`.
 
     y, z and a join x in the first hidden layer, a in q(y|a,x) in the second. In training q(a|x) and q(y|a,x) see images
-    turned and shifted by chance, as q(y|x) of M2 does. Raises ValueError for sizes below 1, dropout outside [0, 1), and
-    what `RandomMotion` refuses.
+    moved by chance, as q(y|x) of M2 does. Raises ValueError for sizes below 1, dropout outside [0, 1), and what
+    `RandomMotion` refuses.
     """
     check_sizes(latent_size=latent_size, auxiliary_size=auxiliary_size, hidden=hidden, hidden_layers=hidden_layers)
 
@@ -149,7 +150,7 @@ def auxiliary_mlp(
     for network, last in ((auxiliary, "head"), (inference, "head"), (generator, "pixels"), (of_auxiliary, "head")):
         deeper(network, last, hidden, hidden_layers)
     return Networks(
-        RandomMotion(rotation, shift),
+        RandomMotion(rotation, shift, distortion),
         auxiliary,
         Classifier(MLPClassifier(shape, hidden, hidden, dropout), hidden, auxiliary_size, num_classes),
         Inference(inference, hidden, auxiliary_size),
@@ -175,11 +176,12 @@ def auxiliary_conv(
     skip: bool,
     rotation: float = 0.0,
     shift: float = 0.0,
+    distortion: float = 0.0,
 ) -> Networks:
     """M2's convolutional networks with an auxiliary a of `auxiliary_size`; SDGM where `skip`.
 
-    In training q(a|x) and q(y|a,x) see images turned and shifted by chance, as q(y|x) of M2 does. Raises ValueError for
-    sizes below 1, dropout outside [0, 1), and what `RandomMotion` refuses.
+    In training q(a|x) and q(y|a,x) see images moved by chance, as q(y|x) of M2 does. Raises ValueError for sizes below
+    1, dropout outside [0, 1), and what `RandomMotion` refuses.
     """
     check_sizes(latent_size=latent_size, auxiliary_size=auxiliary_size, channels=channels, hidden=hidden)
 
@@ -187,9 +189,9 @@ def auxiliary_conv(
         trunk = ConvTrunk(shape, channels)
         return nn.Sequential(trunk, nn.Linear(trunk.size, hidden))
 
-    classifier = ConvClassifier(shape, hidden, channels, dropout, 0.0, 0.0)
+    classifier = ConvClassifier(shape, hidden, channels, dropout)
     return Networks(
-        RandomMotion(rotation, shift),
+        RandomMotion(rotation, shift, distortion),
         Auxiliary(image(), hidden, auxiliary_size, scale),
         Classifier(classifier, hidden, auxiliary_size, num_classes),
         Inference(ConvInference(shape, num_classes, latent_size, channels, hidden, scale), hidden, auxiliary_size),
