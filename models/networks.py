@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from models.m2.model import Networks as Networks  # for networks of a person's own, as ImageShape is
 from models.parts import (
+    ACTIVATIONS,
+    Activation,
     Dropout,
     RandomMotion,
     halvings,
@@ -99,8 +101,9 @@ class MLPGenerator(nn.Module):
 class ConvTrunk(nn.Module):
     """Convolutional layers, [B, C, H, W] -> [B, F], that halve the sides until one is at most 7, and one layer more."""
 
-    def __init__(self, shape: ImageShape, channels: int) -> None:
+    def __init__(self, shape: ImageShape, channels: int, activation: Activation = "relu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]()
         sides = halvings(shape, 7)
         strides = [2] * (len(sides) - 1) + [1]
         widths = [shape.channels, channels] + [2 * channels] * (len(strides) - 1)
@@ -113,7 +116,7 @@ class ConvTrunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = x
         for layer in self.layers:
-            hidden = F.relu(layer(hidden))
+            hidden = self.activation(layer(hidden))
         return hidden.flatten(1)
 
 
@@ -162,9 +165,11 @@ class ConvInference(nn.Module):
         channels: int,
         hidden: int,
         scale: ScaleFunction,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
-        self.trunk = ConvTrunk(shape, channels)
+        self.activation = ACTIVATIONS[activation]()
+        self.trunk = ConvTrunk(shape, channels, activation)
         self.from_image, self.from_class = joined_linear(self.trunk.size, num_classes, hidden)
         self.head = GaussianHead(hidden, latent_size, scale)
 
@@ -172,7 +177,7 @@ class ConvInference(nn.Module):
         return self.from_image(self.trunk(x))
 
     def forward(self, features: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(F.relu(features.unsqueeze(0) + self.from_class(once_if_shared(y))))
+        return self.head(self.activation(features.unsqueeze(0) + self.from_class(once_if_shared(y))))
 
 
 class TransposedConvSameSize(nn.ConvTranspose2d):
@@ -213,9 +218,17 @@ class ConvGenerator(nn.Module):
     The first one, from 1 x 1 to sides of at most 7, is written as the linear layer that it is.
     """
 
-    def __init__(self, shape: ImageShape, num_classes: int, latent_size: int, channels: int) -> None:
+    def __init__(
+        self,
+        shape: ImageShape,
+        num_classes: int,
+        latent_size: int,
+        channels: int,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self.activation = ACTIVATIONS[activation]()
         *doubled, last = halvings(shape, 7)
         self.grid = (2 * channels, *last)
         self.from_latent, self.from_class = joined_linear(latent_size, num_classes, math.prod(self.grid))
@@ -235,7 +248,7 @@ class ConvGenerator(nn.Module):
         # channels last in memory, which convolutions are faster on
         hidden = hidden.view(samples * batch, height, width, channels).permute(0, 3, 1, 2)
         for layer in self.layers:
-            hidden = layer(F.relu(hidden))
+            hidden = layer(self.activation(hidden))
         pixels = hidden[:, :, : self.shape.height, : self.shape.width]
         return pixels.reshape(samples, batch, self.shape.size)
 
@@ -281,6 +294,7 @@ def conv(
     hidden: int,
     dropout: float,
     scale: ScaleFunction,
+    activation: Activation = "relu",
     rotation: float = 0.0,
     shift: float = 0.0,
     distortion: float = 0.0,
@@ -296,8 +310,8 @@ def conv(
     positive("hidden", hidden)
     return Networks(
         ConvClassifier(shape, num_classes, channels, dropout, RandomMotion(rotation, shift, distortion)),
-        ConvInference(shape, num_classes, latent_size, channels, hidden, scale),
-        ConvGenerator(shape, num_classes, latent_size, channels),
+        ConvInference(shape, num_classes, latent_size, channels, hidden, scale, activation),
+        ConvGenerator(shape, num_classes, latent_size, channels, activation),
         num_classes,
         latent_size,
     )

@@ -36,6 +36,7 @@ FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_
 SINCE: dict[str, Any] = {"deterministic": False, "cuda_graph": False, "model.rotation": 0.0, "model.shift": 0.0}
 SINCE |= {
     "model.distortion": 0.0,
+    "model.activation": "relu",
     "objective.samples": 1,
     "objective.kl_warmup": 0,
     "model.layer_norm": False,

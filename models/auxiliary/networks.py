@@ -22,19 +22,35 @@ from models.networks import (
     MLPInference,
     ScaleFunction,
 )
-from models.parts import ImageShape, RandomMotion, joined_linears, over_latent_and_class, positive
+from models.parts import (
+    ACTIVATIONS,
+    Activation,
+    ImageShape,
+    RandomMotion,
+    joined_linears,
+    over_latent_and_class,
+    positive,
+)
 
 
 class Auxiliary(nn.Module):
     """q(a|x) from a network of images [B, C, H, W] to its last hidden layer [B, H], before the nonlinearity."""
 
-    def __init__(self, from_image: nn.Module, hidden: int, auxiliary_size: int, scale: ScaleFunction) -> None:
+    def __init__(
+        self,
+        from_image: nn.Module,
+        hidden: int,
+        auxiliary_size: int,
+        scale: ScaleFunction,
+        activation: Activation = "relu",
+    ) -> None:
         super().__init__()
         self.from_image = from_image
+        self.activation = ACTIVATIONS[activation]()
         self.head = GaussianHead(hidden, auxiliary_size, scale)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.head(F.relu(self.from_image(x)))
+        return self.head(self.activation(self.from_image(x)))
 
 
 class Classifier(nn.Module):
@@ -81,9 +97,11 @@ class AuxiliaryGenerator(nn.Module):
         hidden: int,
         auxiliary_size: int,
         scale: ScaleFunction,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         self.from_image = from_image
+        self.activation = ACTIVATIONS[activation]()
         self.from_latent, self.from_class = joined_linears([latent_size, num_classes], hidden)
         self.head = GaussianHead(hidden, auxiliary_size, scale)
 
@@ -92,7 +110,7 @@ class AuxiliaryGenerator(nn.Module):
 
     def forward(self, features: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         hidden = over_latent_and_class(self.from_latent, self.from_class, z, y)
-        return self.head(F.relu(hidden if self.from_image is None else hidden + features))
+        return self.head(self.activation(hidden if self.from_image is None else hidden + features))
 
 
 def from_auxiliary(auxiliary_size: int, hidden: int) -> nn.Linear:
@@ -174,6 +192,7 @@ def auxiliary_conv(
     dropout: float,
     scale: ScaleFunction,
     skip: bool,
+    activation: Activation = "relu",
     rotation: float = 0.0,
     shift: float = 0.0,
     distortion: float = 0.0,
@@ -186,17 +205,21 @@ def auxiliary_conv(
     check_sizes(latent_size=latent_size, auxiliary_size=auxiliary_size, channels=channels, hidden=hidden)
 
     def image() -> nn.Module:
-        trunk = ConvTrunk(shape, channels)
+        trunk = ConvTrunk(shape, channels, activation)
         return nn.Sequential(trunk, nn.Linear(trunk.size, hidden))
 
     classifier = ConvClassifier(shape, hidden, channels, dropout)
     return Networks(
         RandomMotion(rotation, shift, distortion),
-        Auxiliary(image(), hidden, auxiliary_size, scale),
+        Auxiliary(image(), hidden, auxiliary_size, scale, activation),
         Classifier(classifier, hidden, auxiliary_size, num_classes),
-        Inference(ConvInference(shape, num_classes, latent_size, channels, hidden, scale), hidden, auxiliary_size),
-        ConvGenerator(shape, num_classes, latent_size + (auxiliary_size if skip else 0), channels),
-        AuxiliaryGenerator(None if skip else image(), num_classes, latent_size, hidden, auxiliary_size, scale),
+        Inference(
+            ConvInference(shape, num_classes, latent_size, channels, hidden, scale, activation), hidden, auxiliary_size
+        ),
+        ConvGenerator(shape, num_classes, latent_size + (auxiliary_size if skip else 0), channels, activation),
+        AuxiliaryGenerator(
+            None if skip else image(), num_classes, latent_size, hidden, auxiliary_size, scale, activation
+        ),
         num_classes,
         latent_size,
         auxiliary_size,

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from models import contract
 from models.categorical.model import CategoricalVAE
 from models.likelihoods import Likelihood
-from models.parts import ImageShape, positive
+from models.parts import ACTIVATIONS, Activation, ImageShape, positive
 
-Activation = Literal["relu", "tanh", "leaky_relu"]
 Prior = Literal["uniform", "learned"]
-ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "leaky_relu": nn.LeakyReLU}
 
 
 class Dense(nn.Sequential):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from models import contract
-from models.categorical.networks import Activation, FromClasses, ToLogits, check_latents
+from models.categorical.networks import FromClasses, ToLogits, check_latents
 from models.likelihoods import Likelihood
-from models.parts import ImageShape, positive
+from models.parts import Activation, ImageShape, positive
 from models.structured.model import StructuredModel
 
 
