@@ -412,6 +412,16 @@ def test_only_the_classifier_s_images_are_moved_and_only_in_training() -> None:
     assert torch.equal(features(still, x), features(moving, x))
 
 
+def test_activation_is_of_all_layers_but_the_classifier_s() -> None:
+    """With the same weights q(y|x) is the same, and each of the other networks another."""
+    before, after = (model_of(build_conv, SIZES["8x8"], 10, activation=name) for name in ("relu", "silu"))
+    x, y, z = images(SIZES["8x8"], 3), classes(10, 3), torch.randn(10, 3, LATENT, generator=generator())
+    assert torch.equal(before.classifier(x), after.classifier(x))
+    assert not torch.equal(features(before, x), features(after, x))
+    assert not torch.equal(before.style(x, y), after.style(x, y))
+    assert not torch.equal(before.generate(y, z), after.generate(y, z))
+
+
 @pytest.mark.parametrize(
     "limits", [{"rotation": -1.0}, {"rotation": 181.0}, {"shift": -0.5}, {"shift": 2.0}, {"distortion": 1.5}]
 )
