@@ -408,7 +408,7 @@ def test_every_group_is_drawn() -> None:
 
 
 def test_any_configuration_trains_or_is_refused() -> None:
-    ended = outcomes(75)
+    ended = outcomes(100)
     assert ended.total() >= 40  # two draws may mean the same
     assert min(ended["trained"], ended["refused"]) >= 10, ended
 
