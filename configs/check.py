@@ -150,6 +150,8 @@ def check_labels(config: Config, model: Any) -> None:
     for key, value in (("data.num_labelled", num_labelled), ("train.batch_size_labelled", batch_size)):
         if value != 0:
             raise ConfigError(f"{key} must be 0 with a model without labels, got {value}")
+    if (draws := config.evaluation.pixel_draws) > 1:
+        raise ConfigError(f"evaluation.pixel_draws must be 1 with a model that tells no classes, got {draws}")
 
 
 def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:

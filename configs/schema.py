@@ -197,9 +197,11 @@ class EvaluationConfig:
     importance_samples: int = MISSING  # draws, of M2 those of z per class, in the estimate of log p(x) of test images
     validation_samples: int = 0  # the same of validation images
     test: bool = True  # at the end of the run; a default, so that runs from before have it
+    pixel_draws: int = 1  # of a grey image's binary pixels, over which q(y|x) is a mean where images are classified
 
     def __post_init__(self) -> None:
         _at_least(1, evaluation__batch_size=self.batch_size, evaluation__importance_samples=self.importance_samples)
+        _at_least(1, evaluation__pixel_draws=self.pixel_draws)
         _at_least(0, evaluation__validation_samples=self.validation_samples)
 
 
@@ -249,6 +251,11 @@ class Config:
             wanted = f"<= train.steps, {self.train.steps}, got {self.objective.kl_warmup}"
             raise ValueError(f"objective.kl_warmup must be {wanted}: J would never be the bound")
         data = self.data
+        if (draws := self.evaluation.pixel_draws) > 1 and data.binarization is not Binarization.dynamic:
+            raise ValueError(
+                f"evaluation.pixel_draws must be 1 where data.binarization={data.binarization.value} draws no pixels "
+                f"anew, got {draws}"
+            )
         if self.likelihood is Likelihood.auto and data.known().is_binary:
             self.likelihood = Likelihood.bernoulli
         self.likelihood = resolved_likelihood(self.likelihood, data.binarization)

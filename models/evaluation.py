@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -64,18 +64,21 @@ def evaluate(
     binarization: Binarization,
     batch_size: int,
     importance_samples: int = 0,
+    pixel_draws: int = 1,
     after_batch: Callable[[], None] = lambda: None,
     doing: str = "evaluation",
 ) -> Evaluation:
     """The bound and its parts in float32, of a model that tells classes accuracy and calibration too.
 
-    With `importance_samples` > 0 also log p(x). All as the model's `measure` has it. An exception of `after_batch` ends
-    it. How far `doing` it is, is told in passes of a batch through the networks.
+    With `importance_samples` > 0 also log p(x). All as the model's `measure` has it. Accuracy and calibration are of
+    q(y|x) as a mean over `pixel_draws` draws of binary pixels, the first of which the bound is of too. An exception of
+    `after_batch` ends it. How far `doing` it is, is told in passes of a batch through the networks.
     """
     sums: dict[str, Tensor] = {}
     parts: list[PerImage] = []
     size = min(batch_size, len(data.x), rows_at_once(math.prod(data.x.shape[1:])))
     batches = range(0, len(data.x), size)
+    drawn_anew = pixel_draws - 1 if model.has_labels and binarization == "dynamic" else 0
     passes = telling(doing, "passes", len(batches) * (1 + importance_samples))
     with evaluating(model), naming_memory(size, "evaluation.batch_size"), passes as tell:
         for index, first in enumerate(batches):
@@ -83,6 +86,8 @@ def evaluate(
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
             measured, seen = model.measure(x, importance_samples, generator, functools.partial(tell, 1))
+            anew = (binarize(images, binarization, generator) for _ in range(drawn_anew))
+            seen.q = mean_over_draws([seen.q, *map(model.posterior, anew)])
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             parts.append(seen)
@@ -101,6 +106,11 @@ def evaluate(
         n_with_label=len(labels),
         seen=per_image,
     )
+
+
+def mean_over_draws(q: Sequence[Tensor]) -> Tensor:
+    """q(y|x) [B, K] of grey images x, E over their binary pixels, from that of each of some draws of these."""
+    return q[0] if len(q) == 1 else torch.stack(list(q)).mean(dim=0)
 
 
 def calibration_error(q: Tensor, labels: Tensor) -> float:

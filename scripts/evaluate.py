@@ -51,6 +51,12 @@ def main() -> None:
         type=positive,
         help="draws of z per class for log p(x), of every part; if not given, the run's own number, of the test part",
     )
+    parser.add_argument(
+        "--pixel-draws",
+        type=positive,
+        help="draws of an image's binary pixels, over which q(y|x) is a mean where it is classified; "
+        "if not given, the run's own number",
+    )
     parser.add_argument("--first", type=positive, help="only so many images of each part, as many draws take long")
     parser.add_argument(
         "--binarization", choices=[how.value for how in Binarization], help="other pixels than the run was trained with"
@@ -71,7 +77,7 @@ def main() -> None:
             run.look_at(arguments.binarization)
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
-            measured |= run.measure(part, arguments.importance_samples, arguments.first)
+            measured |= run.measure(part, arguments.importance_samples, arguments.first, arguments.pixel_draws)
         if len(measured) == 1:
             raise DataError(f"--part {arguments.part}: the run has no such images")
         text = json.dumps(measured, indent=2)

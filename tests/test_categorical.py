@@ -569,6 +569,10 @@ REFUSED = [
     ("model=categorical_two_layers objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model of 2 layers"),
     ("model=structured_mlp objective.kl_warmup=9", "objective.kl_warmup must be 0 where J has no KL, got 9"),
     ("objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model that learns from labels, got 9"),
+    (
+        "model=categorical_mlp data.binarization=dynamic evaluation.pixel_draws=3",
+        "1 with a model that tells no classes",
+    ),
     ("objective.samples=5", "objective.samples must be 1 with a model that learns from labels", "categorical_mlp"),
     ("model=structured_mlp model.layers=0", "model.layers must be >= 1, got 0"),
     ("model=categorical_mlp estimator=score_function estimator.temperature=1", "estimator.temperature"),

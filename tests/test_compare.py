@@ -450,6 +450,17 @@ def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path:
     assert "-11.00 ± 12.71 [n 2]" in run_compare(tmp_path).out
 
 
+def test_accuracies_by_different_numbers_of_draws_of_the_pixels_are_not_mixed(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate([0.8, 0.6]):
+        make_run(tmp_path / f"from before {seed}", accuracy, seed=seed)
+    make_run(tmp_path / "one", 0.7, seed=2, evaluation__pixel_draws=1)
+    make_run(tmp_path / "ten", 0.99, seed=3, evaluation__pixel_draws=10)
+    found = comparison(tmp_path)
+    (group,) = found.groups
+    assert (group.summaries["test_accuracy"].n, group.summaries["test_accuracy"].mean) == (3, pytest.approx(0.7))
+    assert any("pixel_draws=1" in note for note in found.notes)
+
+
 def test_numbers_that_would_mislead_are_left_out_and_said(tmp_path: Path) -> None:
     make_run(tmp_path / "0", 0.9, seed=0, result={"test_bound": float("nan")})
     make_run(tmp_path / "1", 0.8, seed=1, result={"start_step": 50, "seconds": 1.0})

@@ -578,6 +578,25 @@ def test_importance_samples_do_not_change_the_rest_of_the_evaluation() -> None:
     assert with_samples == without
 
 
+@torch.no_grad()
+def test_accuracy_is_of_q_as_a_mean_over_draws_of_the_pixels() -> None:
+    """Against all 16 binary images that a grey one of four pixels may become."""
+    model = small_model()
+    grey = torch.tensor([[51, 128, 255, 200], [0, 77, 30, 128]], dtype=torch.uint8).view(2, 1, 2, 2)
+    binary = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).view(16, 1, 2, 2)
+    lit = (grey / 255).unsqueeze(1)
+    chances = torch.where(binary > 0, lit, 1 - lit).flatten(2).prod(dim=-1)  # [2, 16]
+    expected = chances @ model.posterior(binary)
+    data = EvaluationData(grey, torch.tensor([0, 1]))
+    one, many = (measure(model, data, binarization="dynamic", pixel_draws=draws) for draws in (1, 2000))
+    assert one.per_image is not None
+    assert many.per_image is not None
+    torch.testing.assert_close(many.per_image.q, expected, atol=0.01, rtol=0)
+    assert (one.per_image.q - expected).abs().max() > 0.05
+    assert many.bound == one.bound
+    assert measure(model, data, pixel_draws=9) == measure(model, data)  # whose pixels are not drawn
+
+
 def test_evaluation_sees_each_class_as_one_hot_whatever_estimator_trained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -45,10 +45,10 @@ def images() -> Array:
     return load("digits", "", "test").images[:]
 
 
-@pytest.fixture(scope="module", params=["none", "dynamic", "fixed"])
+@pytest.fixture(scope="module", params=["none", "dynamic", "dynamic evaluation.pixel_draws=3", "fixed"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a person's own data, which is gone by now."""
-    path = tmp_path_factory.mktemp(request.param)
+    path = tmp_path_factory.mktemp(request.param.partition(" ")[0])
     source = load("digits", "", "train")
     np.savez(path / "mine.npz", images=source.images[:], labels=source.labels, class_names=np.array(NAMES))
     run(f"{OWN} data.path={path}/mine.npz data.binarization={request.param} train.steps=8", path / "run")

@@ -135,13 +135,16 @@ class Run:
         importance_samples: int = 0,
         after_batch: Callable[[], None] = lambda: None,
         doing: str = "evaluation",
+        pixel_draws: int | None = None,
     ) -> Evaluation:
+        settings = self.config.evaluation
         return evaluate(
             self.model,
             data,
             binarization=self.binarization,
-            batch_size=self.config.evaluation.batch_size,
+            batch_size=settings.batch_size,
             importance_samples=importance_samples,
+            pixel_draws=settings.pixel_draws if pixel_draws is None else pixel_draws,
             after_batch=after_batch,
             doing=doing,
         )
@@ -164,14 +167,20 @@ class Run:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
         return evaluation_data(self.load_images("train"), self.rows(part), self.device)
 
-    def measure(self, part: Part, importance_samples: int | None = None, first: int | None = None) -> dict[str, float]:
+    def measure(
+        self,
+        part: Part,
+        importance_samples: int | None = None,
+        first: int | None = None,
+        pixel_draws: int | None = None,
+    ) -> dict[str, float]:
         """Evaluation of a part, or of its `first` images alone, under the names of result.json.
 
         PART_n is the number of its images, which means are over, and PART_n_with_label that of those with a known
         label, which accuracy and calibration are over.
 
         log p(x) is by `importance_samples`; None for the configuration's on the test and the validation part, and
-        without it elsewhere.
+        without it elsewhere. `pixel_draws` likewise, on all parts.
         """
         settings = self.config.evaluation
         if part == "test":
@@ -184,7 +193,7 @@ class Run:
             return {}
         data = EvaluationData(data.x[:first], data.labels[:first]) if first else data
         samples = samples if importance_samples is None else importance_samples
-        evaluation = self.evaluate(data, samples, doing=f"evaluation of {part}")
+        evaluation = self.evaluate(data, samples, doing=f"evaluation of {part}", pixel_draws=pixel_draws)
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:

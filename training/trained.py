@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from data.datasets import facts
 from data.facts import DataError
 from data.pictures import picture_files, read_pictures
 from models.contract import Model, Networks
-from models.evaluation import evaluating, naming_memory, rows_at_once
+from models.evaluation import evaluating, mean_over_draws, naming_memory, rows_at_once
 from models.likelihoods import likelihood
 from models.networks import ImageShape
 from training import checkpoints
@@ -85,6 +85,8 @@ class Trained:
         load_parameters(self.model, state)
         self.model.to(device).to(memory_format=torch.channels_last).eval()
         self.batch_size = min(state["config"]["evaluation"]["batch_size"], rows_at_once(math.prod(self.facts.shape)))
+        drawn = self.model.has_labels and self.facts.binarization == "dynamic"
+        self.pixel_draws: int = state["config"]["evaluation"].get("pixel_draws", 1) if drawn else 1
         self.validation_bounds = torch.tensor(state.get("validation_bounds", []), dtype=torch.float64)
         data = state["config"]["data"]
         self.own_images = [Path(data["path"]).expanduser()] if data.get("path") else []  # that it was trained on
@@ -119,14 +121,14 @@ class Trained:
         """q(y|x) [N, K], classes in the order of `class_names`. Raises ValueError for a model without classes."""
         self._check_classes("classify")
         with self._at_work():
-            parts = [self.model.posterior(x).cpu() for x, _ in self._batches(images)]
+            parts = [self._posterior(draws).cpu() for draws, _ in self._batches(images)]
             return torch.cat([self.model.posterior(self._no_images()).cpu(), *parts])
 
     def encode(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """The mean of q(z|x,y) [N, Z] at each image's most probable y; of a model without classes q(y|x) [N, N' K]."""
         with self._at_work():
-            parts = [self._embed(x) for x, _ in self._batches(images)]
-            return torch.cat([self._embed(self._no_images()), *parts])
+            parts = [self._embed(draws) for draws, _ in self._batches(images)]
+            return torch.cat([self._embed([self._no_images()]), *parts])
 
     def predict(self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False) -> Prediction:
         """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones.
@@ -136,12 +138,13 @@ class Trained:
         self._check_classes("predict")
         with self._at_work():
             none = self._no_images()
-            q, bound, z = [self.model.posterior(none).cpu()], [torch.empty(0)], [self._embed(none)]
-            for x, generators in self._batches(images, in_range):
+            q, bound, z = [self.model.posterior(none).cpu()], [torch.empty(0)], [self._embed([none])]
+            for (x, *others), generators in self._batches(images, in_range):
                 _, seen = self.model.terms_by(x, self._noise(generators))
-                q.append(seen.q.cpu())
+                of_images = mean_over_draws([seen.q, *map(self.model.posterior, others)])
+                q.append(of_images.cpu())
                 bound.append(seen.bound.cpu())
-                z.append(self.model.embed(x, seen.q).cpu())
+                z.append(self.model.embed(x, of_images).cpu())
         bounds = torch.cat(bound)
         return Prediction(torch.cat(q), bounds, self._novelty(bounds), torch.cat(z))
 
@@ -155,7 +158,7 @@ class Trained:
         samples = _positive(samples, "samples")
         parts = []
         with self._at_work():
-            for x, generators in self._batches(images):
+            for (x, *_), generators in self._batches(images):
                 draws = (self._noise(generators) for _ in range(samples))
                 parts.append(self.model.log_likelihood_by(x, draws).cpu())
         return torch.cat(parts) if parts else torch.empty(0)
@@ -205,8 +208,8 @@ class Trained:
 
     def _batches(
         self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False
-    ) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
-        """Pixels [B, C, H, W] as the networks take them, and each image's own generator."""
+    ) -> Iterator[tuple[list[Tensor], list[torch.Generator]]]:
+        """Pixels [B, C, H, W] as the networks take them, `pixel_draws` times, and each image's own generator."""
         self._check(images)
         if len(images) > 1 and not in_range and images.max() <= 1:
             raise ValueError(
@@ -218,10 +221,16 @@ class Trained:
             pixels = part.cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
             pixels = pixels.contiguous().view(len(pixels), *self.facts.shape)
             generators = own_generators(pixels)
-            yield binarize_by_itself(pixels, self.facts.binarization, generators).to(self.device), generators
+            how = self.facts.binarization
+            draws = [binarize_by_itself(pixels, how, generators) for _ in range(self.pixel_draws)]
+            yield [x.to(self.device) for x in draws], generators
 
-    def _embed(self, x: Tensor) -> Tensor:
-        return self.model.embed(x, self.model.posterior(x)).cpu()
+    def _posterior(self, draws: Sequence[Tensor]) -> Tensor:
+        """q(y|x) [B, K], or [B, N, K], of images whose pixels are so drawn."""
+        return mean_over_draws([self.model.posterior(x) for x in draws])
+
+    def _embed(self, draws: Sequence[Tensor]) -> Tensor:
+        return self.model.embed(draws[0], self._posterior(draws)).cpu()
 
     def _no_images(self) -> Tensor:
         """[0, C, H, W], which has results of the right shapes."""
