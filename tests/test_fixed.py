@@ -262,9 +262,9 @@ def test_an_image_from_outside_draws_its_own_pixels(folder: Path) -> None:
     model = open_run(folder)
     together, alone = model.predict(images), torch.cat([model.predict(image[None]).bound for image in images])
     torch.testing.assert_close(together.bound, alone, atol=1e-4, rtol=1e-4)
-    (x, _), *_ = model._batches(images)
+    ((x,), _), *_ = model._batches(images)
     assert set(x.unique().tolist()) == {0.0, 1.0}
-    (again, _), *_ = model._batches((x * 255).to(torch.uint8))
+    ((again,), _), *_ = model._batches((x * 255).to(torch.uint8))
     assert torch.equal(again, x)
 
 
