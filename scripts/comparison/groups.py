@@ -75,10 +75,10 @@ class Comparison:
 
 
 def no_effect() -> set[str]:
-    """Keys that make no group: those a resume may change, but for the length of training."""
+    """Keys that make no group: those a resume may change, but for those that change what is measured of accuracy."""
     from training.state import FREE_TO_CHANGE
 
-    return (FREE_TO_CHANGE - {"train.steps"}) | REPLICATES
+    return (FREE_TO_CHANGE - {"train.steps", "evaluation.pixel_draws"}) | REPLICATES
 
 
 def differing(records: Sequence[Record]) -> list[str]:
@@ -399,11 +399,7 @@ def _take_out_repeats(group: Group) -> list[Record]:
 NUMBERS_OF_SAMPLES = {
     "test_log_likelihood": "evaluation.importance_samples",
     "val_log_likelihood": "evaluation.validation_samples",
-    "test_accuracy": "evaluation.pixel_draws",
-    "val_accuracy": "evaluation.pixel_draws",
-    "test_calibration_error": "evaluation.pixel_draws",
 }
-BEFORE = {"evaluation.pixel_draws": 1}  # of runs that do not have the key
 
 
 def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
@@ -414,12 +410,11 @@ def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
             run.excluded.add(name)
             said.append(f"{METRICS[name].title} of {run.folder} is {run.values[name]}, and is left out")
     for name, key in NUMBERS_OF_SAMPLES.items():
-        number_of = {id(run): run.config.get(key, BEFORE.get(key)) for run in runs if name in run.counted}
-        counts = Counter(number for number in number_of.values() if number is not None)
+        counts = Counter(run.config[key] for run in runs if key in run.config and name in run.counted)
         if len(counts) < 2:
             continue
         most = max(counts, key=lambda samples: (counts[samples], samples))
-        others = [run for run in runs if id(run) in number_of and number_of[id(run)] != most]
+        others = [run for run in runs if name in run.counted and run.config.get(key) != most]
         for run in others:
             run.excluded.add(name)
         said.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Config, ConfigError
+from configs.schema import Config, ConfigError, EvaluationConfig
 from data.datasets import OWN
 from data.progress import progress
 from scripts.comparison.events import DamagedEvents, read_scalars
@@ -258,6 +258,7 @@ def _defaults() -> dict[str, Any]:
     from training.state import flat
 
     schema: Any = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
+    schema["evaluation"] = OmegaConf.to_container(OmegaConf.structured(EvaluationConfig))  # a section that is "???"
     return {key: value for key, value in flat(schema).items() if value != "???"}
 
 
