@@ -78,16 +78,19 @@ def evaluate(
     parts: list[PerImage] = []
     size = min(batch_size, len(data.x), rows_at_once(math.prod(data.x.shape[1:])))
     batches = range(0, len(data.x), size)
-    drawn_anew = pixel_draws - 1 if model.has_labels and binarization == "dynamic" else 0
-    passes = telling(doing, "passes", len(batches) * (1 + importance_samples))
+    more_draws = pixel_draws - 1 if model.has_labels and binarization == "dynamic" else 0
+    passes = telling(doing, "passes", len(batches) * (1 + importance_samples + more_draws))
     with evaluating(model), naming_memory(size, "evaluation.batch_size"), passes as tell:
         for index, first in enumerate(batches):
             images = data.x[first : first + size]
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
             measured, seen = model.measure(x, importance_samples, generator, functools.partial(tell, 1))
-            anew = (binarize(images, binarization, generator) for _ in range(drawn_anew))
-            seen.q = mean_over_draws([seen.q, *map(model.posterior, anew)])
+            q = [seen.q]
+            for _ in range(more_draws):
+                q.append(model.posterior(binarize(images, binarization, generator)))
+                tell(1)
+            seen.q = mean_over_draws(q)
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             parts.append(seen)
@@ -109,7 +112,7 @@ def evaluate(
 
 
 def mean_over_draws(q: Sequence[Tensor]) -> Tensor:
-    """q(y|x) [B, K] of grey images x, E over their binary pixels, from that of each of some draws of these."""
+    """q(y|x) [B, K] of grey images: the mean over draws of their binary pixels, from that of each draw."""
     return q[0] if len(q) == 1 else torch.stack(list(q)).mean(dim=0)
 
 

@@ -75,6 +75,9 @@ def main() -> None:
         if arguments.binarization:
             _check_pixels(run.config.likelihood, arguments.binarization)
             run.look_at(arguments.binarization)
+        if (arguments.pixel_draws or 1) > 1 and not (run.model.has_labels and run.binarization == "dynamic"):
+            what = "tells no classes" if not run.model.has_labels else f"has pixels as binarization={run.binarization}"
+            raise ConfigError(f"--pixel-draws must be 1 for this run, which {what}, got {arguments.pixel_draws}")
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(part, arguments.importance_samples, arguments.first, arguments.pixel_draws)

@@ -128,6 +128,15 @@ def test_evaluate_with_other_pixels_than_the_runs(folder: Path) -> None:
     assert len(bounds | {own["val_bound"]}) == 4
 
 
+def test_evaluate_by_more_draws_of_the_pixels(folder: Path) -> None:
+    drawn = f"{folder} --part val --binarization dynamic"
+    one, nine = measured(drawn), measured(f"{drawn} --pixel-draws 9")
+    assert measured(f"{drawn} --pixel-draws 1") == one
+    assert nine.pop("val_calibration_error") != one.pop("val_calibration_error")
+    del nine["val_accuracy"], one["val_accuracy"]  # which may be the same
+    assert nine == one
+
+
 def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
     printed = measured(f"{folder} --part val --output {tmp_path}/found.json")
     assert json.loads((tmp_path / "found.json").read_text()) == printed
@@ -139,6 +148,7 @@ def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
         ("--checkpoint step_00000005.pt", ("no checkpoint step_00000005.pt", "step_00000006.pt, step_00000008.pt")),
         ("--checkpoint result.json", ("no checkpoint result.json",)),
         ("--output nowhere/found.json", ("folder that exists", "nowhere/found.json")),
+        ("--pixel-draws 2", ("--pixel-draws must be 1", "binarization=none", "got 2")),
         ("--output found.txt", ("must end in .json", "found.txt")),
     ],
 )
