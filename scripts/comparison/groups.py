@@ -75,7 +75,7 @@ class Comparison:
 
 
 def no_effect() -> set[str]:
-    """Keys that make no group: those a resume may change, but for the length of training and how images are classified."""
+    """Keys that make no group: those a resume may change, but for train.steps and how images are classified."""
     from training.state import FREE_TO_CHANGE
 
     return (FREE_TO_CHANGE - {"train.steps", "evaluation.pixel_draws"}) | REPLICATES
