@@ -362,7 +362,7 @@ def test_log_weights_give_pyro_s_bound_at_any_noise() -> None:
     model, x = make_mlp(), BATCH.x_unlabelled
     noise = torch.randn(len(x), Z, generator=seeded(5))
     classes = torch.eye(K).unsqueeze(1).expand(-1, len(x), -1)
-    weights = model.log_weight(x, model.inference.features(x), classes, noise)
+    weights = model.log_weight_at(classes, model.rows_by_noise(x)(noise))
     logits = model.classifier(x).unsqueeze(1)
     estimate = Marginalization()(lambda y: weights, logits, step=0, context=x, generator=seeded(0))
     elbo = TraceEnum_ELBO(max_plate_nesting=1)

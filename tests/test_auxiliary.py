@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,33 +13,48 @@ from data.randomness import keyed_generator
 from models.auxiliary.model import AuxiliaryVAE
 from models.auxiliary.networks import auxiliary_conv, auxiliary_mlp
 from models.gradient_quality import gradient_quality
+from models.m2 import evaluation
+from models.m2.model import SemiSupervisedVAE
+from models.networks import mlp
 from models.parts import ImageShape
 from tests.test_estimators import UNBIASED, Case, each
 
 K = 3
 SHAPE = ImageShape(1, 4, 4)
+Vae = TypeVar("Vae", bound=SemiSupervisedVAE)
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def untrained(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
+def untrained(skip: bool = False, size: int = 1, kind: str = "mlp", prior: list[float] | None = None) -> AuxiliaryVAE:
     sizes: Any = {"latent_size": size, "auxiliary_size": size, "hidden": 5, "dropout": 0.0, "scale": "softplus"}
     if kind == "mlp":
         networks = auxiliary_mlp(SHAPE, K, **sizes, hidden_layers=2, skip=skip)
     else:
         networks = auxiliary_conv(SHAPE, K, **sizes, channels=2, skip=skip)
-    return AuxiliaryVAE(networks)
+    return AuxiliaryVAE(networks, prior=prior)
 
 
-def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
-    """With weights so large that a, y and z matter."""
-    model = untrained(skip, size, kind)
+def with_large_weights(model: Vae) -> Vae:
+    """So that a, y and z matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.4, generator=seeded(parameter.numel()))
     return model.eval()
+
+
+def tiny(skip: bool = False, size: int = 1, kind: str = "mlp") -> AuxiliaryVAE:
+    return with_large_weights(untrained(skip, size, kind))
+
+
+def of_prior(has_auxiliary: bool, prior: list[float] | None) -> SemiSupervisedVAE:
+    """ADGM or M2 with this p(y)."""
+    if has_auxiliary:
+        return with_large_weights(untrained(prior=prior))
+    networks = mlp(SHAPE, K, latent_size=1, hidden=5, dropout=0.0, scale="softplus")
+    return with_large_weights(SemiSupervisedVAE(networks, prior=prior))
 
 
 def images(number: int) -> Tensor:
@@ -81,6 +96,45 @@ def test_evidence_and_bound_are_those_of_numerical_integration(skip: bool) -> No
         torch.testing.assert_close(found.exp(), evidence[image], rtol=1e-3, atol=0)
         bound = (log_density.exp() * model.terms_by(repeated, noise)[0]["bound"]).sum()
         assert bound < evidence[image].log()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_auxiliary", [False, True])
+@pytest.mark.parametrize("prior", [None, [0.2, 0.5, 0.3]])
+def test_classes_that_turn_out_negligible_are_left_off(
+    has_auxiliary: bool, prior: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They count by their first draws, over all: just below what all classes give, for fewer rows."""
+    monkeypatch.setattr(evaluation, "FIRST", 2)
+    monkeypatch.setattr(evaluation, "NEGLIGIBLE", 0.5)
+    model, x, rows = of_prior(has_auxiliary, prior), images(6), []
+    draws = [model.noise(6, seeded(seed)) for seed in range(7)]
+    classes = torch.eye(K).unsqueeze(1).expand(-1, 6, -1)
+    weights = torch.stack([model.log_weight_at(classes, model.infer(x, noise=noise)[1]()) for noise in draws])
+    joint = weights + torch.tensor(prior or [1 / K] * K).log().view(1, K, 1)
+    kept = (first := joint[:2].logsumexp(dim=0)) >= first.max(dim=0).values - 0.5
+    assert 6 < kept.sum() < 6 * K
+    joint[2:][:, ~kept] = -math.inf
+    network: Any = model.generator
+    network.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[:-1].numel()))
+    found = model.log_likelihood_by(x, draws)
+    torch.testing.assert_close(found, joint.flatten(0, 1).logsumexp(dim=0) - math.log(7))
+    assert sum(rows) == 2 * 6 * K + 5 * kept.sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("has_auxiliary", [False, True])
+def test_left_off_classes_change_no_digit_that_is_told(has_auxiliary: bool) -> None:
+    """At classes some of which are further apart than that, and more draws than all classes have a part in."""
+    model, x = of_prior(has_auxiliary, None), images(6)
+    model.generator.from_class.weight.mul_(30)  # type: ignore[attr-defined]
+    draws = [model.noise(6, seeded(seed)) for seed in range(40)]
+    classes = torch.eye(K).unsqueeze(1).expand(-1, 6, -1)
+    weights = torch.stack([model.log_weight_at(classes, model.infer(x, noise=noise)[1]()) for noise in draws])
+    gap = weights.logsumexp(dim=0).sort(dim=0, descending=True).values
+    assert (gap[0] - gap[1]).max() > evaluation.NEGLIGIBLE
+    everything = weights.flatten(0, 1).logsumexp(dim=0) - math.log(40 * K)
+    torch.testing.assert_close(model.log_likelihood_by(x, draws), everything, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from models import contract
-from models.auxiliary.evaluation import importance_weighted
 from models.contract import PerImage
 from models.likelihoods import Likelihood
 from models.m2 import model as m2
@@ -122,10 +121,16 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         logits = self.classifier(self.classifier.features(seen, generator), a)
 
         def rows() -> Rows:
-            log_q = (-0.5 * noise_a.square() - scale.log()).sum(dim=-1)  # and what log p(a|.) has too
-            return x, self.inference.features(x, a), noise_z, a, log_q, self.auxiliary_generator.features(x)
+            return self.rows_at(x, a, scale, noise_a, noise_z, self.auxiliary_generator.features(x))
 
         return logits, rows
+
+    def rows_at(
+        self, x: Tensor, a: Tensor, scale: Tensor, noise_a: Tensor, noise_z: Tensor, of_auxiliary: Tensor
+    ) -> Rows:
+        """The rows at a = loc + scale * noise_a; `of_auxiliary` is what p(a|.) has of the images."""
+        log_q = (-0.5 * noise_a.square() - scale.log()).sum(dim=-1)  # and what log p(a|.) has too
+        return x, self.inference.features(x, a), noise_z, a, log_q, of_auxiliary
 
     def bound_at(self, y: Tensor, rows: Rows) -> Bound:
         """b(x, y) at y [S, B, K] by one draw of a and z; the KL of z in closed form, that of a at the draw.
@@ -135,6 +140,17 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         loc, scale = self.inference(rows[1], y)
         reconstruction, kl_a = self.at(y, loc + scale * rows[2], rows)
         return Bound(reconstruction, gaussian_kl(loc, scale), kl_a)
+
+    def rows_by_noise(self, x: Tensor) -> Callable[[Tensor], Rows]:
+        """As M2's; q(y|a,x) has no part in it."""
+        loc, scale = self.auxiliary(x)
+        of_auxiliary = self.auxiliary_generator.features(x)
+
+        def rows(noise: Tensor) -> Rows:
+            noise_a, noise_z = noise.split([self.auxiliary_size, self.latent_size], dim=1)
+            return self.rows_at(x, loc + scale * noise_a, scale, noise_a, noise_z, of_auxiliary)
+
+        return rows
 
     def log_weight_at(self, y: Tensor, rows: Rows) -> Tensor:
         """log [p(x|.) p(a|.) p(z) / (q(a|x) q(z|a,x,y))] [S, B] at the a and z of `bound_at`."""
@@ -167,9 +183,6 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         """The bound with q(y|a,x) at one draw of a, exact in y; images are classified by q(y|x)."""
         terms, seen = super().terms_by(x, noise)
         return terms, PerImage(self.posterior(x), seen.bound, seen.bound_spread)
-
-    def log_likelihood_by(self, x: Tensor, draws: Iterable[Tensor]) -> Tensor:
-        return importance_weighted(self, x, draws)
 
     def style(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of q(z|a,x,y) [S, B, Z] at the mean of q(a|x)."""

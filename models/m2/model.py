@@ -202,8 +202,14 @@ class SemiSupervisedVAE(Model):
         """What the likelihood reads of a picture [S, B, D] at y [S, B, K] and z [S, B, Z]."""
         return self.generator(y, z)
 
-    def log_weight(self, x: Tensor, features: Tensor, y: Tensor, noise: Tensor) -> Tensor:
+    def rows_by_noise(self, x: Tensor) -> Callable[[Tensor], Rows]:
+        """What gives the rows of images x [B, C, H, W] for one noise [B, ...] after another; x is looked at once."""
+        features = self.inference.features(x)
+        return lambda noise: (x, features, noise)
+
+    def log_weight_at(self, y: Tensor, rows: Rows) -> Tensor:
         """log [p(x|y,z) p(z) / q(z|x,y)] [S, B] at the z of `bound`: its mean is b(x, y), its mean exp p(x|y)."""
+        x, features, noise = rows
         loc, scale = self.inference(features, y)
         z = loc + scale * noise
         log_prior_ratio = (0.5 * (noise.square() - z.square()) + scale.log()).sum(dim=-1)
