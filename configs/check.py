@@ -22,7 +22,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from configs.schema import Config, ConfigError
+from configs.schema import ClassifyBy, Config, ConfigError
 from configs.targets import build
 from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import load
@@ -150,6 +150,10 @@ def check_labels(config: Config, model: Any) -> None:
     for key, value in (("data.num_labelled", num_labelled), ("train.batch_size_labelled", batch_size)):
         if value != 0:
             raise ConfigError(f"{key} must be 0 with a model without labels, got {value}")
+    if (by := config.evaluation.classify_by) is not ClassifyBy.classifier:
+        raise ConfigError(
+            f"evaluation.classify_by must be classifier with a model that tells no classes, got {by.value}"
+        )
     if (draws := config.evaluation.pixel_draws) > 1:
         raise ConfigError(f"evaluation.pixel_draws must be 1 with a model that tells no classes, got {draws}")
 

@@ -54,6 +54,12 @@ class Likelihood(Enum):
     discretized_logistic = "discretized_logistic"
 
 
+class ClassifyBy(Enum):
+    classifier = "classifier"  # q(y|x)
+    bound = "bound"  # Bayes' rule, with b(x, y) for log p(x|y)
+    both = "both"  # the mean of both
+
+
 class OnDivergence(Enum):
     stop = "stop"
     rollback = "rollback"
@@ -198,6 +204,7 @@ class EvaluationConfig:
     validation_samples: int = 0  # the same of validation images
     test: bool = True  # at the end of the run; a default, so that runs from before have it
     pixel_draws: int = 1  # of a grey image's binary pixels, over which q(y|x) is a mean where images are classified
+    classify_by: ClassifyBy = ClassifyBy.classifier
 
     def __post_init__(self) -> None:
         _at_least(1, evaluation__batch_size=self.batch_size, evaluation__importance_samples=self.importance_samples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from estimators.contract import Estimate, Estimator, check_estimate, entropy
 from estimators.reference import reference
 from models.likelihoods import Likelihood
 
+ClassifyBy = Literal["classifier", "bound", "both"]  # what tells an image's class
 Estimation = Callable[[Estimator, int, torch.Generator], Estimate]  # by an estimator at a step
 
 
@@ -55,20 +56,40 @@ def maximised(
 
 @dataclass
 class PerImage:
-    """Of each image: q(y|x) [N, ..., K], its bound [N], and how b(x, y) is spread over y [N] where y is enumerated."""
+    """Of each image: q(y|x) [N, ..., K], or by what else it is classified, and its bound [N].
+
+    Where y is enumerated also how b(x, y) is spread over y [N], and softmax_y [b(x, y) + log p(y)] [N, K], which is
+    p(y|x) by Bayes' rule with b(x, y) for log p(x|y).
+    """
 
     q: Tensor
     bound: Tensor
     bound_spread: Tensor | None = None
+    by_bound: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[PerImage]) -> PerImage:
-        spreads = [part.bound_spread for part in parts if part.bound_spread is not None]
+        def all_of(values: list[Tensor | None]) -> Tensor | None:
+            found = [value for value in values if value is not None]
+            return torch.cat(found) if found else None
+
         return cls(
             torch.cat([part.q for part in parts]),
             torch.cat([part.bound for part in parts]),
-            torch.cat(spreads) if spreads else None,
+            all_of([part.bound_spread for part in parts]),
+            all_of([part.by_bound for part in parts]),
         )
+
+    def classified(self, by: ClassifyBy) -> Tensor:
+        """Probabilities of classes: q(y|x), those by the bound, or the mean of both.
+
+        Raises ValueError for a family that does not tell those by the bound.
+        """
+        if by == "classifier":
+            return self.q
+        if self.by_bound is None:
+            raise ValueError(f"evaluation.classify_by must be classifier with a model without `by_bound`, got {by}")
+        return self.by_bound if by == "bound" else (self.q + self.by_bound) / 2
 
 
 @dataclass

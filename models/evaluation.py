@@ -13,7 +13,7 @@ from torch import Tensor
 from data.batches import Binarization, EvaluationData, binarize
 from data.progress import telling
 from data.randomness import keyed_generator
-from models.contract import Evaluation, Model, PerImage
+from models.contract import ClassifyBy, Evaluation, Model, PerImage
 
 CALIBRATION_BINS = 15
 ROWS = 8192  # of images and classes that go through the generator at once, at most
@@ -65,14 +65,16 @@ def evaluate(
     batch_size: int,
     importance_samples: int = 0,
     pixel_draws: int = 1,
+    classify_by: ClassifyBy = "classifier",
     after_batch: Callable[[], None] = lambda: None,
     doing: str = "evaluation",
 ) -> Evaluation:
     """The bound and its parts in float32, of a model that tells classes accuracy and calibration too.
 
     With `importance_samples` > 0 also log p(x). All as the model's `measure` has it. Accuracy and calibration are of
-    q(y|x) as a mean over `pixel_draws` draws of binary pixels, the first of which the bound is of too. An exception of
-    `after_batch` ends it. How far `doing` it is, is told in passes of a batch through the networks.
+    q(y|x), or of what `classify_by` says, as a mean over `pixel_draws` draws of binary pixels, the first of which the
+    bound is of too. An exception of `after_batch` ends it. How far `doing` it is, is told in passes of a batch through
+    the networks.
     """
     sums: dict[str, Tensor] = {}
     parts: list[PerImage] = []
@@ -86,9 +88,10 @@ def evaluate(
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
             measured, seen = model.measure(x, importance_samples, generator, functools.partial(tell, 1))
-            q = [seen.q]
+            q = [seen.classified(classify_by)]
             for _ in range(more_draws):
-                q.append(model.posterior(binarize(images, binarization, generator)))
+                noise = functools.partial(model.noise, len(x), generator)
+                q.append(classified(model, binarize(images, binarization, generator), classify_by, noise))
                 tell(1)
             seen.q = mean_over_draws(q)
             for name, value in measured.items():
@@ -109,6 +112,11 @@ def evaluate(
         n_with_label=len(labels),
         seen=per_image,
     )
+
+
+def classified(model: Model, x: Tensor, by: ClassifyBy, noise: Callable[[], Tensor]) -> Tensor:
+    """Probabilities of classes [B, K] of images x [B, C, H, W] by the classifier alone, or with noise by the bound."""
+    return model.posterior(x) if by == "classifier" else model.terms_by(x, noise())[1].classified(by)
 
 
 def mean_over_draws(q: Sequence[Tensor]) -> Tensor:

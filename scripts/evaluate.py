@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.schema import Binarization, ConfigError, Likelihood, resolved_likelihood
+from configs.schema import Binarization, ClassifyBy, ConfigError, Likelihood, resolved_likelihood
 from configs.trust import add_trust
 from data.facts import DataError
 from scripts.command import apart, positive, refusing_bad_input, writable
@@ -57,6 +57,12 @@ def main() -> None:
         help="draws of an image's binary pixels, over which q(y|x) is a mean where it is classified; "
         "if not given, the run's own number",
     )
+    parser.add_argument(
+        "--classify-by",
+        choices=[by.value for by in ClassifyBy],
+        help="what tells an image's class: q(y|x), Bayes' rule with the bound, or the mean of both; "
+        "if not given, what does so in the run",
+    )
     parser.add_argument("--first", type=positive, help="only so many images of each part, as many draws take long")
     parser.add_argument(
         "--binarization", choices=[how.value for how in Binarization], help="other pixels than the run was trained with"
@@ -78,9 +84,13 @@ def main() -> None:
         if (arguments.pixel_draws or 1) > 1 and not (run.model.has_labels and run.binarization == "dynamic"):
             what = "tells no classes" if not run.model.has_labels else f"has pixels as binarization={run.binarization}"
             raise ConfigError(f"--pixel-draws must be 1 for this run, which {what}, got {arguments.pixel_draws}")
+        if arguments.classify_by and not run.model.has_labels:
+            raise ConfigError("--classify-by must be left out for this run, whose model tells no classes")
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
-            measured |= run.measure(part, arguments.importance_samples, arguments.first, arguments.pixel_draws)
+            measured |= run.measure(
+                part, arguments.importance_samples, arguments.first, arguments.pixel_draws, arguments.classify_by
+            )
         if len(measured) == 1:
             raise DataError(f"--part {arguments.part}: the run has no such images")
         text = json.dumps(measured, indent=2)

@@ -112,6 +112,7 @@ INTEGERS: dict[str, st.SearchStrategy[int]] = {
     "objective.samples": st.sampled_from([1] * 9 + [2]),
     "objective.kl_warmup": st.sampled_from([0] * 9 + [2]),
     "model.classes": st.integers(2, 4),
+    "evaluation.classify_by": st.sampled_from(["classifier"] * 9 + ["both"]),
     "evaluation.pixel_draws": st.sampled_from([1] * 9 + [2]),
     "estimator.num_samples": st.sampled_from([2, 2, 3, 4, 1]),
     "train.steps": st.just(2),

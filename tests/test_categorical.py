@@ -569,6 +569,7 @@ REFUSED = [
     ("model=categorical_two_layers objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model of 2 layers"),
     ("model=structured_mlp objective.kl_warmup=9", "objective.kl_warmup must be 0 where J has no KL, got 9"),
     ("objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model that learns from labels, got 9"),
+    ("model=categorical_mlp evaluation.classify_by=both", "classifier with a model that tells no classes, got both"),
     (
         "model=categorical_mlp data.binarization=dynamic evaluation.pixel_draws=3",
         "1 with a model that tells no classes",

@@ -450,15 +450,16 @@ def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path:
     assert "-11.00 ± 12.71 [n 2]" in run_compare(tmp_path).out
 
 
-def test_different_numbers_of_draws_of_the_pixels_are_different_groups(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "usual", "other"), [("pixel_draws", 1, 10), ("classify_by", "classifier", "both")])
+def test_runs_that_classify_otherwise_are_different_groups(key: str, usual: Any, other: Any, tmp_path: Path) -> None:
     for seed, accuracy in enumerate([0.8, 0.6]):
         make_run(tmp_path / f"from before {seed}", accuracy, seed=seed)
-    make_run(tmp_path / "one", 0.7, seed=2, evaluation__pixel_draws=1)
-    make_run(tmp_path / "ten", 0.99, seed=3, evaluation__pixel_draws=10)
-    by_one, by_ten = sorted(comparison(tmp_path).groups, key=lambda group: len(group.runs), reverse=True)
-    assert by_one.summaries["test_accuracy"].n == 3
-    assert by_one.summaries["test_accuracy"].mean == pytest.approx(0.7)
-    assert "pixel_draws=10" in by_ten.name
+    make_run(tmp_path / "usual", 0.7, seed=2, **{f"evaluation__{key}": usual})
+    make_run(tmp_path / "other", 0.99, seed=3, **{f"evaluation__{key}": other})
+    first, second = sorted(comparison(tmp_path).groups, key=lambda group: len(group.runs), reverse=True)
+    assert first.summaries["test_accuracy"].n == 3
+    assert first.summaries["test_accuracy"].mean == pytest.approx(0.7)
+    assert f"{key}={other}" in second.name
 
 
 def test_numbers_that_would_mislead_are_left_out_and_said(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, distributions
 from torch.distributions import kl_divergence
 
 from data.batches import EvaluationData
+from data.randomness import keyed_generator
 from estimators.contract import ContractError, CostFunction, Estimate, Estimator, categorical_kl, entropy
 from estimators.gumbel_softmax import GumbelSoftmax
 from estimators.marginalization import Marginalization
@@ -23,8 +24,8 @@ from estimators.partial_enumeration import SparsemaxSum, SumAndSample, Unordered
 from estimators.schedules import constant
 from estimators.score_function import LeaveOneOut, ScoreFunction
 from estimators.straight_through import ReinMax
-from models.contract import Evaluation, Objective, Weights
-from models.evaluation import calibration_error, evaluate
+from models.contract import Evaluation, Objective, PerImage, Weights
+from models.evaluation import EVALUATION_SEED, calibration_error, evaluate
 from models.likelihoods import bernoulli_log_likelihood
 from models.m2.model import Bound, SemiSupervisedVAE, gaussian_kl
 from models.m2.objective import objective
@@ -595,6 +596,52 @@ def test_accuracy_is_of_q_as_a_mean_over_draws_of_the_pixels() -> None:
     assert (one.per_image.q - expected).abs().max() > 0.05
     assert many.bound == one.bound
     assert measure(model, data, pixel_draws=9) == measure(model, data)  # whose pixels are not drawn
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prior", [None, [0.7, 0.1, 0.2]])
+def test_classes_by_the_bound_are_by_bayes_rule_and_by_both_the_mean(prior: list[float] | None) -> None:
+    """At z's noise of the bound, and at that of each draw of the pixels."""
+    networks = mlp(SHAPE, K, latent_size=1, hidden=4, dropout=0.0, scale="softplus")
+    model = SemiSupervisedVAE(networks, prior=prior)
+    model.load_state_dict(small_model().state_dict())
+    one_hot = torch.eye(K).unsqueeze(1).expand(-1, 7, -1)
+    by: dict[str, Evaluation] = {
+        how: measure(model, classify_by=how, batch_size=7) for how in ("classifier", "bound", "both")
+    }
+    noise = model.noise(7, keyed_generator(torch.device("cpu"), EVALUATION_SEED, "evaluation", 0))
+    x = DATA.x[:] / 255
+    joint = model.bound_at(one_hot, model.infer(x, noise=noise)[1]()).value
+    joint = joint + torch.tensor(prior or [1 / K] * K).log().unsqueeze(-1)
+    q, bayes = model.posterior(x), (joint.exp() / joint.exp().sum(dim=0)).T
+    for how, expected in (("classifier", q), ("bound", bayes), ("both", (q + bayes) / 2)):
+        found = by[how].per_image
+        assert found is not None
+        torch.testing.assert_close(found.q, expected)
+        assert by[how].accuracy == (expected.argmax(dim=-1) == DATA.labels).sum().item() / 7
+        assert by[how].bound == by["classifier"].bound
+    assert (q - bayes).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_classes_by_the_bound_are_a_mean_over_draws_of_pixels_and_noise() -> None:
+    model = small_model()
+    grey = EvaluationData(torch.tensor([51, 128, 255, 200], dtype=torch.uint8).view(1, 1, 2, 2), torch.tensor([0]))
+    binary = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).view(16, 1, 2, 2)
+    lit = grey.x[:] / 255
+    chances = torch.where(binary > 0, lit, 1 - lit).flatten(1).prod(dim=-1)
+    noise = Normal(0, 1).icdf((torch.arange(400) + 0.5) / 400)
+    seen = [model.terms_by(x.expand(400, 1, 2, 2), noise.unsqueeze(-1))[1].classified("bound").mean(0) for x in binary]
+    found = measure(model, grey, binarization="dynamic", pixel_draws=4000, classify_by="bound").per_image
+    assert found is not None
+    torch.testing.assert_close(found.q[0], chances @ torch.stack(seen), atol=0.01, rtol=0)
+
+
+def test_a_family_that_tells_no_classes_by_the_bound_is_refused_them() -> None:
+    seen = PerImage(torch.ones(1, K) / K, torch.zeros(1))
+    assert seen.classified("classifier") is seen.q
+    with pytest.raises(ValueError, match=r"evaluation\.classify_by must be classifier .* got both"):
+        seen.classified("both")
 
 
 def test_evaluation_sees_each_class_as_one_hot_whatever_estimator_trained(

@@ -45,7 +45,10 @@ def images() -> Array:
     return load("digits", "", "test").images[:]
 
 
-@pytest.fixture(scope="module", params=["none", "dynamic", "dynamic evaluation.pixel_draws=3", "fixed"])
+BY_BOTH = "dynamic evaluation.pixel_draws=3 evaluation.classify_by=both"
+
+
+@pytest.fixture(scope="module", params=["none", "dynamic", BY_BOTH, "fixed"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on a person's own data, which is gone by now."""
     path = tmp_path_factory.mktemp(request.param.partition(" ")[0])

@@ -137,6 +137,15 @@ def test_evaluate_by_more_draws_of_the_pixels(folder: Path) -> None:
     assert nine == one
 
 
+def test_evaluate_by_what_else_tells_the_class(folder: Path) -> None:
+    q, bound, both = (measured(f"{folder} --part val --classify-by {by}") for by in ("classifier", "bound", "both"))
+    assert measured(f"{folder} --part val") == q
+    assert len({found.pop("val_calibration_error") for found in (q, bound, both)}) == 3
+    for found in (q, bound, both):
+        del found["val_accuracy"]  # which may be the same
+    assert q == bound == both
+
+
 def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
     printed = measured(f"{folder} --part val --output {tmp_path}/found.json")
     assert json.loads((tmp_path / "found.json").read_text()) == printed

@@ -22,7 +22,7 @@ from data.randomness import keyed_generator
 from data.splits import Indices, class_prior
 from data.stored import Images
 from estimators.contract import Estimator, Schedule
-from models.contract import Evaluation, Objective, Weights
+from models.contract import ClassifyBy, Evaluation, Objective, Weights
 from models.evaluation import evaluate
 from models.gradient_quality import Measurement, gradient_quality
 from models.likelihoods import log_likelihood_name
@@ -136,6 +136,7 @@ class Run:
         after_batch: Callable[[], None] = lambda: None,
         doing: str = "evaluation",
         pixel_draws: int | None = None,
+        classify_by: ClassifyBy | None = None,
     ) -> Evaluation:
         settings = self.config.evaluation
         return evaluate(
@@ -145,6 +146,7 @@ class Run:
             batch_size=settings.batch_size,
             importance_samples=importance_samples,
             pixel_draws=settings.pixel_draws if pixel_draws is None else pixel_draws,
+            classify_by=classify_by or settings.classify_by.value,
             after_batch=after_batch,
             doing=doing,
         )
@@ -173,6 +175,7 @@ class Run:
         importance_samples: int | None = None,
         first: int | None = None,
         pixel_draws: int | None = None,
+        classify_by: ClassifyBy | None = None,
     ) -> dict[str, float]:
         """Evaluation of a part, or of its `first` images alone, under the names of result.json.
 
@@ -180,7 +183,7 @@ class Run:
         label, which accuracy and calibration are over.
 
         log p(x) is by `importance_samples`; None for the configuration's on the test and the validation part, and
-        without it elsewhere. `pixel_draws` likewise, on all parts.
+        without it elsewhere. `pixel_draws` and `classify_by` likewise, on all parts.
         """
         settings = self.config.evaluation
         if part == "test":
@@ -193,7 +196,8 @@ class Run:
             return {}
         data = EvaluationData(data.x[:first], data.labels[:first]) if first else data
         samples = samples if importance_samples is None else importance_samples
-        evaluation = self.evaluate(data, samples, doing=f"evaluation of {part}", pixel_draws=pixel_draws)
+        doing = f"evaluation of {part}"
+        evaluation = self.evaluate(data, samples, doing=doing, pixel_draws=pixel_draws, classify_by=classify_by)
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:

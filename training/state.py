@@ -30,6 +30,7 @@ FREE_TO_CHANGE |= {
     "evaluation.validation_samples",
     "evaluation.test",
     "evaluation.pixel_draws",
+    "evaluation.classify_by",
 }
 FREE_TO_CHANGE |= {"device", "cuda_graph"}  # a run may go on where there is a machine for it
 FREE_TO_CHANGE |= {"diagnostics.every", "diagnostics.draws", "diagnostics.batch_size"}

@@ -30,8 +30,8 @@ from data.batches import Binarization, binarize_by_itself, own_generators
 from data.datasets import facts
 from data.facts import DataError
 from data.pictures import picture_files, read_pictures
-from models.contract import Model, Networks
-from models.evaluation import evaluating, mean_over_draws, naming_memory, rows_at_once
+from models.contract import ClassifyBy, Model, Networks
+from models.evaluation import classified, evaluating, mean_over_draws, naming_memory, rows_at_once
 from models.likelihoods import likelihood
 from models.networks import ImageShape
 from training import checkpoints
@@ -87,6 +87,7 @@ class Trained:
         self.batch_size = min(state["config"]["evaluation"]["batch_size"], rows_at_once(math.prod(self.facts.shape)))
         drawn = self.model.has_labels and self.facts.binarization == "dynamic"
         self.pixel_draws: int = state["config"]["evaluation"].get("pixel_draws", 1) if drawn else 1
+        self.classify_by: ClassifyBy = state["config"]["evaluation"].get("classify_by", "classifier")
         self.validation_bounds = torch.tensor(state.get("validation_bounds", []), dtype=torch.float64)
         data = state["config"]["data"]
         self.own_images = [Path(data["path"]).expanduser()] if data.get("path") else []  # that it was trained on
@@ -121,14 +122,14 @@ class Trained:
         """q(y|x) [N, K], classes in the order of `class_names`. Raises ValueError for a model without classes."""
         self._check_classes("classify")
         with self._at_work():
-            parts = [self._posterior(draws).cpu() for draws, _ in self._batches(images)]
+            parts = [self._posterior(*drawn).cpu() for drawn in self._batches(images)]
             return torch.cat([self.model.posterior(self._no_images()).cpu(), *parts])
 
     def encode(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
         """The mean of q(z|x,y) [N, Z] at each image's most probable y; of a model without classes q(y|x) [N, N' K]."""
         with self._at_work():
-            parts = [self._embed(draws) for draws, _ in self._batches(images)]
-            return torch.cat([self._embed([self._no_images()]), *parts])
+            parts = [self._embed(*drawn) for drawn in self._batches(images)]
+            return torch.cat([self._embed([self._no_images()], []), *parts])
 
     def predict(self, images: npt.NDArray[np.uint8] | Tensor, in_range: bool = False) -> Prediction:
         """All that scripts.predict writes of images; `in_range` if they are a part of more, which are no black ones.
@@ -138,10 +139,11 @@ class Trained:
         self._check_classes("predict")
         with self._at_work():
             none = self._no_images()
-            q, bound, z = [self.model.posterior(none).cpu()], [torch.empty(0)], [self._embed([none])]
+            q, bound, z = [self.model.posterior(none).cpu()], [torch.empty(0)], [self._embed([none], [])]
             for (x, *others), generators in self._batches(images, in_range):
                 _, seen = self.model.terms_by(x, self._noise(generators))
-                of_images = mean_over_draws([seen.q, *map(self.model.posterior, others)])
+                more = [self._classified(other, generators) for other in others]
+                of_images = mean_over_draws([seen.classified(self.classify_by), *more])
                 q.append(of_images.cpu())
                 bound.append(seen.bound.cpu())
                 z.append(self.model.embed(x, of_images).cpu())
@@ -225,12 +227,16 @@ class Trained:
             draws = [binarize_by_itself(pixels, how, generators) for _ in range(self.pixel_draws)]
             yield [x.to(self.device) for x in draws], generators
 
-    def _posterior(self, draws: Sequence[Tensor]) -> Tensor:
-        """q(y|x) [B, K], or [B, N, K], of images whose pixels are so drawn."""
-        return mean_over_draws([self.model.posterior(x) for x in draws])
+    def _posterior(self, draws: Sequence[Tensor], generators: list[torch.Generator]) -> Tensor:
+        """Probabilities of classes [B, K], or q(y|x) [B, N, K], of images whose pixels are so drawn."""
+        return mean_over_draws([self._classified(x, generators) for x in draws])
 
-    def _embed(self, draws: Sequence[Tensor]) -> Tensor:
-        return self.model.embed(draws[0], self._posterior(draws)).cpu()
+    def _classified(self, x: Tensor, generators: list[torch.Generator]) -> Tensor:
+        by = self.classify_by if len(x) else "classifier"
+        return classified(self.model, x, by, lambda: self._noise(generators))
+
+    def _embed(self, draws: Sequence[Tensor], generators: list[torch.Generator]) -> Tensor:
+        return self.model.embed(draws[0], self._posterior(draws, generators)).cpu()
 
     def _no_images(self) -> Tensor:
         """[0, C, H, W], which has results of the right shapes."""

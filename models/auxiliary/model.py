@@ -182,7 +182,8 @@ class AuxiliaryVAE(SemiSupervisedVAE):
     def terms_by(self, x: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], PerImage]:
         """The bound with q(y|a,x) at one draw of a, exact in y; images are classified by q(y|x)."""
         terms, seen = super().terms_by(x, noise)
-        return terms, PerImage(self.posterior(x), seen.bound, seen.bound_spread)
+        seen.q = self.posterior(x)
+        return terms, seen
 
     def style(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean of q(z|a,x,y) [S, B, Z] at the mean of q(a|x)."""

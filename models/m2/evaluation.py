@@ -47,7 +47,9 @@ def exact_terms(model: SemiSupervisedVAE, x: Tensor, noise: Tensor) -> tuple[dic
     kls["kl_y"] = categorical_kl(logits.unsqueeze(-2), model.log_prior)
     bound = reconstruction - torch.stack(list(kls.values())).sum(dim=0)
     terms = {"bound": bound, "reconstruction": reconstruction, **kls}
-    return terms, PerImage(q, bound, joined.value.std(dim=0, correction=0))
+    values = joined.value.T
+    joint = values if model.log_prior is None else values + model.log_prior
+    return terms, PerImage(q, bound, values.std(dim=-1, correction=0), joint.softmax(dim=-1))
 
 
 def importance_weighted(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Tensor]) -> Tensor:

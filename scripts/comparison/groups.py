@@ -78,7 +78,7 @@ def no_effect() -> set[str]:
     """Keys that make no group: those a resume may change, but for train.steps and how images are classified."""
     from training.state import FREE_TO_CHANGE
 
-    return (FREE_TO_CHANGE - {"train.steps", "evaluation.pixel_draws"}) | REPLICATES
+    return (FREE_TO_CHANGE - {"train.steps", "evaluation.pixel_draws", "evaluation.classify_by"}) | REPLICATES
 
 
 def differing(records: Sequence[Record]) -> list[str]:

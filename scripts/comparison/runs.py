@@ -257,8 +257,10 @@ def _defaults() -> dict[str, Any]:
 
     from training.state import flat
 
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
-    schema["evaluation"] = OmegaConf.to_container(OmegaConf.structured(EvaluationConfig))  # a section that is "???"
+    def of(section: type) -> Any:
+        return OmegaConf.to_container(OmegaConf.structured(section), enum_to_str=True)
+
+    schema = of(Config) | {"evaluation": of(EvaluationConfig)}  # a section that is "???"
     return {key: value for key, value in flat(schema).items() if value != "???"}
 
 
