@@ -190,11 +190,14 @@ class TrainConfig:
     validate_every: int = MISSING
     checkpoint_every: int = MISSING
     pictures_every: int | None = None  # steps between validations that draw; 0 is never, null ever more rarely
+    clip_gradient: float | None = None  # the largest norm of the whole gradient, to which a longer one is shortened
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            if value is not None:
+            if value is not None and key != "clip_gradient":
                 _at_least(0 if key in ("pictures_every", "batch_size_labelled") else 1, **{f"train__{key}": value})
+        if (limit := self.clip_gradient) is not None and not 0 < limit < math.inf:
+            raise ValueError(f"train.clip_gradient must be null, or > 0 and finite, got {limit}")
 
 
 @dataclass

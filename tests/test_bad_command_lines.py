@@ -126,6 +126,9 @@ BAD = [
     # types
     ("train.steps=1.5", "train.steps must be an integer", "got 1.5"),
     ("train.steps=null", "train.steps must be an integer", "got null"),
+    ("train.clip_gradient=0", "train.clip_gradient must be null, or > 0 and finite", "got 0"),
+    ("train.clip_gradient=inf", "train.clip_gradient must be null, or > 0 and finite", "got inf"),
+    ("train.clip_gradient=yes", "train.clip_gradient must be a number", "got"),
     ("train.steps='???'", "train.steps must be an integer", "got nothing"),
     ("train.steps='${nope}'", "train.steps", "'nope' not found"),
     ("seed=x", "seed must be an integer", "got x"),

@@ -203,6 +203,33 @@ def test_the_weight_of_the_kl_in_a_replayed_step_is_the_step_s(recordings: list[
     assert len(recordings) == 1
 
 
+def changed_by_one_step(words: str) -> tuple[Tensor, Tensor]:
+    """What SGD at a rate of 1 adds to all parameters, and the norm [] of their gradient as it is reported."""
+    made = compose_run([*MLP.split(), "optimizer=sgd", "optimizer.lr=1", *words.split()], "marginalization")
+    flat = torch.nn.utils.parameters_to_vector
+    before = flat(made.parameters.values()).detach().clone()
+    guard = FiniteGuard(made.optimizer, made.parameters, made.device)
+    update.Update(made, guard)(0)
+    return flat(made.parameters.values()).detach() - before, guard.norm
+
+
+def test_a_long_gradient_is_shortened_to_the_limit_along_its_direction_and_a_short_one_left() -> None:
+    step, norm = changed_by_one_step("")
+    shortened, reported = changed_by_one_step("train.clip_gradient=0.5")
+    left, _ = changed_by_one_step(f"train.clip_gradient={2 * norm}")
+    assert norm > 1
+    assert reported == norm  # TensorBoard has what it was
+    assert shortened.norm().item() == pytest.approx(0.5, rel=1e-4)
+    torch.testing.assert_close(shortened, step * (0.5 / norm), rtol=1e-3, atol=1e-6)
+    assert torch.equal(left, step)
+
+
+def test_a_gradient_is_shortened_in_a_replayed_step_too(recordings: list[Recording]) -> None:
+    assert_replayed_is_the_same(f"{MLP} train.clip_gradient=0.5", "gumbel_softmax")
+    for operation, *_ in recordings[0].calls:
+        assert operation.overloadpacket not in WAITING, operation
+
+
 def test_a_bad_number_in_a_replayed_step_is_named_and_blocks_the_update(recordings: list[Recording]) -> None:
     made = compose_run(MLP.split(), "marginalization")
     guard = FiniteGuard(made.optimizer, made.parameters, made.device)

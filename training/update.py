@@ -127,8 +127,15 @@ class Update:
         if run.together:
             run.together.average(run.parameters.values(), run.estimator, result)
         self.guard.before_update(number, result.terms)
+        if (limit := run.config.train.clip_gradient) is not None:
+            clip([p.grad for p in run.parameters.values() if p.grad is not None], self.guard.norm, limit)
         run.optimizer.step()
         return detached(result)
+
+
+def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Shortens a gradient whose whole `norm` [] is above the limit to it (Pascanu et al. 2013, algorithm 1)."""
+    torch._foreach_mul_(gradients, (limit / norm).clamp(max=1))
 
 
 def detached(result: Objective) -> Objective:
