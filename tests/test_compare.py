@@ -431,6 +431,22 @@ def test_own_images_are_told_apart_by_their_digest(tmp_path: Path) -> None:
     assert len(found.parts) == 2
 
 
+def test_a_run_from_before_there_was_a_setting_did_what_the_program_then_did(tmp_path: Path) -> None:
+    """SiLU became the default of convolutional networks when `model.activation` came; older runs are ReLU's."""
+    conv: dict[str, Any] = {"model___target_": "models.networks.conv"}
+    other: dict[str, Any] = {"model___target_": "models.networks.mlp"}
+    now: dict[str, Any] = {"model__distortion": 0.0, "train__clip_gradient": None}
+    folders = [
+        make_run(tmp_path / "old", 0.90, seed=0, **conv),
+        make_run(tmp_path / "relu", 0.92, seed=1, **conv, **now, model__activation="relu"),
+        make_run(tmp_path / "silu", 0.94, seed=2, **conv, **now, model__activation="silu"),
+    ]
+    groups = {group.name: len(group.runs) for group in comparison(*folders).groups}
+    assert groups == {"activation=silu": 1, "activation=relu": 2}
+    records, _ = read_all([*folders, make_run(tmp_path / "mlp", 0.9, seed=3, **other)])
+    assert "model.activation" not in records[-1].config  # which no run of that model has
+
+
 def test_a_run_from_before_there_was_a_choice_is_bernoulli(tmp_path: Path) -> None:
     make_run(tmp_path / "old", 0.9, data__binarization="none")
     make_run(tmp_path / "new", 0.9, seed=1, **KINDS["none"])

@@ -43,6 +43,7 @@ SINCE |= {
     "objective.kl_warmup": 0,
     "model.layer_norm": False,
     "model.logits_scale": 1.0,
+    "train.clip_gradient": None,
     "likelihood": "bernoulli",
     "prior": "uniform",
 }

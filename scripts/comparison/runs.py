@@ -317,6 +317,20 @@ def _leave_the_classifier(record: Record) -> None:
         record.curves.pop(name, None)
 
 
+def _add_what_older_runs_did(records: Sequence[Record]) -> None:
+    """Settings that came later, where another run of the same model has them: an older run did what SINCE says."""
+    from training.state import SINCE
+
+    model = "model._target_"
+    has: dict[Any, set[str]] = {}
+    for record in records:
+        has.setdefault(record.config.get(model), set()).update(record.config)
+    for record in records:
+        if "method" not in record.facts:
+            alike = has[record.config.get(model)]
+            record.config = {key: value for key, value in SINCE.items() if key in alike} | record.config
+
+
 def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
     """Runs, and a sentence for each that is damaged in whole or in part. Raises ConfigError if none is left."""
     records, notes = [], []
@@ -335,6 +349,7 @@ def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
         if record.config.get("objective.labelled") == record.config.get("objective.unlabelled") == 0:
             _leave_the_classifier(record)
         records.append(record)
+    _add_what_older_runs_did(records)
     for reason, affected in without_events.items():
         more = f" and {len(affected) - 2} more" if len(affected) > 2 else ""
         notes.append(f"no curves and no calls of {', '.join(map(str, affected[:2]))}{more}: {reason}")
