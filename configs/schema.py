@@ -190,7 +190,7 @@ class TrainConfig:
     validate_every: int = MISSING
     checkpoint_every: int = MISSING
     pictures_every: int | None = None  # steps between validations that draw; 0 is never, null ever more rarely
-    clip_gradient: float | None = None  # the largest norm of the whole gradient, to which a longer one is shortened
+    clip_gradient: float | None = None  # the largest norm of the model's gradient, to which a longer one is shortened
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
@@ -266,6 +266,9 @@ class Config:
                 f"evaluation.pixel_draws must be 1 where data.binarization={data.binarization.value} draws no pixels "
                 f"anew, got {draws}"
             )
+        by = self.evaluation.classify_by
+        if by is not ClassifyBy.classifier and not (self.objective.labelled or self.objective.unlabelled):
+            raise ValueError(f"evaluation.classify_by must be classifier where J has no bound in it, got {by.value}")
         if self.likelihood is Likelihood.auto and data.known().is_binary:
             self.likelihood = Likelihood.bernoulli
         self.likelihood = resolved_likelihood(self.likelihood, data.binarization)

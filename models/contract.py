@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,17 @@ def maximised(
 
 @dataclass
 class PerImage:
-    """Of each image: q(y|x) [N, ..., K], or by what else it is classified, and its bound [N].
+    """Of each image: q(y|x) [N, ..., K] and its bound [N].
 
     Where y is enumerated also how b(x, y) is spread over y [N], and softmax_y [b(x, y) + log p(y)] [N, K], which is
-    p(y|x) by Bayes' rule with b(x, y) for log p(x|y).
+    p(y|x) by Bayes' rule with b(x, y) for log p(x|y). Of an evaluation, the probabilities by which it is classified.
     """
 
     q: Tensor
     bound: Tensor
     bound_spread: Tensor | None = None
     by_bound: Tensor | None = None
+    told: Tensor | None = None  # [N, ..., K], as `classified` has them, a mean over draws of binary pixels
 
     @classmethod
     def joined(cls, parts: Sequence[PerImage]) -> PerImage:
@@ -78,13 +79,16 @@ class PerImage:
             torch.cat([part.bound for part in parts]),
             all_of([part.bound_spread for part in parts]),
             all_of([part.by_bound for part in parts]),
+            all_of([part.told for part in parts]),
         )
 
     def classified(self, by: ClassifyBy) -> Tensor:
         """Probabilities of classes: q(y|x), those by the bound, or the mean of both.
 
-        Raises ValueError for a family that does not tell those by the bound.
+        Raises ValueError for a family that does not tell those by the bound, and for what is none of these.
         """
+        if by not in get_args(ClassifyBy):
+            raise ValueError(f"evaluation.classify_by must be one of {', '.join(get_args(ClassifyBy))}, got {by}")
         if by == "classifier":
             return self.q
         if self.by_bound is None:

@@ -88,12 +88,12 @@ def evaluate(
             generator = keyed_generator(images.device, EVALUATION_SEED, "evaluation", index)
             x = binarize(images, binarization, generator)
             measured, seen = model.measure(x, importance_samples, generator, functools.partial(tell, 1))
-            q = [seen.classified(classify_by)]
+            told = [seen.classified(classify_by)]
             for _ in range(more_draws):
                 noise = functools.partial(model.noise, len(x), generator)
-                q.append(classified(model, binarize(images, binarization, generator), classify_by, noise))
+                told.append(classified(model, binarize(images, binarization, generator), classify_by, noise))
                 tell(1)
-            seen.q = mean_over_draws(q)
+            seen.told = mean_over_draws(told)
             for name, value in measured.items():
                 sums[name] = sums.get(name, 0) + value.double().sum()
             parts.append(seen)
@@ -103,10 +103,11 @@ def evaluate(
     means = {name: (value / number).item() for name, value in sums.items()}
     if model.likelihood.of_grey_levels:
         means["bits_per_dimension"] = -means["bound"] / (math.log(2) * model.num_pixels(data.x.shape[1:]))
-    tells = model.has_labels and len(labels) > 0
+    assert per_image.told is not None
+    probabilities, tells = per_image.told[known], model.has_labels and len(labels) > 0
     return Evaluation(
-        accuracy=(per_image.q[known].argmax(dim=-1) == labels).double().mean().item() if tells else None,
-        calibration_error=calibration_error(per_image.q[known], labels) if tells else None,
+        accuracy=(probabilities.argmax(dim=-1) == labels).double().mean().item() if tells else None,
+        calibration_error=calibration_error(probabilities, labels) if tells else None,
         **means,
         n=number,
         n_with_label=len(labels),
@@ -119,20 +120,20 @@ def classified(model: Model, x: Tensor, by: ClassifyBy, noise: Callable[[], Tens
     return model.posterior(x) if by == "classifier" else model.terms_by(x, noise())[1].classified(by)
 
 
-def mean_over_draws(q: Sequence[Tensor]) -> Tensor:
-    """q(y|x) [B, K] of grey images: the mean over draws of their binary pixels, from that of each draw."""
-    return q[0] if len(q) == 1 else torch.stack(list(q)).mean(dim=0)
+def mean_over_draws(told: Sequence[Tensor]) -> Tensor:
+    """Probabilities of classes [B, K] of grey images: the mean over draws of their binary pixels."""
+    return told[0] if len(told) == 1 else torch.stack(list(told)).mean(dim=0)
 
 
-def calibration_error(q: Tensor, labels: Tensor) -> float:
-    """Expected calibration error of q(y|x) [N, K], 15 equal bins of confidence (Guo et al. 2017, eq. 3)."""
-    _, confidence, correct = calibration_bins(q, labels)
-    return ((correct - confidence).abs().sum() / len(q)).item()
+def calibration_error(told: Tensor, labels: Tensor) -> float:
+    """Expected calibration error of probabilities [N, K], 15 equal bins of confidence (Guo et al. 2017, eq. 3)."""
+    _, confidence, correct = calibration_bins(told, labels)
+    return ((correct - confidence).abs().sum() / len(told)).item()
 
 
-def calibration_bins(q: Tensor, labels: Tensor) -> Tensor:
+def calibration_bins(told: Tensor, labels: Tensor) -> Tensor:
     """Number of images, sum of their confidences and number of right predictions, [3, 15 bins of confidence]."""
-    confidence, predicted = q.max(dim=-1)
-    columns = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).to(q.dtype)]).double()
+    confidence, predicted = told.max(dim=-1)
+    columns = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).to(told.dtype)]).double()
     bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)  # a NaN stays one below
     return columns.new_zeros(3, CALIBRATION_BINS).index_add_(1, bins, columns)

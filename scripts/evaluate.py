@@ -86,6 +86,11 @@ def main() -> None:
             raise ConfigError(f"--pixel-draws must be 1 for this run, which {what}, got {arguments.pixel_draws}")
         if arguments.classify_by and not run.model.has_labels:
             raise ConfigError("--classify-by must be left out for this run, whose model tells no classes")
+        weights = run.config.objective
+        if arguments.classify_by not in (None, "classifier") and not (weights.labelled or weights.unlabelled):
+            raise ConfigError(
+                f"--classify-by must be classifier for this run of q(y|x) alone, got {arguments.classify_by}"
+            )
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(

@@ -6,12 +6,12 @@ is a folder of that name. Columns:
 
 file or index       the picture below the folder; or the row in the array of the file; of a published data set, in its
                     training or test images
-class, probability  the most probable class by its name, and q(y|x) of it; then the second one
-entropy             of q(y|x), in nats: how unsure the model is which class it is
+class, probability  the most probable class by its name, and its probability; then the second one
+entropy             of these probabilities, in nats: how unsure the model is which class it is
 bound               the lower bound of log p(x), in nats: how well the model knows such an image
 novelty             the share of the validation images whose bound is higher: near 1 is an image of nothing known;
                     empty for a checkpoint that was not validated
-p_NAME              q(y|x) of each class
+p_NAME              the probability of each class: q(y|x), or what evaluation.classify_by of the run says
 
 uv run python -m scripts.predict outputs/DATE/TIME-NAME FOLDER --output predictions.csv
 uv run python -m scripts.predict outputs/DATE/TIME-NAME unlabelled --sort doubt --sheet doubtful.png
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--sort", choices=("input", "doubt"), default="input", help="doubt: the highest entropy first")
     parser.add_argument("--sheet", type=Path, help=f"a .png file to draw the {ON_SHEET} most doubtful images in")
     parser.add_argument(
-        "--embeddings", type=Path, help="an .npz file for z (mean) and q (q(y|x)), rows as in the .csv file"
+        "--embeddings", type=Path, help="an .npz file for z (mean) and q (p_NAME), rows as in the .csv file"
     )
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or a GPU such as cuda:1 (default: auto)")

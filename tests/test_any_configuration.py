@@ -382,10 +382,10 @@ def no_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def outcomes(how_many: int) -> Counter[str]:
-    """How many of about that many random command lines ended how; the same ones each time.
+    """How many of that many random command lines ended how, equal ones counted once; the same ones each time.
 
     Hypothesis makes an example from the last ones more often than not. A new seed after a few keeps them different,
-    so that the counts say something of all lines.
+    so that the counts say something of all lines. The first of a seed is always the same, the simplest.
     """
     seen: dict[str, str] = {}
 
@@ -416,7 +416,7 @@ def test_every_group_is_drawn() -> None:
 
 def test_any_configuration_trains_or_is_refused() -> None:
     ended = outcomes(75)
-    assert ended.total() >= 40  # two draws may mean the same
+    assert ended.total() >= 40  # a third are the simplest line
     assert min(ended["trained"], ended["refused"]) >= 10, ended
 
 

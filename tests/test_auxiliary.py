@@ -14,7 +14,7 @@ from models.auxiliary.model import AuxiliaryVAE
 from models.auxiliary.networks import auxiliary_conv, auxiliary_mlp
 from models.gradient_quality import gradient_quality
 from models.m2 import evaluation
-from models.m2.model import SemiSupervisedVAE
+from models.m2.model import Rows, SemiSupervisedVAE
 from models.networks import mlp
 from models.parts import ImageShape
 from tests.test_estimators import UNBIASED, Case, each
@@ -99,14 +99,19 @@ def test_evidence_and_bound_are_those_of_numerical_integration(skip: bool) -> No
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("at_once", [6, 100])
 @pytest.mark.parametrize("has_auxiliary", [False, True])
 @pytest.mark.parametrize("prior", [None, [0.2, 0.5, 0.3]])
 def test_classes_that_turn_out_negligible_are_left_off(
-    has_auxiliary: bool, prior: list[float] | None, monkeypatch: pytest.MonkeyPatch
+    at_once: int, has_auxiliary: bool, prior: list[float] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They count by their first draws, over all: just below what all classes give, for fewer rows."""
+    """They count by their first draws, over all: just below what all classes give, for fewer rows.
+
+    A draw is one call of the generator where memory allows, and no call has more rows than it does.
+    """
     monkeypatch.setattr(evaluation, "FIRST", 2)
     monkeypatch.setattr(evaluation, "NEGLIGIBLE", 0.5)
+    monkeypatch.setattr(evaluation, "rows_at_once", lambda pixels: at_once)
     model, x, rows = of_prior(has_auxiliary, prior), images(6), []
     draws = [model.noise(6, seeded(seed)) for seed in range(7)]
     classes = torch.eye(K).unsqueeze(1).expand(-1, 6, -1)
@@ -120,6 +125,26 @@ def test_classes_that_turn_out_negligible_are_left_off(
     found = model.log_likelihood_by(x, draws)
     torch.testing.assert_close(found, joint.flatten(0, 1).logsumexp(dim=0) - math.log(7))
     assert sum(rows) == 2 * 6 * K + 5 * kept.sum()
+    assert max(rows) <= at_once
+    assert len(rows) == (7 if at_once > 6 * K else 2 * K + 5 * math.ceil(kept.sum() / 6))
+
+
+@torch.no_grad()
+def test_thousands_of_draws_add_up_as_exactly_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log weights of thousands of nats, as large images have, of which each draw adds little."""
+    model, x = of_prior(False, None), images(4)
+    weight_at, seen = model.log_weight_at, []
+
+    def far_down(y: Tensor, rows: Rows) -> Tensor:
+        seen.append(weight_at(y, rows) - 2000)
+        return seen[-1]
+
+    monkeypatch.setattr(model, "log_weight_at", far_down)
+    monkeypatch.setattr(evaluation, "NEGLIGIBLE", math.inf)
+    found = model.log_likelihood_by(x, (model.noise(4, seeded(seed)) for seed in range(2000)))
+    weights = torch.stack([weight.reshape(K, 4) for weight in seen]).double()
+    expected = weights.flatten(0, 1).logsumexp(dim=0) - math.log(2000 * K)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)  # float32 has steps of 1.2e-4 there
 
 
 @torch.no_grad()

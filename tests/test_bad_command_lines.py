@@ -44,6 +44,7 @@ BAD = [
     ("trian.steps=1", "trian.steps=1 is not a key", "did you mean train.steps?"),
     ("foo=1", "foo=1 is not a key", "the configuration has data, model, estimator"),
     (f"{GUMBEL} estimator.num_sample=3", "estimator.num_sample=3 is not a key", "did you mean estimator.num_samples?"),
+    ("objective=supervised_only evaluation.classify_by=both", "must be classifier where J has no bound", "got both"),
     ("evaluation.classify_by=z", "evaluation.classify_by", "classifier, bound, both", "got z"),
     ("evaluation.pixel_draws=0", "evaluation.pixel_draws must be >= 1, got 0"),
     ("data.binarization=threshold evaluation.pixel_draws=4", "evaluation.pixel_draws must be 1", "draws no pixels"),

@@ -447,6 +447,30 @@ def test_a_run_from_before_there_was_a_setting_did_what_the_program_then_did(tmp
     assert "model.activation" not in records[-1].config  # which no run of that model has
 
 
+def test_a_run_from_before_there_was_a_rate_s_schedule_had_a_constant_one(tmp_path: Path) -> None:
+    cosine = {"lr_factor___target_": "estimators.schedules.cosine", "lr_factor__start": 1.0}
+    make_run(tmp_path / "old", 0.9, seed=0)
+    make_run(tmp_path / "new", 0.8, seed=1, **cosine)  # type: ignore[arg-type]
+    assert [len(group.runs) for group in comparison(tmp_path).groups] == [1, 1]
+
+
+def test_a_classifier_alone_changes_no_other_s_name(tmp_path: Path) -> None:
+    for name, estimator, weight in (("a", "gumbel_softmax", 1.0), ("b", "marginalization", 1.0), ("c", "rebar", 0.0)):
+        weights: dict[str, Any] = {"objective__labelled": weight, "objective__unlabelled": weight}
+        make_run(tmp_path / name, 0.9, estimator, **weights, objective__samples=1, objective__kl_warmup=0)
+    make_run(tmp_path / "old", 0.9, "marginalization", seed=1, objective__labelled=1.0, objective__unlabelled=1.0)
+    groups = {group.name: len(group.runs) for group in comparison(tmp_path).groups}
+    assert groups == {"gumbel_softmax": 1, "marginalization": 2, "classifier alone": 1}
+
+
+def test_settings_are_named_in_their_order_though_an_older_run_has_not_all(tmp_path: Path) -> None:
+    make_run(tmp_path / "0 old", 0.9, optimizer__lr=0.001)
+    for balanced in (True, False):
+        make_run(tmp_path / f"{balanced}", 0.8, optimizer__lr=0.01, data__balanced=balanced)
+    names = {group.name for group in comparison(tmp_path).groups}
+    assert names == {"lr=0.001 balanced=true", "lr=0.01 balanced=true", "lr=0.01 balanced=false"}
+
+
 def test_a_run_from_before_there_was_a_choice_is_bernoulli(tmp_path: Path) -> None:
     make_run(tmp_path / "old", 0.9, data__binarization="none")
     make_run(tmp_path / "new", 0.9, seed=1, **KINDS["none"])

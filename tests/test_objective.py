@@ -24,7 +24,7 @@ from estimators.partial_enumeration import SparsemaxSum, SumAndSample, Unordered
 from estimators.schedules import constant
 from estimators.score_function import LeaveOneOut, ScoreFunction
 from estimators.straight_through import ReinMax
-from models.contract import Evaluation, Objective, PerImage, Weights
+from models.contract import ClassifyBy, Evaluation, Objective, PerImage, Weights
 from models.evaluation import EVALUATION_SEED, calibration_error, evaluate
 from models.likelihoods import bernoulli_log_likelihood
 from models.m2.model import Bound, SemiSupervisedVAE, gaussian_kl
@@ -592,8 +592,11 @@ def test_accuracy_is_of_q_as_a_mean_over_draws_of_the_pixels() -> None:
     one, many = (measure(model, data, binarization="dynamic", pixel_draws=draws) for draws in (1, 2000))
     assert one.per_image is not None
     assert many.per_image is not None
-    torch.testing.assert_close(many.per_image.q, expected, atol=0.01, rtol=0)
+    assert many.per_image.told is not None
+    torch.testing.assert_close(many.per_image.told, expected, atol=0.01, rtol=0)
     assert (one.per_image.q - expected).abs().max() > 0.05
+    assert one.per_image.told is not None
+    assert torch.equal(one.per_image.told, one.per_image.q)
     assert many.bound == one.bound
     assert measure(model, data, pixel_draws=9) == measure(model, data)  # whose pixels are not drawn
 
@@ -617,7 +620,8 @@ def test_classes_by_the_bound_are_by_bayes_rule_and_by_both_the_mean(prior: list
     for how, expected in (("classifier", q), ("bound", bayes), ("both", (q + bayes) / 2)):
         found = by[how].per_image
         assert found is not None
-        torch.testing.assert_close(found.q, expected)
+        torch.testing.assert_close(found.told, expected)
+        torch.testing.assert_close(found.q, q)
         assert by[how].accuracy == (expected.argmax(dim=-1) == DATA.labels).sum().item() / 7
         assert by[how].bound == by["classifier"].bound
     assert (q - bayes).abs().max() > 0.1
@@ -634,7 +638,8 @@ def test_classes_by_the_bound_are_a_mean_over_draws_of_pixels_and_noise() -> Non
     seen = [model.terms_by(x.expand(400, 1, 2, 2), noise.unsqueeze(-1))[1].classified("bound").mean(0) for x in binary]
     found = measure(model, grey, binarization="dynamic", pixel_draws=4000, classify_by="bound").per_image
     assert found is not None
-    torch.testing.assert_close(found.q[0], chances @ torch.stack(seen), atol=0.01, rtol=0)
+    assert found.told is not None
+    torch.testing.assert_close(found.told[0], chances @ torch.stack(seen), atol=0.01, rtol=0)
 
 
 def test_a_family_that_tells_no_classes_by_the_bound_is_refused_them() -> None:
@@ -642,6 +647,20 @@ def test_a_family_that_tells_no_classes_by_the_bound_is_refused_them() -> None:
     assert seen.classified("classifier") is seen.q
     with pytest.raises(ValueError, match=r"evaluation\.classify_by must be classifier .* got both"):
         seen.classified("both")
+    with pytest.raises(ValueError, match=r"evaluation\.classify_by must be one of classifier, bound, both, got all"):
+        seen.classified("all")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["classifier", "bound", "both"])
+def test_a_classifier_that_collapsed_is_told_whatever_images_are_classified_by(by: ClassifyBy) -> None:
+    model = small_model()
+    *others, bias = model.classifier.parameters()  # type: ignore[attr-defined]
+    for parameter in others:
+        parameter.zero_()
+    bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
+    collapsed = model.alarms(measure(model, classify_by=by), DATA.labels, Weights(1, 1, 1))[0]
+    assert (collapsed.name, collapsed.up) == ("classes_collapsed", True)
 
 
 def test_evaluation_sees_each_class_as_one_hot_whatever_estimator_trained(

@@ -96,6 +96,18 @@ def test_a_model_opens_without_its_data_and_knows_its_classes(model: Trained, im
     assert (model.log_likelihood(images[:50], samples=50) - found.bound[:50]).mean() > 0  # a tighter bound
 
 
+def test_classes_are_told_as_the_run_says(folder: Path, model: Trained, images: Array) -> None:
+    """Each image's pixels and noise are its own, and so the same however it is classified."""
+    told, by = {}, json.loads((folder / "result.json").read_text())["config"]["evaluation.classify_by"]
+    for how in ("classifier", "bound", "both"):
+        other = open_run(folder)
+        other.classify_by = how
+        told[how] = other.classify(images[:50])
+    assert torch.equal(model.classify(images[:50]), told[by])
+    torch.testing.assert_close(told["both"], (told["classifier"] + told["bound"]) / 2)
+    assert (told["classifier"] - told["bound"]).abs().max() > 0.01
+
+
 def test_images_as_arrays_or_tensors_with_or_without_a_channel(model: Trained, images: Array) -> None:
     q = model.classify(images)
     for same in (images[:, 0], torch.from_numpy(images), torch.from_numpy(images[:, 0]), np.asfortranarray(images)):

@@ -146,6 +146,14 @@ def test_evaluate_by_what_else_tells_the_class(folder: Path) -> None:
     assert q == bound == both
 
 
+def test_a_generator_that_was_not_trained_tells_no_classes(tmp_path: Path) -> None:
+    run(f"{MLP} objective.labelled=0 objective.unlabelled=0 train.steps=2", tmp_path / "run")
+    assert measured(f"{tmp_path}/run --part val --classify-by classifier")["val_n"] > 0
+    ended = command(evaluate.main, f"{tmp_path}/run --part val --classify-by both")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "catvae: --classify-by must be classifier for this run of q(y|x) alone, got both\n"
+
+
 def test_evaluate_writes_what_it_prints(folder: Path, tmp_path: Path) -> None:
     printed = measured(f"{folder} --part val --output {tmp_path}/found.json")
     assert json.loads((tmp_path / "found.json").read_text()) == printed

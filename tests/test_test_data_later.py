@@ -60,6 +60,18 @@ def test_what_was_left_is_made_up_for(tmp_path: Path, unread: pytest.MonkeyPatch
     assert all(after[name] == value for name, value in at_once.items() if name not in clock)
 
 
+def test_validation_images_are_classified_as_test_images_are(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(f"{LINE} evaluation.test=false", folder)
+    before = result(folder)
+    resume(folder, "evaluation.test=true evaluation.classify_by=bound")
+    after = result(folder)
+    for part in ("val", "test"):
+        measured = json.loads(command(evaluate.main, f"{folder} --part {part} --classify-by bound").out)
+        assert all(after[name] == value for name, value in measured.items() if name.startswith(part))
+    assert after["val_calibration_error"] != before["val_calibration_error"]
+
+
 def test_a_run_that_was_left_is_trained_longer(tmp_path: Path) -> None:
     run(f"{LINE} evaluation.test=false", tmp_path / "run")
     resume(tmp_path / "run", "train.steps=6 evaluation.test=true")

@@ -224,8 +224,30 @@ def test_a_long_gradient_is_shortened_to_the_limit_along_its_direction_and_a_sho
     assert torch.equal(left, step)
 
 
+def test_an_estimator_s_own_gradient_neither_shortens_nor_is_shortened() -> None:
+    """RELAX's is that of the variance, which may be hundreds of times as long."""
+    made = compose_run([*MLP.split(), "train.clip_gradient=0.5"], "relax")
+    update.Update(made, FiniteGuard(made.optimizer, made.parameters, made.device))(0)
+    own, of_model = (
+        torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for module in (made.estimator, made.model)
+    )
+    assert of_model.norm().item() == pytest.approx(0.5, rel=1e-4)
+    made = compose_run(MLP.split(), "relax")
+    update.Update(made, FiniteGuard(made.optimizer, made.parameters, made.device))(0)
+    assert torch.equal(own, torch.cat([p.grad.flatten() for p in made.estimator.parameters() if p.grad is not None]))
+
+
 def test_a_gradient_is_shortened_in_a_replayed_step_too(recordings: list[Recording]) -> None:
-    assert_replayed_is_the_same(f"{MLP} train.clip_gradient=0.5", "gumbel_softmax")
+    line = f"{MLP} train.clip_gradient=0.5"
+    assert_replayed_is_the_same(line, "gumbel_softmax")
+    sizes = []
+    for words in (line, MLP):
+        made, _ = trained(update.ReplayedUpdate, words, "gumbel_softmax")
+        gradient = torch.cat([p.grad.flatten() for p in made.model.parameters() if p.grad is not None])
+        sizes.append(gradient.norm().item())
+    assert sizes[0] == pytest.approx(0.5, rel=1e-4)
+    assert sizes[1] > 1
     for operation, *_ in recordings[0].calls:
         assert operation.overloadpacket not in WAITING, operation
 

@@ -1,9 +1,8 @@
-"""Drawn for TensorBoard from q(y|x): the confusion matrix, mistakes and calibration. Pillow draws in milliseconds."""
+"""Drawn for TensorBoard from probabilities of classes: the confusion matrix, mistakes, calibration. Pillow is quick."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,19 +27,16 @@ from models.drawing import (
 )
 from models.evaluation import calibration_bins
 
-if TYPE_CHECKING:
-    pass
+
+def confusion(told: Tensor, labels: Tensor) -> Tensor:
+    """How often class i [K rows] was predicted as class j [K columns], from probabilities [N, K] and labels [N]."""
+    classes = told.shape[-1]
+    return torch.bincount(labels * classes + told.argmax(dim=-1), minlength=classes**2).view(classes, classes)
 
 
-def confusion(q: Tensor, labels: Tensor) -> Tensor:
-    """How often class i [K rows] was predicted as class j [K columns], from q(y|x) [N, K] and labels [N]."""
-    classes = q.shape[-1]
-    return torch.bincount(labels * classes + q.argmax(dim=-1), minlength=classes**2).view(classes, classes)
-
-
-def worst_mistakes(q: Tensor, labels: Tensor, number: int) -> list[tuple[int, int, int, float]]:
+def worst_mistakes(told: Tensor, labels: Tensor, number: int) -> list[tuple[int, int, int, float]]:
     """(image, true class, predicted class, confidence) of the most confident mistakes, the worst first."""
-    confidence, predicted = q.max(dim=-1)
+    confidence, predicted = told.max(dim=-1)
     wrong = (predicted != labels).nonzero().squeeze(-1)
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)[:number]]
     columns = (worst, labels[worst], predicted[worst], confidence[worst])
@@ -73,7 +69,7 @@ def draw_mistakes(
     x: Tensor | OnHost, mistakes: list[tuple[int, int, int, float]], names: Sequence[str], columns: int = 5
 ) -> Tensor:
     """A picture uint8 [3, H, W] of images from x, uint8 [N, C, H, W], each above "true -> predicted" and confidence."""
-    title = "most confident mistakes: true -> predicted, q(y|x)" if mistakes else "no mistakes"
+    title = "most confident mistakes: true -> predicted, probability" if mistakes else "no mistakes"
     width = WIDTH // columns
     tiles = [
         (
@@ -115,9 +111,9 @@ def _arrow(true: str, predicted: str, width: int) -> str:
     return f"{fitting(true, room)} -> {fitting(predicted, room)}"
 
 
-def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
+def draw_calibration(told: Tensor, labels: Tensor) -> Tensor:
     """A reliability diagram uint8 [3, H, W]: accuracy by confidence, the images in each bin, and the ECE."""
-    images, confidence, correct = calibration_bins(q, labels).cpu()
+    images, confidence, correct = calibration_bins(told, labels).cpu()
     error = ((correct - confidence).abs().sum() / images.sum()).item()
     left, top, foot, between = 36, 52, 60, 30
     side = WIDTH - left - 14
@@ -137,7 +133,7 @@ def draw_calibration(q: Tensor, labels: Tensor) -> Tensor:
     for tick in (0.0, 0.5, 1.0):
         centred(draw, f"{tick:g}", left - 16, bottom - side * tick)
         centred(draw, f"{tick:g}", left + side * tick, last + 14)
-    centred(draw, "confidence: largest q(y|x)", left + side / 2, last + 32)
+    centred(draw, "confidence: largest probability of a class", left + side / 2, last + 32)
     draw.text((left, top - 19), "accuracy (bars), and what confidence promises (line)", BLACK, ascii_font(SMALL_TEXT))
     draw.text(
         (left, last - foot - 18), f"images: {int(images.max())} in the largest bin", BLACK, ascii_font(SMALL_TEXT)

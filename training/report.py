@@ -128,7 +128,8 @@ class Report:
             self.board.pictures(model, self.run.validation, self.run.binarization, seen, step)
         if seen is not None:
             if draws and model.has_labels:
-                self.board.predictions(seen.q, self.run.validation, self.run.facts.class_names, step)
+                assert seen.told is not None
+                self.board.predictions(seen.told, self.run.validation, self.run.facts.class_names, step)
             alarms = model.alarms(measured, labels, self.run.weights)
             # a healthy model has yet to learn to use its latents: it is no warning before half of the steps are done
             self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)

@@ -12,8 +12,9 @@ from models.contract import Evaluation
 from training.report import Report
 from training.run import Run
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
-from training.state import flat, plain
+from training.state import SINCE, flat, plain
 
+CLASSIFYING = ("evaluation.pixel_draws", "evaluation.classify_by")
 LEFT = "test data are left for later (evaluation.test=false)"
 
 
@@ -34,13 +35,16 @@ def is_left(result: Mapping[str, Any]) -> bool:
 def finish(run: Run, report: Report, folder: Path) -> None:
     """Measures on validation and test data, writes result.json and the final TensorBoard values.
 
-    Of a finished run that has left test data for later it makes up for that, and nothing else.
+    Of a finished run that has left test data for later it makes up for that, and measures validation data again only
+    where images are classified otherwise now.
     """
     path = folder / RESULT
     before = read_json(path) if path.exists() else {}
     if is_left(before) and before["steps"] == run.step == report.start:
         how = {key: value for key, value in flat(plain(run.config)).items() if key.startswith("evaluation.")}
-        result = before | measure(run, "test") | {"config": before["config"] | how}
+        was = SINCE | before["config"]
+        again = measure(run, "val") if any(was[key] != how[key] for key in CLASSIFYING) else {}
+        result = before | again | measure(run, "test") | {"config": before["config"] | how}
     else:
         result = whole_result(run, report)
     # the last step's validation is logged already

@@ -44,6 +44,8 @@ SINCE |= {
     "model.layer_norm": False,
     "model.logits_scale": 1.0,
     "train.clip_gradient": None,
+    "evaluation.pixel_draws": 1,
+    "evaluation.classify_by": "classifier",
     "likelihood": "bernoulli",
     "prior": "uniform",
 }

@@ -110,16 +110,16 @@ class TensorBoard:
             for tag, picture in model.pictures(images, generator, seen).items():
                 self.writer.add_image(tag, picture, step)
 
-    def predictions(self, q: Tensor, data: EvaluationData, names: Sequence[str], step: int) -> None:
-        """What q(y|x) [N, K] says of held-out images: the confusion matrix, the worst mistakes, the calibration."""
-        if q.shape[-1] <= MOST_CLASSES:
-            self.writer.add_image("confusion_matrix", draw_confusion(confusion(q, data.labels), names), step)
-        mistakes = draw_mistakes(data.x, worst_mistakes(q, data.labels, 20), names)
+    def predictions(self, told: Tensor, data: EvaluationData, names: Sequence[str], step: int) -> None:
+        """What probabilities [N, K] say of held-out images: the confusion matrix, the worst mistakes, calibration."""
+        if told.shape[-1] <= MOST_CLASSES:
+            self.writer.add_image("confusion_matrix", draw_confusion(confusion(told, data.labels), names), step)
+        mistakes = draw_mistakes(data.x, worst_mistakes(told, data.labels, 20), names)
         self.writer.add_image("worst_mistakes", mistakes, step)
-        self.writer.add_image("calibration", draw_calibration(q, data.labels), step)
+        self.writer.add_image("calibration", draw_calibration(told, data.labels), step)
 
     def project(self, model: Model, data: EvaluationData, binarization: Any, names: Sequence[str]) -> None:
-        """Writes the projector's files anew: points of the first held-out images, with true and predicted class.
+        """Writes the projector's files anew: points of the first held-out images, with true class and that by q(y|x).
 
         add_embedding would leave a folder for each step, and forget the others when the run is resumed.
         """

@@ -54,8 +54,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model of classes says of N images: q(y|x) [N, K], the exact bound [N], nats, novelty [N], mean z [N, Z].
+    """What a model of classes says of N images: q [N, K], the exact bound [N], nats, novelty [N], mean z [N, Z].
 
+    q is q(y|x), or the probabilities of classes that the run's `evaluation.classify_by` asks for.
     `novelty` is the share of the validation images whose bound is higher: 1 is an image that the model finds stranger
     than all of those. NaN where the checkpoint has no validation bounds.
     """
@@ -119,7 +120,10 @@ class Trained:
         return read_pictures(files, self.facts.shape, self.facts.resize is not None)
 
     def classify(self, images: npt.NDArray[np.uint8] | Tensor) -> Tensor:
-        """q(y|x) [N, K], classes in the order of `class_names`. Raises ValueError for a model without classes."""
+        """q(y|x), or as the run's `evaluation.classify_by` says, [N, K], classes in the order of `class_names`.
+
+        Raises ValueError for a model without classes.
+        """
         self._check_classes("classify")
         with self._at_work():
             parts = [self._posterior(*drawn).cpu() for drawn in self._batches(images)]

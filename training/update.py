@@ -128,13 +128,14 @@ class Update:
             run.together.average(run.parameters.values(), run.estimator, result)
         self.guard.before_update(number, result.terms)
         if (limit := run.config.train.clip_gradient) is not None:
-            clip([p.grad for p in run.parameters.values() if p.grad is not None], self.guard.norm, limit)
+            clip([p.grad for p in run.model.parameters() if p.grad is not None], limit)
         run.optimizer.step()
         return detached(result)
 
 
-def clip(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
-    """Shortens a gradient whose whole `norm` [] is above the limit to it (Pascanu et al. 2013, algorithm 1)."""
+def clip(gradients: list[Tensor], limit: float) -> None:
+    """Shortens a gradient whose norm, over all its parts, is above the limit (Pascanu et al. 2013, algorithm 1)."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (limit / norm).clamp(max=1))
 
 

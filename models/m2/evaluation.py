@@ -16,10 +16,10 @@ from models.contract import PerImage
 from models.evaluation import rows_at_once
 
 if TYPE_CHECKING:
-    from models.m2.model import SemiSupervisedVAE
+    from models.m2.model import Rows, SemiSupervisedVAE
 
 FIRST = 10  # draws that every class has a part in
-NEGLIGIBLE = 15.0  # nats: nine such classes have 3e-6 of an image's probability
+NEGLIGIBLE = 15.0  # nats: by the first draws nine such classes have 3e-6 of an image's probability
 
 
 def one_hot_classes(num_classes: int, batch: int, device: torch.device) -> Tensor:
@@ -68,16 +68,23 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Ten
         rows = rows_of(noise)
         weights.append(torch.cat([model.log_weight_at(y, rows) for y in class_chunks(model.num_classes, x)]))
     number = len(weights)
-    total = torch.stack(weights).logsumexp(dim=0)  # [K, B]
+    total = torch.stack(weights).logsumexp(dim=0).double()  # [K, B]; thousands of small terms are added to it
     if model.log_prior is not None:
         total = total + model.log_prior.unsqueeze(-1)
     classes, images = (total >= total.max(dim=0).values - NEGLIGIBLE).nonzero(as_tuple=True)
     log_prior = 0.0 if model.log_prior is None else model.log_prior[classes]
-    y = F.one_hot(classes, model.num_classes).float().split(len(x))
+    at_once = rows_at_once(math.prod(x.shape[1:]))
+    parts = list(zip(classes.split(at_once), images.split(at_once), strict=True))
     for noise in draws:
-        parts = zip(*(row[images].split(len(x)) for row in rows_of(noise)), strict=True)
-        more = [model.log_weight_at(one.unsqueeze(0), rows)[0] for one, rows in zip(y, parts, strict=True)]
+        rows = rows_of(noise)
+        more = [log_weights_at(model, rows, *part) for part in parts]
         total[classes, images] = total[classes, images].logaddexp(torch.cat(more) + log_prior)
         number += 1
     evidence = total.logsumexp(dim=0) - math.log(number)
-    return evidence - math.log(model.num_classes) if model.log_prior is None else evidence
+    return (evidence - math.log(model.num_classes) if model.log_prior is None else evidence).float()
+
+
+def log_weights_at(model: SemiSupervisedVAE, rows: Rows, classes: Tensor, images: Tensor) -> Tensor:
+    """Log weights [P] of pairs of a class [P] and an image [P], which the rows [B, ...] have at the latter's number."""
+    y = F.one_hot(classes, model.num_classes).float()
+    return model.log_weight_at(y.unsqueeze(0), tuple(row[images] for row in rows))[0]

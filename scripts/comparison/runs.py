@@ -319,16 +319,19 @@ def _leave_the_classifier(record: Record) -> None:
 
 def _add_what_older_runs_did(records: Sequence[Record]) -> None:
     """Settings that came later, where another run of the same model has them: an older run did what SINCE says."""
-    from training.state import SINCE
+    from training.state import CONSTANT, SINCE, flat
 
-    model = "model._target_"
+    model, rate = "model._target_", "lr_factor"
+    runs = [record for record in records if "method" not in record.facts]
     has: dict[Any, set[str]] = {}
-    for record in records:
+    for record in runs:
         has.setdefault(record.config.get(model), set()).update(record.config)
-    for record in records:
-        if "method" not in record.facts:
-            alike = has[record.config.get(model)]
-            record.config = {key: value for key, value in SINCE.items() if key in alike} | record.config
+    for record in runs:
+        alike = has[record.config.get(model)]
+        did = {key: value for key, value in SINCE.items() if key in alike}
+        if f"{rate}._target_" in alike and not any(key.startswith(f"{rate}.") for key in record.config):
+            did |= flat(CONSTANT, f"{rate}.")
+        record.config |= {key: value for key, value in did.items() if key not in record.config}
 
 
 def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
@@ -346,10 +349,11 @@ def read_all(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
                 read_events(record)
         except Damaged as damaged:
             without_events.setdefault(str(damaged), []).append(folder)
-        if record.config.get("objective.labelled") == record.config.get("objective.unlabelled") == 0:
-            _leave_the_classifier(record)
         records.append(record)
     _add_what_older_runs_did(records)
+    for record in records:
+        if record.config.get("objective.labelled") == record.config.get("objective.unlabelled") == 0:
+            _leave_the_classifier(record)
     for reason, affected in without_events.items():
         more = f" and {len(affected) - 2} more" if len(affected) > 2 else ""
         notes.append(f"no curves and no calls of {', '.join(map(str, affected[:2]))}{more}: {reason}")
