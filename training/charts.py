@@ -1,4 +1,4 @@
-"""Drawn for TensorBoard from probabilities of classes: the confusion matrix, mistakes, calibration. Pillow is quick."""
+"""Drawn for TensorBoard from probabilities of classes: the confusion matrix, mistakes and calibration."""
 
 from __future__ import annotations
 

@@ -77,14 +77,14 @@ def importance_weighted(model: SemiSupervisedVAE, x: Tensor, draws: Iterable[Ten
     parts = list(zip(classes.split(at_once), images.split(at_once), strict=True))
     for noise in draws:
         rows = rows_of(noise)
-        more = [log_weights_at(model, rows, *part) for part in parts]
+        more = [log_weights_of_pairs(model, rows, *part) for part in parts]
         total[classes, images] = total[classes, images].logaddexp(torch.cat(more) + log_prior)
         number += 1
     evidence = total.logsumexp(dim=0) - math.log(number)
     return (evidence - math.log(model.num_classes) if model.log_prior is None else evidence).float()
 
 
-def log_weights_at(model: SemiSupervisedVAE, rows: Rows, classes: Tensor, images: Tensor) -> Tensor:
+def log_weights_of_pairs(model: SemiSupervisedVAE, rows: Rows, classes: Tensor, images: Tensor) -> Tensor:
     """Log weights [P] of pairs of a class [P] and an image [P], which the rows [B, ...] have at the latter's number."""
     y = F.one_hot(classes, model.num_classes).float()
     return model.log_weight_at(y.unsqueeze(0), tuple(row[images] for row in rows))[0]
