@@ -169,10 +169,11 @@ class ObjectiveConfig:
     alpha: float = 1.0
     samples: int = 1  # of y in the bound, of models without labels
     kl_warmup: int = 0  # steps, of models without labels
+    labels_first: int = 0  # steps, of models with labels
 
     def __post_init__(self) -> None:
         _at_least(1, objective__samples=self.samples)
-        _at_least(0, objective__kl_warmup=self.kl_warmup)
+        _at_least(0, objective__kl_warmup=self.kl_warmup, objective__labels_first=self.labels_first)
         for key in ("labelled", "unlabelled", "alpha"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
@@ -260,6 +261,9 @@ class Config:
         if self.objective.kl_warmup > self.train.steps:
             wanted = f"<= train.steps, {self.train.steps}, got {self.objective.kl_warmup}"
             raise ValueError(f"objective.kl_warmup must be {wanted}: J would never be the bound")
+        if (first := self.objective.labels_first) > self.train.steps // 2:
+            wanted = f"<= half of train.steps, {self.train.steps}, got {first}"
+            raise ValueError(f"objective.labels_first must be {wanted}: U would never teach q(y|x) with all its weight")
         data = self.data
         if (draws := self.evaluation.pixel_draws) > 1 and data.binarization is not Binarization.dynamic:
             raise ValueError(

@@ -31,11 +31,20 @@ class Weights:
     alpha: float
     samples: int = 1  # of y in the bound, where there are no labels
     kl_warmup: int = 0  # steps in which the KL's weight grows to 1, there
-    kl_weight: float | Tensor = 1.0  # that weight at the step in hand; a tensor [] where it is read on the device
+    labels_first: int = 0  # steps in which labels alone teach q(y|x); U's weight in that grows to 1 in as many more
+    kl_weight: float | Tensor = 1.0  # these weights at the step in hand; tensors [] where they are read on the device
+    teaching_weight: float | Tensor = 1.0
 
     def kl_weight_at(self, step: int) -> float:
         """The KL's weight at a step, on a straight line (Bowman et al. 2016; Sønderby et al. 2016)."""
         return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
+
+    def teaching_weight_at(self, step: int) -> float:
+        """The weight of U in the gradient of q(y|x) at a step: 0 at first, then on a straight line to 1."""
+        return min(1.0, max(0.0, (step + 1) / self.labels_first - 1)) if self.labels_first else 1.0
+
+    def at(self, step: int) -> dict[str, float]:
+        return {"kl_weight": self.kl_weight_at(step), "teaching_weight": self.teaching_weight_at(step)}
 
 
 @dataclass
@@ -182,7 +191,7 @@ class Model(nn.Module):
 
     def check(self, weights: Weights, estimator: Estimator) -> None:
         """Raises ValueError, naming the key, for what this family cannot do with a prepared estimator."""
-        for name, wanted in (("labelled", 0), ("alpha", 0), ("samples", 1)):
+        for name, wanted in (("labelled", 0), ("alpha", 0), ("labels_first", 0), ("samples", 1)):
             if (value := getattr(weights, name)) != wanted:
                 raise ValueError(f"objective.{name} must be {wanted} with this model, got {value:g}")
         if type(self).terms_by is Model.terms_by and not reference(*self.latents[0])[1]:

@@ -111,6 +111,7 @@ INTEGERS: dict[str, st.SearchStrategy[int]] = {
     "data.num_validation": st.integers(1, 50),
     "objective.samples": st.sampled_from([1] * 9 + [2]),
     "objective.kl_warmup": st.sampled_from([0] * 9 + [2]),
+    "objective.labels_first": st.sampled_from([0] * 9 + [1]),
     "model.classes": st.integers(2, 4),
     "evaluation.pixel_draws": st.sampled_from([1] * 9 + [2]),
     "estimator.num_samples": st.sampled_from([2, 2, 3, 4, 1]),

@@ -127,6 +127,14 @@ BAD = [
     # types
     ("train.steps=1.5", "train.steps must be an integer", "got 1.5"),
     ("train.steps=null", "train.steps must be an integer", "got null"),
+    ("objective.labels_first=-1", "objective.labels_first must be >= 0", "got -1"),
+    ("train.steps=9 objective.labels_first=5", "objective.labels_first must be <= half of train.steps, 9", "got 5"),
+    (
+        "objective.alpha=0 objective.labels_first=5",
+        "objective.labels_first must be 0 where objective.alpha is 0",
+        "got 5",
+    ),
+    ("objective=supervised_only objective.labels_first=5", "objective.labels_first must be 0", "got 5"),
     ("train.clip_gradient=0", "train.clip_gradient must be null, or > 0 and finite", "got 0"),
     ("train.clip_gradient=inf", "train.clip_gradient must be null, or > 0 and finite", "got inf"),
     ("train.clip_gradient=yes", "train.clip_gradient must be a number", "got"),

@@ -315,6 +315,42 @@ def test_gradient_of_the_loss_is_that_of_minus_j(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(gradient, -of_j, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "estimator",
+    [Marginalization(), SumAndSample(), ScoreFunction(LeaveOneOut(), 2), GumbelSoftmax(partial(constant, value=0.7))],
+)
+def test_u_s_part_in_the_gradient_of_the_classifier_has_the_weight_of_the_step(estimator: Estimator) -> None:
+    """At weight 0 what labels alone give, at 1 J's, on a line in between; that of the other networks is J's."""
+    model = small_model()
+    estimator.prepare(4, 1, K)
+    first = replace(WEIGHTS, labels_first=4)
+    found = {}
+    for weight in (0.0, 0.25, 1.0):
+        result = run(model, estimator, replace(first, teaching_weight=weight))
+        gradients = torch.autograd.grad(result.loss, list(model.parameters()))
+        found[weight] = dict(zip((name for name, _ in model.named_parameters()), gradients, strict=True))
+        assert result.terms["J"] == run(model, estimator).terms["J"]
+        assert result.metrics["teaching_weight"] == weight
+    of_j = torch.autograd.grad(run(model, estimator).loss, list(model.parameters()))
+    own = {name: p for name, p in model.named_parameters() if name.startswith("classifier.")}
+    labels_alone = torch.autograd.grad(run(model, estimator, Weights(0, 0, WEIGHTS.alpha)).loss, list(own.values()))
+    of_labels = dict(zip(own, labels_alone, strict=True))
+    for (name, at_one), full in zip(found[1.0].items(), of_j, strict=True):
+        torch.testing.assert_close(at_one, full)
+        if name in own:
+            assert not torch.allclose(full, of_labels[name])
+            torch.testing.assert_close(found[0.0][name], of_labels[name])
+            torch.testing.assert_close(found[0.25][name], torch.lerp(of_labels[name], full, 0.25))
+        else:
+            torch.testing.assert_close(found[0.0][name], full)
+
+
+def test_labels_teach_the_classifier_first_and_then_u_too() -> None:
+    weights = Weights(1, 1, 1, labels_first=4)
+    assert [weights.teaching_weight_at(step) for step in range(9)] == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
+    assert Weights(1, 1, 1).teaching_weight_at(0) == 1
+
+
 class Recorder(Estimator):
     """Returns fixed numbers and remembers what it was called with."""
 

@@ -203,6 +203,11 @@ def test_the_weight_of_the_kl_in_a_replayed_step_is_the_step_s(recordings: list[
     assert len(recordings) == 1
 
 
+def test_the_weight_of_what_u_teaches_in_a_replayed_step_is_the_step_s(recordings: list[Recording]) -> None:
+    assert_replayed_is_the_same(f"{MLP} objective.labels_first=3", "marginalization")
+    assert len(recordings) == 1
+
+
 def changed_by_one_step(words: str) -> tuple[Tensor, Tensor]:
     """What SGD at a rate of 1 adds to all parameters, and the norm [] of their gradient as it is reported."""
     made = compose_run([*MLP.split(), "optimizer=sgd", "optimizer.lr=1", *words.split()], "marginalization")

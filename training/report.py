@@ -106,7 +106,7 @@ class Report:
         values["train/steps_per_second"] = self.steps / (self.seconds - self.logged_at)
         values["train/learning_rate"] = float(self.run.optimizer.param_groups[0]["lr"])
         for name, metric in self.metrics.items():
-            tag = f"train/{name}" if name in ("temperature", "kl_weight") else f"estimator/{name}"
+            tag = f"train/{name}" if name in ("temperature", "kl_weight", "teaching_weight") else f"estimator/{name}"
             values[tag] = float(metric)
         values["train/gradient_norm"] = norms[-1]
         self.board.scalars(values | {f"{FIRST}/J": values["train/J"]}, step)

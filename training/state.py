@@ -41,6 +41,7 @@ SINCE |= {
     "model.activation": "relu",
     "objective.samples": 1,
     "objective.kl_warmup": 0,
+    "objective.labels_first": 0,
     "model.layer_norm": False,
     "model.logits_scale": 1.0,
     "train.clip_gradient": None,

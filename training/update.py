@@ -73,7 +73,7 @@ class Update:
         self.one = torch.ones((), device=run.device)  # dJ/dJ, which backward() would write anew
         self.temperatures: list[Held] = []
         self.weights = run.weights
-        self.written_kl_weight = 1.0
+        self.written = {"kl_weight": 1.0, "teaching_weight": 1.0}
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
@@ -88,7 +88,8 @@ class Update:
         self.temperatures = held(self.run.estimator, self.run.device)
         for group in self.run.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=self.run.device)
-        self.weights = replace(self.weights, kl_weight=torch.ones((), device=self.run.device))
+        ones = {name: torch.ones((), device=self.run.device) for name in self.written}
+        self.weights = replace(self.weights, **ones)  # type: ignore[arg-type]
 
     def __call__(self, step: int) -> Objective:
         self.prepare(step)
@@ -100,15 +101,16 @@ class Update:
         self.generator.manual_seed(key(self.run.config.seed, "step", step))
         for temperature in self.temperatures:
             temperature.write(step)
-        if (weight := self.run.weights.kl_weight_at(step)) != self.written_kl_weight:
-            self.write_kl_weight(weight)
+        for name, weight in self.run.weights.at(step).items():
+            if weight != self.written[name]:
+                self.write_weight(name, weight)
 
-    def write_kl_weight(self, weight: float) -> None:
-        self.written_kl_weight = weight
-        if isinstance(self.weights.kl_weight, Tensor):
-            self.weights.kl_weight.fill_(weight)
+    def write_weight(self, name: str, weight: float) -> None:
+        self.written[name] = weight
+        if isinstance(held := getattr(self.weights, name), Tensor):
+            held.fill_(weight)
         else:
-            self.weights = replace(self.weights, kl_weight=weight)
+            self.weights = replace(self.weights, **{name: weight})  # type: ignore[arg-type]
 
     def work(self, step: int, number: int | Tensor, rows: tuple[Tensor, ...]) -> Objective:
         """The step's arithmetic, from the rows of its minibatch; `number` is the step for the guard."""

@@ -248,7 +248,7 @@ class CategoricalVAE(Model):
 
 def check_weights(weights: Weights, estimator: Estimator, layers: int, *, importance_weighted: bool = True) -> None:
     """Raises ValueError for what a model without labels, in so many layers, cannot do."""
-    for name in ("labelled", "alpha"):
+    for name in ("labelled", "alpha", "labels_first"):
         if (value := getattr(weights, name)) != 0:
             raise ValueError(f"objective.{name} must be 0 with a model without labels, got {value:g}")
     if weights.samples > 1 and layers > 1:

@@ -30,8 +30,9 @@ def objective(
 
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
-    its first term by the estimator. Where both bounds have no
-    weight, the control of the classifier alone, they are not computed. The model and the estimator have the same p(y).
+    its first term by the estimator. Where both bounds have no weight, the control of the classifier alone, they are not
+    computed. The model and the estimator have the same p(y). For the first `labels_first` steps U's gradient leaves out
+    the logits, which labels alone then teach, and it grows to what it is in as many more; J has the same value.
     Raises ContractError for an estimate of other shapes.
     """
     assert estimator.log_prior is model.log_prior
@@ -39,6 +40,8 @@ def objective(
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
+    if weights.labels_first:  # the same numbers, and a part of the gradient
+        logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
     entropy_y = entropy(logits_unlabelled).mean()
     if weights.labelled == weights.unlabelled == 0:
@@ -89,14 +92,17 @@ def objective(
         "reconstruction": reconstruction,
         "entropy_y": entropy_y,
     }
-    return maximised(terms, estimate.metrics, estimate.auxiliary)
+    metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
+    return maximised(terms, metrics, estimate.auxiliary)
 
 
 def describe(weights: Weights, labelled: int, unlabelled: int) -> str:
     """J with its weights, and what each of so many labelled and unlabelled images weighs in it."""
     w = weights
+    first = f"; q(y|x) learns from labels alone for {w.labels_first} steps, of U at full weight after as many more"
     return (
         f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
         "; effective weight per image: "
         f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
+        + (first if w.labels_first else "")
     )
