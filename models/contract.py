@@ -44,6 +44,7 @@ class Weights:
         return min(1.0, max(0.0, (step + 1) / self.labels_first - 1)) if self.labels_first else 1.0
 
     def at(self, step: int) -> dict[str, float]:
+        """Those that differ between steps, by name."""
         return {"kl_weight": self.kl_weight_at(step), "teaching_weight": self.teaching_weight_at(step)}
 
 

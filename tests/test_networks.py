@@ -22,6 +22,7 @@ from models.parts import (
     Dropout,
     ImageShape,
     RandomMotion,
+    between,
     distorted,
     halvings,
     joined_linear,
@@ -462,6 +463,13 @@ def test_distortion_warps_about_the_point_that_it_says() -> None:
         assert 0.4 < middle.std() < 1.0  # between the grid's points the field is a mean of them
     slant = (from_columns[:, 27] - from_columns[:, 0]).mean(dim=1)
     assert 0.3 * 27 * 0.8 < slant.abs().quantile(0.95) < 0.3 * 27 * 1.3
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 64)])
+def test_what_lies_between_a_grid_s_points_is_bicubic(size: tuple[int, int]) -> None:
+    field = torch.randn(3, 2, 4, 4, generator=generator())
+    found = between(size[0], field).mT @ field @ between(size[1], field)
+    torch.testing.assert_close(found, nn.functional.interpolate(field, size=size, mode="bicubic", align_corners=False))
 
 
 def test_strokes_get_thicker_and_thinner_by_a_pixel_as_often_as_said() -> None:
