@@ -29,7 +29,7 @@ from models.contract import Alarm
 from models.evaluation import calibration_error
 from models.m2.alarms import classes_collapsed, generator_ignores_y, z_unused
 from tests.runs import ANNEALED, MLP, command, curve, events, resume, run
-from training.alarms import ENOUGH_NORMS, gradient_exploded
+from training.alarms import ENOUGH_NORMS, gradient_exploded, overfitted
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.names import LONGEST, run_name
 from training.report import draws_pictures
@@ -39,7 +39,7 @@ from training.tensorboard import LAYOUT, TensorBoard, coloured_by_class
 LINE = f"{MLP} estimator=gumbel_softmax{ANNEALED} train.steps="
 PICTURES = {"reconstructions", "generated", "analogies", "walk_through_z"}
 PICTURES |= {"confusion_matrix", "worst_mistakes", "calibration"}
-ALARMS = {"classes_collapsed", "generator_ignores_y", "z_unused", "gradient_exploded"}
+ALARMS = {"classes_collapsed", "generator_ignores_y", "z_unused", "gradient_exploded", "overfitted"}
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +339,8 @@ USUAL = [10.0] * ENOUGH_NORMS
         (lambda: generator_ignores_y(torch.zeros(9)), lambda: generator_ignores_y(torch.full((9,), 30.0))),
         (lambda: z_unused(0.01), lambda: z_unused(13.0)),
         (lambda: gradient_exploded([10.0, 5000.0, 10.0], USUAL), lambda: gradient_exploded([10.0, 500.0], USUAL)),
+        (lambda: overfitted(-95.0, -90.0, 100, 784), lambda: overfitted(-94.0, -90.0, 100, 784)),
+        (lambda: overfitted(5.0, 10.0, 100, 784), lambda: overfitted(7.0, 10.0, 100, 784)),
     ],
 )
 def test_alarms(raised: Callable[[], Alarm], healthy: Callable[[], Alarm]) -> None:
@@ -396,10 +398,23 @@ def test_a_healthy_run_raises_none(tmp_path: Path) -> None:
     assert all(norm > 0 for _, norm in curve(folder, "train/gradient_norm"))
 
 
+def test_a_generator_that_learns_ten_images_by_heart_says_so(tmp_path: Path) -> None:
+    folder, few = tmp_path / "run", "data.num_labelled=10 objective.unlabelled=0 objective.labelled=1 optimizer.lr=1e-2"
+    ended = run(f"{LINE}400 {few} train.validate_every=50", folder)
+    assert ended.said.count("the generator learns its images by heart") == 1
+    raised = dict(curve(folder, "warning/overfitted"))
+    assert raised[50] == 0
+    assert raised[400] == 1
+    bounds = dict(curve(folder, "val/bound"))
+    assert bounds[400] < 1.05 * max(bounds.values())
+
+
 def test_untrained_networks_raise_no_alarm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(f"{LINE}2 objective=supervised_only objective.labelled=0 objective.unlabelled=0", folder)
-    assert not {"warning/z_unused", "warning/generator_ignores_y"} & set(events(folder).Tags()["scalars"])
+    assert not {"warning/z_unused", "warning/generator_ignores_y", "warning/overfitted"} & set(
+        events(folder).Tags()["scalars"]
+    )
 
 
 def test_many_classes_are_not_drawn_one_by_one(tmp_path: Path) -> None:

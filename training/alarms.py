@@ -10,6 +10,8 @@ from models.contract import Alarm
 
 MOST_GROWTH = 100.0  # times the gradient norm of the first steps
 ENOUGH_NORMS = 50  # steps, before any norm is usual
+MOST_LOSS = 0.05  # of the highest bound's size
+MOST_LOSS_A_PIXEL = 0.005  # nats, where that is less
 
 
 def gradient_exploded(norms: Sequence[float], early: Sequence[float]) -> Alarm:
@@ -23,4 +25,14 @@ def gradient_exploded(norms: Sequence[float], early: Sequence[float]) -> Alarm:
         "gradient_exploded",
         largest > MOST_GROWTH * usual,
         f"the gradient exploded: its norm was {largest:.3g}, and {usual:.3g} was usual in the first steps",
+    )
+
+
+def overfitted(bound: float, highest: float, step: int, pixels: int) -> Alarm:
+    """Whether the bound of validation images of so many pixels, nats, is far below the highest, that of `step`."""
+    return Alarm(
+        "overfitted",
+        highest - bound > max(MOST_LOSS * abs(highest), MOST_LOSS_A_PIXEL * pixels),
+        "the generator learns its images by heart: the bound of validation images was "
+        f"{highest:.4g} nats at step {step}, and is {bound:.4g}",
     )

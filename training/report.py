@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from configs.schema import ConfigError, TrainConfig
 from data.progress import Line, is_silent
 from models.contract import Alarm, Evaluation, Objective
 from models.gradient_quality import Measurement
-from training.alarms import gradient_exploded
+from training.alarms import gradient_exploded, overfitted
 from training.names import hyper_parameters, run_name
 from training.run import Run
 from training.run_folder import events_folder
@@ -131,6 +132,9 @@ class Report:
                 assert seen.told is not None
                 self.board.predictions(seen.told, self.run.validation, self.run.facts.class_names, step)
             alarms = model.alarms(measured, labels, self.run.weights)
+            if self.run.weights.labelled or self.run.weights.unlabelled:  # else the bound means nothing
+                best = self.run.highest_bound
+                alarms.append(overfitted(measured.bound, best[1], best[0], math.prod(self.run.facts.shape)))
             # a healthy model has yet to learn to use its latents: it is no warning before half of the steps are done
             self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)
         if step == self.run.config.train.steps:

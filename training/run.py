@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -47,6 +48,7 @@ class Run:
         self.rollbacks = 0
         self.unlooked = False  # the looks that are due at `step` are still to come
         self.logged: dict[str, float] | None = None  # then: the scalars of `step` so far
+        self.highest_bound: tuple[int, float] = (0, -math.inf)  # of a validation, and its step
         self.bounds: tuple[int, list[float]] = (0, [])  # of the validation images, and the step that they are of
         self.sums: dict[str, Tensor] = {}  # of J's terms since the last logging step, on the device
         self.summed = 0
@@ -157,6 +159,8 @@ class Run:
         evaluation = self.evaluate(self.validation, samples, after_batch, doing="validation")
         if evaluation.per_image is not None:
             self.bounds = self.step, spread_out(evaluation.per_image.bound)
+        if evaluation.bound > self.highest_bound[1]:
+            self.highest_bound = self.step, evaluation.bound
         return evaluation
 
     def rows(self, part: Literal["labelled", "unlabelled"]) -> Indices:

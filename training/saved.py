@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict
@@ -36,6 +37,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "summed": run.summed,
         "norms": run.norms,
         "early_norms": run.early_norms,
+        "highest_bound": run.highest_bound,
         "logged": run.logged,
         "facts": asdict(run.facts),
         "validation_bounds": run.bounds[1] if run.bounds[0] == run.step and not run.unlooked else [],
@@ -120,6 +122,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     run.sums, run.summed = state.get("sums", {}), state.get("summed", 0)
     run.norms = state.get("norms", [])
     run.early_norms = state.get("early_norms", [])
+    run.highest_bound = state.get("highest_bound", (0, -math.inf))
     run.asked = state.get("asked", {})
     run.step = state["step"]
 
