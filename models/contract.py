@@ -31,7 +31,9 @@ class Weights:
     alpha: float
     samples: int = 1  # of y in the bound, where there are no labels
     kl_warmup: int = 0  # steps in which the KL's weight grows to 1, there
-    labels_first: int = 0  # steps in which labels alone teach q(y|x); U's weight in that grows to 1 in as many more
+    labels_first: int = (
+        0  # steps before U has a weight in the gradient of q(y|x)'s logits, and in which that grows to 1
+    )
     kl_weight: float | Tensor = 1.0  # these weights at the step in hand; tensors [] where they are read on the device
     teaching_weight: float | Tensor = 1.0
 
@@ -40,10 +42,10 @@ class Weights:
         return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
 
     def teaching_weight_at(self, step: int) -> float:
-        """The weight of U in the gradient of q(y|x) at a step: 0 at first, then on a straight line to 1."""
+        """The weight of U in the gradient of q(y|x)'s logits at a step: 0 at first, then on a straight line to 1."""
         return min(1.0, max(0.0, (step + 1) / self.labels_first - 1)) if self.labels_first else 1.0
 
-    def at(self, step: int) -> dict[str, float]:
+    def at_step(self, step: int) -> dict[str, float]:
         """Those that differ between steps, by name."""
         return {"kl_weight": self.kl_weight_at(step), "teaching_weight": self.teaching_weight_at(step)}
 

@@ -36,6 +36,7 @@ SMALL = (
     "estimator=sum_and_sample optimizer=adam optimizer.lr=3e-3 lr_factor=constant "
     "likelihood=bernoulli prior=uniform "
     "objective=semi_supervised objective.labelled=1 objective.unlabelled=1 objective.alpha=1 "
+    "objective.labels_first=0 "
     "train.batch_size_labelled=10 train.batch_size_unlabelled=10 device=cpu precision=fp32 "
     "train.log_every=1 train.validate_every=6 train.checkpoint_every=4 evaluation.importance_samples=2 "
 )

@@ -22,12 +22,12 @@ from models.parts import (
     Dropout,
     ImageShape,
     RandomMotion,
-    between,
     distorted,
     halvings,
     joined_linear,
     over_latent_and_class,
     redrawn,
+    uniform,
 )
 
 LATENT = 3
@@ -467,9 +467,15 @@ def test_distortion_warps_about_the_point_that_it_says() -> None:
 
 @pytest.mark.parametrize("size", [(28, 28), (9, 64)])
 def test_what_lies_between_a_grid_s_points_is_bicubic(size: tuple[int, int]) -> None:
-    field = torch.randn(3, 2, 4, 4, generator=generator())
-    found = between(size[0], field).mT @ field @ between(size[1], field)
-    torch.testing.assert_close(found, nn.functional.interpolate(field, size=size, mode="bicubic", align_corners=False))
+    still = torch.zeros(3, *size)
+    with torch.autocast("cpu", torch.bfloat16):  # in which places are told in float32
+        found = distorted(still, still, 1.0, generator())
+    random = generator()
+    uniform((3, 3, 1, 1), still.device, random)
+    field = torch.randn(3, 2, 4, 4, generator=random) / 28
+    expected = nn.functional.interpolate(field, size=size, mode="bicubic", align_corners=False)
+    for places, side, warp in zip(found, size, expected.unbind(dim=1), strict=True):
+        torch.testing.assert_close(places, side * warp)
 
 
 def test_strokes_get_thicker_and_thinner_by_a_pixel_as_often_as_said() -> None:

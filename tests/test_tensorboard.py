@@ -29,7 +29,7 @@ from models.contract import Alarm
 from models.evaluation import calibration_error
 from models.m2.alarms import classes_collapsed, generator_ignores_y, z_unused
 from tests.runs import ANNEALED, MLP, command, curve, events, resume, run
-from training.alarms import ENOUGH_NORMS, gradient_exploded, overfitted
+from training.alarms import ENOUGH_NORMS, bound_fell, gradient_exploded
 from training.charts import confusion, draw_calibration, draw_confusion, draw_mistakes, worst_mistakes
 from training.names import LONGEST, run_name
 from training.report import draws_pictures
@@ -39,7 +39,7 @@ from training.tensorboard import LAYOUT, TensorBoard, coloured_by_class
 LINE = f"{MLP} estimator=gumbel_softmax{ANNEALED} train.steps="
 PICTURES = {"reconstructions", "generated", "analogies", "walk_through_z"}
 PICTURES |= {"confusion_matrix", "worst_mistakes", "calibration"}
-ALARMS = {"classes_collapsed", "generator_ignores_y", "z_unused", "gradient_exploded", "overfitted"}
+ALARMS = {"classes_collapsed", "generator_ignores_y", "z_unused", "gradient_exploded", "bound_fell"}
 
 
 @pytest.fixture(scope="module")
@@ -339,8 +339,8 @@ USUAL = [10.0] * ENOUGH_NORMS
         (lambda: generator_ignores_y(torch.zeros(9)), lambda: generator_ignores_y(torch.full((9,), 30.0))),
         (lambda: z_unused(0.01), lambda: z_unused(13.0)),
         (lambda: gradient_exploded([10.0, 5000.0, 10.0], USUAL), lambda: gradient_exploded([10.0, 500.0], USUAL)),
-        (lambda: overfitted(-95.0, -90.0, 100, 784), lambda: overfitted(-94.0, -90.0, 100, 784)),
-        (lambda: overfitted(5.0, 10.0, 100, 784), lambda: overfitted(7.0, 10.0, 100, 784)),
+        (lambda: bound_fell(-95.0, -90.0, 100, 784), lambda: bound_fell(-94.0, -90.0, 100, 784)),
+        (lambda: bound_fell(5.0, 10.0, 100, 784), lambda: bound_fell(7.0, 10.0, 100, 784)),
     ],
 )
 def test_alarms(raised: Callable[[], Alarm], healthy: Callable[[], Alarm]) -> None:
@@ -379,6 +379,12 @@ def test_no_norm_is_usual_at_the_start() -> None:
     assert not gradient_exploded([1e9], USUAL[1:]).up
 
 
+def test_what_u_teaches_has_the_weight_of_the_step_in_a_run(tmp_path: Path) -> None:
+    run(f"{MLP} estimator=marginalization train.steps=10 objective.labels_first=4", tmp_path / "run")
+    weights = [value for _, value in curve(tmp_path / "run", "train/teaching_weight")]
+    assert weights == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+
+
 def test_a_collapsed_run_says_so_once(tmp_path: Path) -> None:
     """A learning rate of nearly 0: the model stays as it was drawn, and its generator hardly uses y."""
     folder = tmp_path / "run"
@@ -399,20 +405,23 @@ def test_a_healthy_run_raises_none(tmp_path: Path) -> None:
 
 
 def test_a_generator_that_learns_ten_images_by_heart_says_so(tmp_path: Path) -> None:
-    folder, few = tmp_path / "run", "data.num_labelled=10 objective.unlabelled=0 objective.labelled=1 optimizer.lr=1e-2"
-    ended = run(f"{LINE}400 {few} train.validate_every=50", folder)
-    assert ended.said.count("the generator learns its images by heart") == 1
-    raised = dict(curve(folder, "warning/overfitted"))
-    assert raised[50] == 0
-    assert raised[400] == 1
-    bounds = dict(curve(folder, "val/bound"))
-    assert bounds[400] < 1.05 * max(bounds.values())
+    """And a run that was stopped past the highest bound knows it still."""
+    few = "data.num_labelled=10 objective.unlabelled=0 objective.labelled=1 optimizer.lr=1e-2 train.validate_every=50"
+    ended = run(f"{LINE}400 {few}", tmp_path / "run")
+    assert ended.said.count("the bound of validation images fell") == 1
+    raised, bounds = (curve(tmp_path / "run", tag) for tag in ("warning/bound_fell", "val/bound"))
+    assert raised[0] == (50, 0)
+    assert raised[-1] == (400, 1)
+    assert bounds[-1][1] < 1.05 * max(bound for _, bound in bounds[:4])
+    run(f"{LINE}200 {few}", tmp_path / "stopped")
+    resume(tmp_path / "stopped", "train.steps=400")
+    assert curve(tmp_path / "stopped", "warning/bound_fell") == raised
 
 
 def test_untrained_networks_raise_no_alarm(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(f"{LINE}2 objective=supervised_only objective.labelled=0 objective.unlabelled=0", folder)
-    assert not {"warning/z_unused", "warning/generator_ignores_y", "warning/overfitted"} & set(
+    assert not {"warning/z_unused", "warning/generator_ignores_y", "warning/bound_fell"} & set(
         events(folder).Tags()["scalars"]
     )
 

@@ -10,8 +10,8 @@ from models.contract import Alarm
 
 MOST_GROWTH = 100.0  # times the gradient norm of the first steps
 ENOUGH_NORMS = 50  # steps, before any norm is usual
-MOST_LOSS = 0.05  # of the highest bound's size
-MOST_LOSS_A_PIXEL = 0.005  # nats, where that is less
+MOST_LOSS = 0.05  # of the highest bound's size, and
+MOST_LOSS_A_PIXEL = 0.005  # at least so many nats
 
 
 def gradient_exploded(norms: Sequence[float], early: Sequence[float]) -> Alarm:
@@ -28,11 +28,13 @@ def gradient_exploded(norms: Sequence[float], early: Sequence[float]) -> Alarm:
     )
 
 
-def overfitted(bound: float, highest: float, step: int, pixels: int) -> Alarm:
-    """Whether the bound of validation images of so many pixels, nats, is far below the highest, that of `step`."""
+def bound_fell(bound: float, highest: float, step: int, pixels: int) -> Alarm:
+    """Whether the bound of validation images of so many pixels, nats, is far below the highest, that of `step`.
+
+    As where few images are learnt by heart, or where J is of relaxed classes and q(y|x) makes use of that.
+    """
     return Alarm(
-        "overfitted",
+        "bound_fell",
         highest - bound > max(MOST_LOSS * abs(highest), MOST_LOSS_A_PIXEL * pixels),
-        "the generator learns its images by heart: the bound of validation images was "
-        f"{highest:.4g} nats at step {step}, and is {bound:.4g}",
+        f"the bound of validation images fell: it was {highest:.4g} nats at step {step}, and is {bound:.4g}",
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from configs.schema import ConfigError, TrainConfig
 from data.progress import Line, is_silent
 from models.contract import Alarm, Evaluation, Objective
 from models.gradient_quality import Measurement
-from training.alarms import gradient_exploded, overfitted
+from training.alarms import bound_fell, gradient_exploded
 from training.names import hyper_parameters, run_name
 from training.run import Run
 from training.run_folder import events_folder
@@ -133,8 +132,9 @@ class Report:
                 self.board.predictions(seen.told, self.run.validation, self.run.facts.class_names, step)
             alarms = model.alarms(measured, labels, self.run.weights)
             if self.run.weights.labelled or self.run.weights.unlabelled:  # else the bound means nothing
-                best = self.run.highest_bound
-                alarms.append(overfitted(measured.bound, best[1], best[0], math.prod(self.run.facts.shape)))
+                of_step, highest = self.run.highest_bound
+                pixels = model.num_pixels(self.run.validation.x.shape[1:])
+                alarms.append(bound_fell(measured.bound, highest, of_step, pixels))
             # a healthy model has yet to learn to use its latents: it is no warning before half of the steps are done
             self.alarm(step, *alarms, aloud=2 * step >= self.run.config.train.steps)
         if step == self.run.config.train.steps:

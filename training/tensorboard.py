@@ -37,7 +37,7 @@ LAYOUT = {
     "Temperature and entropy": {"temperature, and entropy of q(y|x) in nats": ["train/temperature", "train/entropy_y"]},
     "Speed": {"steps per second": ["train/steps_per_second"]},
     "Alarms (1 is up)": {
-        "alarms": ["warning/gradient_exploded", "warning/overfitted"],
+        "alarms": ["warning/gradient_exploded", "warning/bound_fell"],
         "gradient norm": ["train/gradient_norm"],
     },
 }

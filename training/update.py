@@ -101,7 +101,7 @@ class Update:
         self.generator.manual_seed(key(self.run.config.seed, "step", step))
         for temperature in self.temperatures:
             temperature.write(step)
-        for name, weight in self.run.weights.at(step).items():
+        for name, weight in self.run.weights.at_step(step).items():
             if weight != self.written[name]:
                 self.write_weight(name, weight)
 

@@ -32,7 +32,8 @@ def objective(
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
     its first term by the estimator. Where both bounds have no weight, the control of the classifier alone, they are not
     computed. The model and the estimator have the same p(y). For the first `labels_first` steps U's gradient leaves out
-    the logits, which labels alone then teach, and it grows to what it is in as many more; J has the same value.
+    the logits, which labels alone then teach, and it grows to what it is in as many more; J has the same value. What
+    else is drawn given x, as an auxiliary a, has U's gradient all along.
     Raises ContractError for an estimate of other shapes.
     """
     assert estimator.log_prior is model.log_prior
@@ -99,10 +100,10 @@ def objective(
 def describe(weights: Weights, labelled: int, unlabelled: int) -> str:
     """J with its weights, and what each of so many labelled and unlabelled images weighs in it."""
     w = weights
-    first = f"; q(y|x) learns from labels alone for {w.labels_first} steps, of U at full weight after as many more"
+    first = f"; labels alone teach q(y|x) for {w.labels_first} steps, and U with all its weight after as many more"
     return (
         f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
         "; effective weight per image: "
         f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
-        + (first if w.labels_first else "")
+        + (first if w.labels_first and w.unlabelled else "")
     )
