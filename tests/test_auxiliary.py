@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from data.randomness import keyed_generator
+from estimators.marginalization import Marginalization
 from models.auxiliary.model import AuxiliaryVAE
 from models.auxiliary.networks import auxiliary_conv, auxiliary_mlp
+from models.contract import Weights
 from models.gradient_quality import gradient_quality
 from models.m2 import evaluation
 from models.m2.model import Rows, SemiSupervisedVAE
@@ -204,6 +206,20 @@ def test_unbiased_estimators_are_unbiased(case: Case) -> None:
     found = gradient_quality(model, estimator, x, step=0, draws=60, seed=0)
     for part in found.parts.values():
         assert abs(part.bias_squared) < 5 * part.bias_squared_error + 1e-8
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_labels_alone_teach_the_logits_at_first_and_u_the_auxiliary(skip: bool) -> None:
+    model, x, y = tiny(skip), images(5), torch.eye(K)[:2]
+    estimator = model.prepared(Marginalization(), SHAPE.size)
+    found = []
+    for weights in (Weights(1, 1, 5, labels_first=4, teaching_weight=0.0), Weights(0, 0, 5)):
+        loss = model.objective(estimator, weights, x, y, step=0, generator=seeded(0)).loss
+        modules = (model.classifier, model.auxiliary)
+        found.append([torch.autograd.grad(loss, list(m.parameters()), retain_graph=True) for m in modules])
+    (logits, auxiliary), (logits_of_labels, auxiliary_of_labels) = found
+    torch.testing.assert_close(logits, logits_of_labels)
+    assert not any(map(torch.allclose, auxiliary, auxiliary_of_labels))
 
 
 @torch.no_grad()
