@@ -215,7 +215,7 @@ def test_labels_alone_teach_the_logits_at_first_and_u_the_auxiliary(skip: bool) 
     found = []
     for weights in (Weights(1, 1, 5, labels_first=4, teaching_weight=0.0), Weights(0, 0, 5)):
         loss = model.objective(estimator, weights, x, y, step=0, generator=seeded(0)).loss
-        modules = (model.classifier, model.auxiliary)
+        modules: list[Any] = [model.classifier, model.auxiliary]
         found.append([torch.autograd.grad(loss, list(m.parameters()), retain_graph=True) for m in modules])
     (logits, auxiliary), (logits_of_labels, auxiliary_of_labels) = found
     torch.testing.assert_close(logits, logits_of_labels)
