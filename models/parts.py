@@ -69,7 +69,8 @@ class RandomMotion(nn.Module):
     The angle is uniform within +-`rotation` degrees and each shift within +-`shift` of that side, rounded up to whole
     pixels, as less than half of one would move nothing: a pixel's value is the nearest one's, so that binary images
     stay so, and 0 where the image has none. What a `distortion` of 1 does is in `distorted` and `redrawn`, and a
-    smaller one does less. Raises ValueError for a rotation outside [0, 180], a shift or a distortion outside [0, 1].
+    smaller one does less; an objective may set the `share` of it that a step has. Raises ValueError for a rotation
+    outside [0, 180], a shift or a distortion outside [0, 1].
     """
 
     def __init__(self, rotation: float = 0.0, shift: float = 0.0, distortion: float = 0.0) -> None:
@@ -81,6 +82,7 @@ class RandomMotion(nn.Module):
         if not 0 <= distortion <= 1:
             raise ValueError(f"distortion must be in [0, 1], got {distortion}")
         self.rotation, self.shift, self.distortion = rotation, shift, distortion
+        self.share: float | Tensor = 1.0
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is None or not (self.rotation or self.shift or self.distortion):
@@ -93,15 +95,17 @@ class RandomMotion(nn.Module):
         row = torch.arange(height, device=x.device).view(height, 1) - (height - 1) / 2
         column = torch.arange(width, device=x.device) - (width - 1) / 2
         rows, columns = angle.cos() * row + angle.sin() * column, angle.cos() * column - angle.sin() * row
-        if self.distortion:
-            rows, columns = distorted(rows, columns, self.distortion, generator)
+        by = self.share * self.distortion if self.distortion else 0.0
+        distorts = isinstance(by, Tensor) or by > 0
+        if distorts:
+            rows, columns = distorted(rows, columns, by, generator)
         from_row = (rows + down + (height - 1) / 2).round().long()
         from_column = (columns + right + (width - 1) / 2).round().long()
         inside = (from_row >= 0) & (from_row < height) & (from_column >= 0) & (from_column < width)
         source = from_row.clamp(0, height - 1) * width + from_column.clamp(0, width - 1)
         pixels = x.flatten(2).gather(2, source.view(batch, 1, -1).expand(-1, channels, -1))
         moved = (pixels * inside.view(batch, 1, -1)).view(x.shape)
-        return redrawn(moved, 0.2 * self.distortion, generator) if self.distortion else moved
+        return redrawn(moved, 0.2 * by, generator) if distorts else moved
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
@@ -109,7 +113,7 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Gener
     return 2 * drawn(lambda whole: torch.rand(whole, device=device, generator=generator), shape, 1, generator) - 1
 
 
-def distorted(rows: Tensor, columns: Tensor, by: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def distorted(rows: Tensor, columns: Tensor, by: float | Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Where each pixel comes from, each [B, H, W], of images that are sheared, stretched and warped too.
 
     With `by` 1 the slant is within +-0.3, each side's factor within exp(+-0.2), and a smooth field moves each point by
@@ -137,7 +141,7 @@ def bicubic(size: int, like: Tensor) -> Tensor:
     return F.interpolate(corners[None, None], size=(4, size), mode="bicubic", align_corners=False)[0, 0]
 
 
-def redrawn(x: Tensor, chance: float, generator: torch.Generator) -> Tensor:
+def redrawn(x: Tensor, chance: float | Tensor, generator: torch.Generator) -> Tensor:
     """Images [B, C, H, W] of which a part `chance` has strokes a pixel thicker, and as many a pixel thinner.
 
     A pixel becomes the brightest, or the darkest, of itself and those above, to its left, and between these.

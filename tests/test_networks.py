@@ -452,6 +452,19 @@ def test_distortion_grows_with_its_number_and_is_none_at_zero() -> None:
     assert 0 < changed[1] < 0.3 * changed[2]
 
 
+def test_a_share_of_a_distortion_is_a_smaller_one() -> None:
+    x = images(SIZES["28x28"], 1).round().expand(20, -1, -1, -1)
+    motion, half = RandomMotion(15.0, 0.07, 1.0), RandomMotion(15.0, 0.07, 0.5)(x, generator())
+    for share in (0.5, torch.tensor(0.5)):
+        motion.share = share
+        assert torch.equal(motion(x, generator()), half)
+    plain = RandomMotion(15.0, 0.07)(x, generator())
+    for none in (0.0, torch.tensor(0.0)):
+        motion.share = none
+        assert torch.equal(motion(x, generator()), plain)
+    assert not torch.equal(half, plain)
+
+
 def test_distortion_warps_about_the_point_that_it_says() -> None:
     """The mean place of pixels is where it was, and each image's differs by the warp, a pixel of 28 at 4 x 4 points."""
     rows = torch.arange(28.0).view(1, 28, 1).expand(4000, 28, 28) - 13.5

@@ -30,6 +30,7 @@ from models.likelihoods import bernoulli_log_likelihood
 from models.m2.model import Bound, SemiSupervisedVAE, gaussian_kl
 from models.m2.objective import objective
 from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
+from models.parts import RandomMotion
 
 # torch.distributions is not annotated
 Bernoulli: Any = distributions.Bernoulli
@@ -343,6 +344,17 @@ def test_u_s_part_in_the_gradient_of_the_classifier_has_the_weight_of_the_step(e
             torch.testing.assert_close(found[0.25][name], torch.lerp(of_labels[name], full, 0.25))
         else:
             torch.testing.assert_close(found[0.0][name], full)
+
+
+def test_images_are_distorted_the_less_the_more_u_teaches() -> None:
+    networks = mlp(SHAPE, K, latent_size=1, hidden=4, dropout=0.0, scale="softplus", distortion=0.8)
+    model = SemiSupervisedVAE(networks)
+    (motion,) = (module for module in model.modules() if isinstance(module, RandomMotion))
+    run(model, Marginalization())
+    assert motion.share == 1
+    for weight in (0.0, 0.25, 1.0):
+        run(model, Marginalization(), replace(WEIGHTS, labels_first=4, teaching_weight=weight))
+        assert motion.share == 1 - weight
 
 
 def test_labels_teach_the_classifier_first_and_then_u_too() -> None:

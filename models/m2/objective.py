@@ -7,10 +7,11 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from estimators.contract import Estimator, check_estimate, entropy
 from models.contract import Objective, Weights, maximised
+from models.parts import RandomMotion
 
 if TYPE_CHECKING:
     from models.m2.model import Bound, SemiSupervisedVAE
@@ -38,6 +39,8 @@ def objective(
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
+    if weights.labels_first:
+        fade_distortion(model, weights)
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
@@ -95,6 +98,13 @@ def objective(
     }
     metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
     return maximised(terms, metrics, estimate.auxiliary)
+
+
+def fade_distortion(model: nn.Module, weights: Weights) -> None:
+    """The distortion of the images that q(y|x) sees fades as U comes in: labels alone gain by it, and U loses."""
+    for module in model.modules():
+        if isinstance(module, RandomMotion):
+            module.share = 1 - weights.teaching_weight
 
 
 def describe(weights: Weights, labelled: int, unlabelled: int) -> str:
