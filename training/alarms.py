@@ -31,7 +31,7 @@ def gradient_exploded(norms: Sequence[float], early: Sequence[float]) -> Alarm:
 def bound_fell(bound: float, highest: float, step: int, pixels: int) -> Alarm:
     """Whether the bound of validation images of so many pixels, nats, is far below the highest, that of `step`.
 
-    As where few images are learnt by heart, or where J is of relaxed classes and q(y|x) makes use of that.
+    As where few images are learnt by heart, or where J is not of discrete classes and q(y|x) makes use of that.
     """
     return Alarm(
         "bound_fell",
