@@ -107,8 +107,9 @@ class Update:
 
     def write_weight(self, name: str, weight: float) -> None:
         self.written[name] = weight
-        if isinstance(held := getattr(self.weights, name), Tensor):
-            held.fill_(weight)
+        on_device = getattr(self.weights, name)
+        if isinstance(on_device, Tensor):
+            on_device.fill_(weight)
         else:
             self.weights = replace(self.weights, **{name: weight})  # type: ignore[arg-type]
 

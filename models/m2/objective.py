@@ -39,12 +39,13 @@ def objective(
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
-    if weights.labels_first:
+    comes_later = weights.labels_first > 0 and weights.unlabelled > 0  # U, as a teacher of q(y|x)
+    if comes_later:
         fade_distortion(model, weights)
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
-    if weights.labels_first:  # the same numbers, and a part of the gradient
+    if comes_later:  # the same numbers, and a part of the gradient
         logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
     entropy_y = entropy(logits_unlabelled).mean()
@@ -96,7 +97,7 @@ def objective(
         "reconstruction": reconstruction,
         "entropy_y": entropy_y,
     }
-    metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
+    metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if comes_later else {})
     return maximised(terms, metrics, estimate.auxiliary)
 
 
