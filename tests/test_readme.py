@@ -1,4 +1,4 @@
-"""README.md: its files are there, its examples run, and its commands are accepted."""
+"""README.md and the pages on how to use it: their files are there, examples run, and commands are accepted."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from tests.runs import MLP, ROOT, command, events, resume, run
 from training.trained import open_run
 
 README = (ROOT / "README.md").read_text()
+USED = ("settings", "data", "extending", "many_runs", "measuring")  # other pages say what was measured
+PAGES = "\n".join([README, *((ROOT / "docs" / f"{name}.md").read_text() for name in USED)])
 TINY = "data=digits train.steps=2 train.log_every=1 evaluation.importance_samples=1 device=cpu"
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{kind}\n(.*?)^```", PAGES, flags=re.MULTILINE | re.DOTALL)
 
 
 def block_with(kind: str, text: str) -> str:
@@ -30,16 +32,21 @@ def block_with(kind: str, text: str) -> str:
 
 def commands() -> list[str]:
     """Every command line of train.py, in blocks and in running text."""
-    running = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    running = re.sub(r"^```.*?^```", "", PAGES, flags=re.MULTILINE | re.DOTALL)
     texts = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines() + re.findall(r"`([^`]+)`", running)
     lines = (re.sub(r"\s+#.*", "", " ".join(text.split())) for text in texts)
     return [line.partition("train.py")[2].strip() for line in lines if "uv run train.py" in line]
 
 
-def test_linked_files_are_there() -> None:
-    linked = re.findall(r"\]\(((?!http)[^)]+)\)", README)
-    assert len(linked) > 5
-    assert all((ROOT / file).is_file() for file in linked)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.stem)
+def test_linked_files_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_linked_from_the_first() -> None:
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"\]\(docs/(\w+\.md)\)", README))
 
 
 def test_pictures_are_small() -> None:
@@ -67,7 +74,7 @@ def test_command_is_accepted(line: str, tmp_path: Path) -> None:
 def plugin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, module_text: str, group: str, name: str, yaml: str
 ) -> str:
-    """The arguments that find a person's own module, README's block with `module_text`, and its configuration."""
+    """The arguments that find a person's own module, the block with `module_text`, and its configuration."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"{module}.py").write_text(block_with("python", module_text))
     (tmp_path / group).mkdir()
@@ -84,7 +91,7 @@ def test_estimator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_networks_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     yaml = "_target_: networks_of_mine.wide\nlatent_size: 10\nhidden: 300\n"
     for setting in yaml.split("\n")[:-1]:
-        assert f"`{setting}`" in README
+        assert f"`{setting}`" in PAGES
     line = plugin(tmp_path, monkeypatch, "networks_of_mine", "wide(", "model", "wide", yaml)
     run(f"{line} {TINY}", tmp_path / "run")
 
@@ -133,11 +140,9 @@ def test_every_setting_of_the_table_exists() -> None:
     families = ("model=auxiliary_mlp", "model=categorical_mlp", "model=categorical_two_layers", "model=structured_mlp")
     lines = (*families, "", "estimator=marginalization", f"{annealed}geometric", f"{annealed}exponential")
     composed = "".join(command(train.main, f"{line} --cfg job").out for line in lines)
-    rows = re.findall(
-        r"^\| (`[^|]+`) \|", README[README.index("## Settings") : README.index("## Troubleshooting")], re.M
-    )
+    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "settings.md").read_text(), re.M)
     names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
-    assert len(names) > 30
+    assert len(names) > 60
     for name in names:
         assert f"{name.rpartition('.')[2]}:" in composed or (ROOT / "configs" / name.replace(".", "/")).is_dir(), name
 
