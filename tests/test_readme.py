@@ -38,7 +38,7 @@ def commands() -> list[str]:
     return [line.partition("train.py")[2].strip() for line in lines if "uv run train.py" in line]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda page: page.stem)
 def test_linked_files_are_there(page: Path) -> None:
     for link in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
