@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from configs.check import COMPOSING_ERRORS, is_follower, number_of_processes, re
 from configs.schema import Config, ConfigError
 from configs.trust import take_trusted
 from configs.wording import explain, explain_group, print_anywhere
-from data.facts import DataError
+from training.ended import ended_by, errors, is_saved, is_to_say, quiet_on_full_disks, way_to_resume
 from training.resume import references, resume_arguments, resume_command
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need i
     from training.run import Run
 
 log = logging.getLogger("catvae")
-errors = logging.getLogger("catvae.errors")  # to standard error and the run's train.log
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)
 
 
@@ -273,48 +272,6 @@ def follow() -> int:
         return ended_by(error, OmegaConf.create(told.get("config", {})), Path(told.get("folder", ".")))
 
 
-def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
-    """Says in one sentence what ended a job, if a person can mend it, and returns the exit code."""
-    from estimators.contract import ContractError
-    from models.evaluation import OutOfMemoryError
-    from training.checkpoints import CheckpointError
-    from training.divergence import Diverged
-    from training.interruption import ProcessLost
-
-    if isinstance(error, OutOfMemoryError):
-        way_on = f"go on with: {way_to_resume(config, folder)} evaluation.batch_size=NUMBER"
-        errors.error("catvae: %s; nothing is lost, %s", error, way_on)
-        return 2
-    if isinstance(error, (ConfigError, DataError, CheckpointError, ContractError, Diverged)):
-        errors.error("catvae: %s", error)
-        return 3 if isinstance(error, Diverged) else 2
-    if isinstance(error, ProcessLost):
-        way_on = "start it again"
-        if is_saved(folder):
-            way_on = f"what was saved is whole: go on with: {way_to_resume(config, folder)}"
-        errors.error("catvae: another process of this run has ended, and the run with it; %s", way_on)
-        return 1
-    if isinstance(error, OSError):  # a full disk, a folder that may not be written to any more
-        way_on = "mend that and start again"
-        if is_saved(folder):
-            way_on = f"what was saved is whole: mend that, and go on with: {way_to_resume(config, folder)}"
-        errors.error("catvae: cannot use %s: %s; %s", error.filename or folder, error.strerror or error, way_on)
-        return 1
-    if isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
-        errors.error("catvae: deterministic must be false here: %s", str(error).split(", but you set")[0])
-        return 2
-    errors.error("catvae: a fault of the program", exc_info=error)
-    return 1
-
-
-def is_saved(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step_*.pt"))
-
-
-def way_to_resume(config: DictConfig, folder: Path) -> str:
-    return resume_command(folder, OmegaConf.to_container(config, resolve=False))
-
-
 @hydra.main(version_base=None, config_path="configs", config_name="config")
 def hydra_main(config: DictConfig) -> float | None:
     """Runs a job; returns what a search maximises in a sweep, and exits with its code elsewhere."""
@@ -340,15 +297,6 @@ def ending(config: DictConfig, folder: Path) -> tuple[int, str]:
         raise
 
 
-def is_to_say() -> bool:
-    """Whether this process tells what ended the run: of several, the first that asks."""
-    if number_of_processes() == 1:
-        return True
-    from training.distributed import says
-
-    return says()
-
-
 def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
     """Does what is left to do of a job; the others go on if it fails, and the sweep's exit code tells of it."""
     from training import sweep
@@ -369,11 +317,6 @@ def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
         except (KeyboardInterrupt, SystemExit) as stop:
             code, reason = getattr(stop, "code", 130), ""
     return sweep.after_job(hydra_config, config, folder, code, reason)
-
-
-def quiet_on_full_disks(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
-    """TensorBoard's thread shows a traceback for what the main thread is told too, and says in one sentence."""
-    return lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed)
 
 
 def main() -> None:
