@@ -31,9 +31,7 @@ class Weights:
     alpha: float
     samples: int = 1  # of y in the bound, where there are no labels
     kl_warmup: int = 0  # steps in which the KL's weight grows to 1, there
-    labels_first: int = (
-        0  # steps in which U does not teach q(y|x), and then those in which its weight in that grows to 1
-    )
+    labels_first: int = 0  # steps in which U does not teach q(y|x), then those in which its weight there grows to 1
     kl_weight: float | Tensor = 1.0  # these weights at the step in hand; tensors [] where they are read on the device
     teaching_weight: float | Tensor = 1.0
 
