@@ -82,10 +82,11 @@ class RandomMotion(nn.Module):
         if not 0 <= distortion <= 1:
             raise ValueError(f"distortion must be in [0, 1], got {distortion}")
         self.rotation, self.shift, self.distortion = rotation, shift, distortion
+        self.moves = rotation > 0 or shift > 0 or distortion > 0
         self.share: float | Tensor = 1.0
 
     def forward(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        if generator is None or not (self.rotation or self.shift or self.distortion):
+        if generator is None or not self.moves:
             return x
         batch, channels, height, width = x.shape
         chance = uniform((3, batch, 1, 1), x.device, generator)

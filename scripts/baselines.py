@@ -17,6 +17,7 @@ What is finished in --output is skipped, so that the same command goes on where 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import secrets
 import shlex
@@ -45,7 +46,8 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
 
 CLASSIFIER = "classifier"  # trained by train.py
 NAMES = ("nearest_neighbour", "logistic_regression", "svm", "label_spreading", "self_training", CLASSIFIER)
-ALONE = ["objective=supervised_only", "objective.labelled=0", "objective.unlabelled=0"]  # whatever a preset says
+# whatever a preset says
+ALONE = ["objective=supervised_only", *(f"objective.{name}=0" for name in ("labelled", "unlabelled", "labels_first"))]
 TRAINER = CONFIGS.parent / "train.py"
 
 
@@ -327,10 +329,11 @@ def as_evaluated(images: Any, config: Config) -> Pixels:
 
     from data.batches import binarize
     from data.randomness import keyed_generator
-    from models.evaluation import EVALUATION_SEED
+    from models.evaluation import EVALUATION_SEED, rows_at_once
 
     parts = []
-    for index, batch in enumerate(torch.from_numpy(images).split(config.evaluation.batch_size)):
+    size = min(config.evaluation.batch_size, rows_at_once(math.prod(images.shape[1:])))
+    for index, batch in enumerate(torch.from_numpy(images).split(size)):
         generator = keyed_generator(batch.device, EVALUATION_SEED, "evaluation", index)
         parts.append(binarize(batch, config.data.binarization.value, generator))
     pixels: Pixels = torch.cat(parts).flatten(1).numpy()

@@ -62,40 +62,31 @@ def compose_run(overrides: list[str], estimator: str) -> Run:
 
 
 class Trainer:
-    """train.py's step on a run, each part timed: tests hold its parameters to those of train.py."""
+    """train.py's step on a run, each part timed."""
 
     def __init__(self, run: Run) -> None:
         from training.divergence import FiniteGuard
+        from training.update import Update
 
         self.run = run
         self.guard = FiniteGuard(run.optimizer, run.parameters, run.device)
+        self.update = Update(run, self.guard, self.after)
+        self.seconds: dict[str, float] = {}  # of each part of the last step
         self.metrics: dict[str, Any] = {}
+
+    def after(self, part: str) -> None:
+        self.seconds[part] = self.mark()
 
     def step(self, report: Report | None = None) -> dict[str, float]:
         """One step; returns the seconds of each part, until the device has done it."""
-        from data.randomness import keyed_generator
-
-        run, seconds, mark = self.run, {}, Stopwatch(self.run.device)
-        generator = keyed_generator(run.device, run.config.seed, "step", run.step)
-        batch = run.batches(run.step, generator)
-        seconds["data"] = mark()
-        with run.autocast():
-            result = run.model.objective(run.estimator, run.weights, *batch, step=run.step, generator=generator)
-        seconds["forward"] = mark()
-        run.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
-        seconds["backward"] = mark()
-        self.guard.before_update(run.step, result.terms)
-        seconds["guard"] = mark()
-        run.set_learning_rate(run.step)
-        run.optimizer.step()
-        seconds["optimizer"] = mark()
-        run.step += 1
+        self.seconds, self.mark = {}, Stopwatch(self.run.device)
+        result = self.update(self.run.step)
+        self.run.step += 1
         if report is not None:
             report.add(result, self.guard.norm)
-            seconds["logging"] = mark()
+            self.after("logging")
         self.metrics = result.metrics
-        return seconds
+        return self.seconds
 
 
 class Stopwatch:
@@ -189,12 +180,19 @@ def networks_of(model: Model) -> Networks:
     return Networks(model.classifier, model.inference, model.generator, model.num_classes, model.latent_size)
 
 
-def check_peer(peer: str, model: Model) -> None:
-    """Before any work. Raises ConfigError."""
+def check_peer(peer: str, run: Run) -> None:
+    """Refuses, before any work, what a peer would do another step of. Raises ConfigError."""
     from models.networks import MLPClassifier
 
-    if not isinstance(networks_of(model).classifier, MLPClassifier) and peer == "jax":
+    classifier, config = networks_of(run.model).classifier, run.config
+    if config.likelihood.value != "bernoulli" or config.prior != "uniform":
+        raise ConfigError("--peer must go with likelihood=bernoulli and prior=uniform, as peers have")
+    if peer != "jax":
+        return
+    if not isinstance(classifier, MLPClassifier):
         raise ConfigError("--peer jax must go with model=mlp, whose step it writes once more")
+    if classifier.motion.moves:
+        raise ConfigError("--peer jax must go with model.rotation=0 model.shift=0 model.distortion=0")
 
 
 def time_peers(run: Run, rounds: int, peer: str) -> dict[str, float]:
@@ -297,7 +295,7 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
     trainers, left_out = made_trainers(arguments)
     names, run = list(trainers), next(iter(trainers.values())).run
     if arguments.peer != "none":
-        check_peer(arguments.peer, run.model)
+        check_peer(arguments.peer, run)
     about = machine(run) | {"command": sys.argv[1:], "rounds": arguments.rounds}
     model, data, settings = run.config.model["_target_"].rpartition(".")[2], run.config.data.name, run.config.train
     print(
@@ -415,8 +413,14 @@ def main() -> None:
             writable(arguments.output, (".json",))
         if arguments.picture:
             writable(arguments.picture, (".png", ".pdf", ".svg"), "--picture")
+        if arguments.picture and not arguments.classes:
+            raise ConfigError("--picture must go with --classes: it draws steps a second against their number")
+        if arguments.classes and (arguments.memory or arguments.peer != "none"):
+            raise ConfigError("--classes must go without --memory and --peer, which are of one number of classes")
+        if arguments.picture:
+            import_module("matplotlib")  # refused before any work, as these
         if arguments.peer in ("pyro", "jax"):
-            import_module(arguments.peer)  # refused before any work
+            import_module(arguments.peer)
         if arguments.peak_of:
             print_peak(arguments.overrides, arguments.peak_of)
             return
@@ -424,11 +428,11 @@ def main() -> None:
             print_peers(arguments.overrides, arguments.peers_of, arguments.rounds, arguments.peer)
             return
         found = growth_table(arguments) if arguments.classes else steps_table(arguments)
-        if arguments.picture and arguments.classes:
-            about = f"{found['precision']}, {found['threads']} threads of {found['processor']}"
-            picture(found["growth"], about).savefig(arguments.picture, dpi=130)
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+        if arguments.picture:
+            about = f"{found['precision']}, {found['threads']} threads of {found['processor']}"
+            picture(found["growth"], about).savefig(arguments.picture, dpi=130)
 
 
 if __name__ == "__main__":

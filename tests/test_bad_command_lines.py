@@ -134,6 +134,11 @@ BAD = [
         "objective.labels_first must be 0 where objective.alpha is 0",
         "got 5",
     ),
+    (
+        "objective=supervised_only objective.labels_first=5",
+        "objective.labels_first must be 0 where objective.unlabelled is 0",
+        "got 5",
+    ),
     ("train.clip_gradient=0", "train.clip_gradient must be null, or > 0 and finite", "got 0"),
     ("train.clip_gradient=inf", "train.clip_gradient must be null, or > 0 and finite", "got inf"),
     ("train.clip_gradient=yes", "train.clip_gradient must be a number", "got"),

@@ -96,7 +96,11 @@ def test_one_nearest_neighbour_has_its_known_accuracy(tmp_path: Path) -> None:
     assert [round(100 * accuracy, 1) for accuracy in found] == NEAREST
 
 
-def test_drawn_pixels_are_those_that_a_run_is_evaluated_on(done: Path) -> None:
+@pytest.mark.parametrize("at_once", [8192, 30])  # of small images, and of large ones
+def test_drawn_pixels_are_those_that_a_run_is_evaluated_on(
+    at_once: int, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "rows_at_once", lambda pixels: at_once)
     trained = stored_run(done / "classifier")
     trained.binarization = "dynamic"
     trained.config.data.binarization = Binarization.dynamic

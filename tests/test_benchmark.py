@@ -38,8 +38,9 @@ def test_every_estimator_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["threads"] == 1
 
 
-def test_a_timed_step_is_the_trainers(tmp_path: Path) -> None:
-    line = f"{MLP} train.steps=3"
+@pytest.mark.parametrize("settings", ["", "objective.labels_first=1 model.distortion=0.5 train.clip_gradient=0.1"])
+def test_a_timed_step_is_the_trainers(settings: str, tmp_path: Path) -> None:
+    line = f"{MLP} train.steps=3 {settings}"
     run(f"{line} estimator=reinmax", tmp_path / "run")
     trainer = benchmark.Trainer(benchmark.compose_run(line.split(), "reinmax"))
     for _ in range(3):
@@ -133,12 +134,19 @@ def test_without_the_peer_it_says_how_to_get_it(peer: str, said: str, monkeypatc
     assert ended.err == f"catvae: {said}\n"
 
 
-def test_a_bad_argument_is_refused_in_one_sentence() -> None:
+def test_a_bad_argument_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", sys)  # as if it were there
     for line, said in (
         ("data=digts", "data must be one of"),
         ("--estimators nope", "estimators must be names out of"),
         ("--output figures.txt", "--output must end in .json"),
         ("--peer plain --estimators gumbel_softmax data=digits model=auxiliary_mlp", "--peer must be none"),
+        (f"--peer plain {MLP} data.binarization=none likelihood=gaussian", "--peer must go with likelihood=bernoulli"),
+        (f"--peer plain {MLP} prior=labelled", "--peer must go with likelihood=bernoulli"),
+        (f"--peer jax {MLP} model.rotation=9", "--peer jax must go with model.rotation=0"),
+        ("--peer jax data=digits data.binarization=dynamic", "--peer jax must go with model=mlp"),
+        (f"--picture speed.png {MLP}", "--picture must go with --classes"),
+        (f"--classes 2 --memory {MLP}", "--classes must go without --memory and --peer"),
     ):
         ended = command(benchmark.main, line)
         assert ended.code == 2

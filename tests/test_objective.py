@@ -357,16 +357,6 @@ def test_images_are_distorted_the_less_the_more_u_teaches() -> None:
         assert motion.share == 1 - weight
 
 
-def test_without_u_images_stay_distorted() -> None:
-    networks = mlp(SHAPE, K, latent_size=1, hidden=4, dropout=0.0, scale="softplus", distortion=0.8)
-    model = SemiSupervisedVAE(networks)
-    (motion,) = (module for module in model.modules() if isinstance(module, RandomMotion))
-    for labelled in (0.0, 1.0):
-        weights = Weights(labelled, 0.0, 5.0, labels_first=4, teaching_weight=1.0)
-        assert "teaching_weight" not in run(model, Marginalization(), weights).metrics
-        assert motion.share == 1
-
-
 def test_labels_teach_the_classifier_first_and_then_u_too() -> None:
     weights = Weights(1, 1, 1, labels_first=4)
     assert [weights.teaching_weight_at(step) for step in range(9)] == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -16,11 +17,12 @@ import pytest
 import torch
 
 from data import arrays
-from data.batches import Ahead, Batches, fit, training_data
+from data.batches import Ahead, Batches, OnHost, fit, training_data
 from data.splits import Split
 from data.stored import Images, InFile
 from tests.runs import checkpoint, equal, resume, run
 from tests.test_arrays import contents, line, stored
+from training.saved import stored_run
 
 Contents = dict[str, npt.NDArray[Any]]
 
@@ -138,6 +140,18 @@ def test_placement_changes_no_bit(form: str, tmp_path: Path) -> None:
     run(f"{line(path)} data.placement=host train.steps=4", tmp_path / "half")
     resume(tmp_path / "half", "train.steps=8 data.placement=device")
     assert equal(checkpoint(tmp_path / "half")["model"], checkpoint(tmp_path / "host")["model"])
+    measured = [json.loads((tmp_path / placement / "result.json").read_text()) for placement in ("device", "host")]
+    assert measured[0]["test_bound"] == measured[1]["test_bound"]
+
+
+def test_every_part_is_where_placement_says(tmp_path: Path) -> None:
+    """The test images too, which are looked at when training has taken its hours."""
+    for placement, kind in (("device", torch.Tensor), ("host", OnHost)):
+        run(f"{line(stored(tmp_path))} data.placement={placement} train.steps=1", tmp_path / placement)
+        opened = stored_run(tmp_path / placement)
+        trained = [opened.load_training("labelled"), opened.load_training("unlabelled")]
+        parts = [opened.validation, opened.load_test(), *trained]
+        assert all(isinstance(part.x, kind) for part in parts)
 
 
 def test_what_is_larger_than_a_quarter_of_memory_stays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ class Run:
             binarization=self.binarization,
             seed=config.seed,
         )
-        self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
+        self.validation = self._to_measure(source, self.split.validation)
 
     def load_images(self, part: str) -> Images:
         """The images of the `train` or `test` part, their fixed pixels if those are asked for. Raises DataError."""
@@ -107,7 +107,10 @@ class Run:
         """Has evaluation look at other pixels than those that the run is trained with."""
         self.binarization = binarization
         source = self.load_images("train")
-        self.validation = evaluation_data(source, self.split.validation, self.device, self._on_host(source))
+        self.validation = self._to_measure(source, self.split.validation)
+
+    def _to_measure(self, source: Images, rows: Indices | slice) -> EvaluationData:
+        return evaluation_data(source, rows, self.device, self._on_host(source))
 
     def _on_host(self, source: Images) -> bool:
         """Whether images stay on the host, or in their file, and come to the device a minibatch at a time."""
@@ -126,7 +129,7 @@ class Run:
 
     def load_test(self) -> EvaluationData:
         """The test part: looked at once, when training is over, or by scripts.evaluate."""
-        return evaluation_data(self.load_images("test"), slice(None), self.device)
+        return self._to_measure(self.load_images("test"), slice(None))
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -171,7 +174,7 @@ class Run:
 
     def load_training(self, part: Literal["labelled", "unlabelled"]) -> EvaluationData:
         """Training images with their true labels, -1 where there is none: to look at, never to train with."""
-        return evaluation_data(self.load_images("train"), self.rows(part), self.device)
+        return self._to_measure(self.load_images("train"), self.rows(part))
 
     def measure(
         self,

@@ -62,10 +62,10 @@ def held(estimator: nn.Module, device: torch.device) -> list[Held]:
 
 
 class Update:
-    """A step of training: minibatch, J, gradient, guard, optimizer."""
+    """A step of training: minibatch, J, gradient, guard, optimizer. Who times it is told `after` which part it is."""
 
-    def __init__(self, run: Run, guard: FiniteGuard) -> None:
-        self.run, self.guard = run, guard
+    def __init__(self, run: Run, guard: FiniteGuard, after: Callable[[str], None] = lambda part: None) -> None:
+        self.run, self.guard, self.after = run, guard, after
         self.generator = torch.Generator(run.device)
         if run.together:
             sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
@@ -119,20 +119,25 @@ class Update:
         batch = run.batches.take(rows, self.generator)
         if run.together:
             batch = run.together.own(*batch)
+        self.after("data")
         with run.autocast(), self.half or nullcontext(), ExitStack() as stack:
             for temperature in self.temperatures:
                 stack.enter_context(temperature)
             result = run.model.objective(run.estimator, self.weights, *batch, step=step, generator=self.generator)
+        self.after("forward")
         run.optimizer.zero_grad(set_to_none=True)
         result.loss.backward(self.one)
         if self.half:
             self.half.hand_over_gradients()
         if run.together:
             run.together.average(run.parameters.values(), run.estimator, result)
+        self.after("backward")
         self.guard.before_update(number, result.terms)
+        self.after("guard")
         if (limit := run.config.train.clip_gradient) is not None:
             clip([p.grad for p in run.model.parameters() if p.grad is not None], limit)
         run.optimizer.step()
+        self.after("optimizer")
         return detached(result)
 
 

@@ -257,8 +257,11 @@ class SemiSupervisedVAE(Model):
             raise ValueError(
                 f"objective.kl_warmup must be 0 with a model that learns from labels, got {weights.kl_warmup}"
             )
-        if weights.labels_first and not weights.alpha:
-            raise ValueError(f"objective.labels_first must be 0 where objective.alpha is 0, got {weights.labels_first}")
+        for name in ("alpha", "unlabelled"):  # no labels that teach first, or no U that does later
+            if weights.labels_first and not getattr(weights, name):
+                raise ValueError(
+                    f"objective.labels_first must be 0 where objective.{name} is 0, got {weights.labels_first}"
+                )
 
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
         return describe(weights, labelled, unlabelled)

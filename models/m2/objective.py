@@ -39,13 +39,12 @@ def objective(
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
-    comes_later = weights.labels_first > 0 and weights.unlabelled > 0  # U, as a teacher of q(y|x)
-    if comes_later:
+    if weights.labels_first:
         fade_distortion(model, weights)
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
-    if comes_later:  # the same numbers, and a part of the gradient
+    if weights.labels_first:  # the same numbers, and a part of the gradient
         logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
     entropy_y = entropy(logits_unlabelled).mean()
@@ -97,7 +96,7 @@ def objective(
         "reconstruction": reconstruction,
         "entropy_y": entropy_y,
     }
-    metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if comes_later else {})
+    metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
     return maximised(terms, metrics, estimate.auxiliary)
 
 
@@ -116,5 +115,5 @@ def describe(weights: Weights, labelled: int, unlabelled: int) -> str:
         f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
         "; effective weight per image: "
         f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
-        + (first if w.labels_first and w.unlabelled else "")
+        + (first if w.labels_first else "")
     )
