@@ -8,7 +8,6 @@ layer over (features, y) or (y, z) is the sum of two linear layers, which is how
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -251,9 +250,6 @@ class ConvGenerator(nn.Module):
             hidden = layer(self.activation(hidden))
         pixels = hidden[:, :, : self.shape.height, : self.shape.width]
         return pixels.reshape(samples, batch, self.shape.size)
-
-
-NetworkBuilder = Callable[[ImageShape, int], Networks]
 
 
 def mlp(

@@ -316,13 +316,8 @@ def steps_table(arguments: argparse.Namespace) -> dict[str, Any]:
         parts, trainer = medians[name], trainers[name]
         seconds = sum(parts.values())
         operations = operations_of(trainer.step)
-        row = {
-            "estimator": name,
-            "evaluations": trainer.metrics["evaluations"],
-            "seconds": seconds,
-            "parts": parts,
-            "floating_point_operations": operations,
-        }
+        row = {"estimator": name, "evaluations": trainer.metrics["evaluations"], "seconds": seconds, "parts": parts}
+        row |= {"floating_point_operations": operations}
         shares = "".join(f"{parts[part] / seconds:>10.1%}" for part in PARTS)
         print(f"{name:<30}{row['evaluations']:>6.3g}{1000 * seconds:>9.2f}{1 / seconds:>9.1f}", end="")
         if rate is not None:

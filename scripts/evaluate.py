@@ -17,7 +17,7 @@ from data.facts import DataError
 from scripts.command import apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
-    from training.run import Part
+    from training.run import Part, Run
 
 PARTS: dict[str, tuple[Part, ...]] = {
     "val": ("val",),
@@ -35,6 +35,18 @@ def _check_pixels(likelihood: Likelihood, binarization: str) -> None:
         raise ConfigError(f"--binarization must be none for this run: {error}") from error
 
 
+def _check_classifying(run: Run, pixel_draws: int, classify_by: str | None) -> None:
+    """Raises ConfigError for what this run cannot classify by."""
+    has_labels, weights = run.model.has_labels, run.config.objective
+    if pixel_draws > 1 and not (has_labels and run.binarization == "dynamic"):
+        what = "tells no classes" if not has_labels else f"has pixels as binarization={run.binarization}"
+        raise ConfigError(f"--pixel-draws must be 1 for this run, which {what}, got {pixel_draws}")
+    if classify_by and not has_labels:
+        raise ConfigError("--classify-by must be left out for this run, whose model tells no classes")
+    if classify_by not in (None, "classifier") and not (weights.labelled or weights.unlabelled):
+        raise ConfigError(f"--classify-by must be classifier for this run of q(y|x) alone, got {classify_by}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run folder")
@@ -49,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--importance-samples",
         type=positive,
-        help="draws of z per class for log p(x), of every part; if not given, the run's own number, of the test part",
+        help="draws for log p(x), of z per class or of y without labels; if not given, as the run has it",
     )
     parser.add_argument(
         "--pixel-draws",
@@ -81,16 +93,7 @@ def main() -> None:
         if arguments.binarization:
             _check_pixels(run.config.likelihood, arguments.binarization)
             run.look_at(arguments.binarization)
-        if (arguments.pixel_draws or 1) > 1 and not (run.model.has_labels and run.binarization == "dynamic"):
-            what = "tells no classes" if not run.model.has_labels else f"has pixels as binarization={run.binarization}"
-            raise ConfigError(f"--pixel-draws must be 1 for this run, which {what}, got {arguments.pixel_draws}")
-        if arguments.classify_by and not run.model.has_labels:
-            raise ConfigError("--classify-by must be left out for this run, whose model tells no classes")
-        weights = run.config.objective
-        if arguments.classify_by not in (None, "classifier") and not (weights.labelled or weights.unlabelled):
-            raise ConfigError(
-                f"--classify-by must be classifier for this run of q(y|x) alone, got {arguments.classify_by}"
-            )
+        _check_classifying(run, arguments.pixel_draws or 1, arguments.classify_by)
         measured = {"steps": float(run.step)}
         for part in PARTS[arguments.part]:
             measured |= run.measure(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
 import train
 from scripts import generate
+from scripts.command import composed
 from tests.runs import MLP, ROOT, command, events, resume, run
 from training.trained import open_run
 
@@ -135,16 +138,35 @@ def test_images_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run(f"{line} {model} train.steps=2", tmp_path / "run")
 
 
-def test_every_setting_of_the_table_exists() -> None:
-    annealed = "estimator=gumbel_softmax schedule@estimator.temperature="
-    families = ("model=auxiliary_mlp", "model=categorical_mlp", "model=categorical_two_layers", "model=structured_mlp")
-    lines = (*families, "", "estimator=marginalization", f"{annealed}geometric", f"{annealed}exponential")
-    composed = "".join(command(train.main, f"{line} --cfg job").out for line in lines)
+def choices(group: str) -> list[str]:
+    return sorted(file.stem for file in (ROOT / "configs" / group).glob("*.yaml"))
+
+
+def keys_of(config: dict[str, Any]) -> set[str]:
+    """Dotted names of all that a composed configuration lets a person set."""
+    keys = set()
+    for name, value in config.items():
+        below = keys_of(value) if isinstance(value, dict) else {""}
+        keys |= {f"{name}.{key}".rstrip(".") for key in below if not name.startswith("_")}
+    return keys
+
+
+def test_the_table_of_settings_has_every_key_and_no_other() -> None:
     rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "settings.md").read_text(), re.M)
-    names = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
-    assert len(names) > 60
-    for name in names:
-        assert f"{name.rpartition('.')[2]}:" in composed or (ROOT / "configs" / name.replace(".", "/")).is_dir(), name
+    told = set[str]()
+    for row in rows:
+        first, *more = re.findall(r"`([\w./@]+)`", row)
+        told |= {first, *(first.rpartition(".")[0] + name if name[0] == "." else name for name in more)}
+    lines = {"data=arrays", "estimator=score_function estimator/baseline=learned"}
+    for group in ("model", "estimator", "optimizer", "lr_factor"):
+        lines |= {f"{group}={choice}" for choice in choices(group)}
+    lines |= {f"estimator=gumbel_softmax schedule@estimator.temperature={choice}" for choice in choices("schedule")}
+    plain = (cast(dict[str, Any], OmegaConf.to_container(composed(*line.split()))) for line in lines)
+    keys = set[str]().union(*map(keys_of, plain))
+    keys -= {"estimator.temperature.steps", "lr_factor.steps", "data.name"}  # which others say
+    assert keys - told == set()
+    groups = {name for name in told if (ROOT / "configs" / name).is_dir()}
+    assert told - keys - groups == {"schedule@estimator.temperature"}
 
 
 def test_what_to_type_in_trouble_is_accepted() -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars under the tags that docs/measuring.md lists, pictures, the projector, and the HParams tab."""
+"""TensorBoard: scalars under the tags of docs/measuring.md, pictures, the projector, and the HParams tab."""
 
 from __future__ import annotations
 

@@ -60,16 +60,8 @@ def objective(
         y = y.squeeze(-2)  # of one variable
         if estimator.calls_once:  # the labelled images share the pass, which saves one (docs/performance.md)
             samples, batch, _ = y.shape
-
-            def in_pairs(of_images: Tensor) -> Tensor:
-                """A row for each labelled image, and one for each sample of each unlabelled image."""
-                if samples == 1:
-                    return of_images
-                of_labelled, of_unlabelled = of_images.split(parts)
-                return torch.cat([of_labelled, *[of_unlabelled] * samples])
-
             classes = torch.cat([y_labelled, y.flatten(0, 1)]).unsqueeze(0)
-            both = model.bound_at(classes, tuple(map(in_pairs, rows)))
+            both = model.bound_at(classes, tuple(in_pairs(row, parts, samples) for row in rows))
             bound, drawn = both.split(labelled, samples * batch)
             return drawn.value.view(samples, batch)
         return model.bound_at(y, rows_unlabelled).value
@@ -98,6 +90,14 @@ def objective(
     }
     metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
     return maximised(terms, metrics, estimate.auxiliary)
+
+
+def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:
+    """A row for each labelled image, and one for each sample of each unlabelled image."""
+    if samples == 1:
+        return of_images
+    of_labelled, of_unlabelled = of_images.split(parts)
+    return torch.cat([of_labelled, *[of_unlabelled] * samples])
 
 
 def fade_distortion(model: nn.Module, weights: Weights) -> None:
