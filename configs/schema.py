@@ -170,10 +170,13 @@ class ObjectiveConfig:
     samples: int = 1  # of y in the bound, of models without labels
     kl_warmup: int = 0  # steps, of models without labels
     labels_first: int = 0  # steps, of models with labels
+    distortion_fades: int | None = None  # steps, of models with labels; null is as many as labels_first
 
     def __post_init__(self) -> None:
         _at_least(1, objective__samples=self.samples)
         _at_least(0, objective__kl_warmup=self.kl_warmup, objective__labels_first=self.labels_first)
+        if self.distortion_fades is not None and self.distortion_fades < 1:
+            raise ValueError(f"objective.distortion_fades must be null or >= 1, got {self.distortion_fades}")
         for key in ("labelled", "unlabelled", "alpha"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):

@@ -32,8 +32,10 @@ class Weights:
     samples: int = 1  # of y in the bound, where there are no labels
     kl_warmup: int = 0  # steps in which the KL's weight grows to 1, there
     labels_first: int = 0  # steps in which U does not teach q(y|x), then those in which its weight there grows to 1
+    distortion_fades: int | None = None  # steps, after those, in which q(y|x)'s images are less and less distorted
     kl_weight: float | Tensor = 1.0  # these weights at the step in hand; tensors [] where they are read on the device
     teaching_weight: float | Tensor = 1.0
+    distortion_share: float | Tensor = 1.0
 
     def kl_weight_at(self, step: int) -> float:
         """The KL's weight at a step, on a straight line (Bowman et al. 2016; Sønderby et al. 2016)."""
@@ -43,9 +45,22 @@ class Weights:
         """The weight of U in the gradient of q(y|x)'s logits at a step: 0 at first, then on a straight line to 1."""
         return min(1.0, max(0.0, (step + 1) / self.labels_first - 1)) if self.labels_first else 1.0
 
+    @property
+    def fading(self) -> int:
+        """Steps in which the distortion fades: None is as many as U takes to come in."""
+        return self.labels_first if self.distortion_fades is None else self.distortion_fades
+
+    def distortion_share_at(self, step: int) -> float:
+        """The part of the distortion that is left at a step: 1 while labels are first, then on a straight line to 0."""
+        return min(1.0, max(0.0, 1 - (step + 1 - self.labels_first) / self.fading)) if self.fading else 1.0
+
     def at_step(self, step: int) -> dict[str, float]:
         """Those that differ between steps, by name."""
-        return {"kl_weight": self.kl_weight_at(step), "teaching_weight": self.teaching_weight_at(step)}
+        return {
+            "kl_weight": self.kl_weight_at(step),
+            "teaching_weight": self.teaching_weight_at(step),
+            "distortion_share": self.distortion_share_at(step),
+        }
 
 
 @dataclass
@@ -195,6 +210,8 @@ class Model(nn.Module):
         for name, wanted in (("labelled", 0), ("alpha", 0), ("labels_first", 0), ("samples", 1)):
             if (value := getattr(weights, name)) != wanted:
                 raise ValueError(f"objective.{name} must be {wanted} with this model, got {value:g}")
+        if weights.distortion_fades is not None:
+            raise ValueError(f"objective.distortion_fades must be null with this model, got {weights.distortion_fades}")
         if type(self).terms_by is Model.terms_by and not reference(*self.latents[0])[1]:
             raise ValueError(
                 f"model.latents must be few enough to enumerate, or terms_by be defined, got {self.latents}"

@@ -97,16 +97,18 @@ class RandomMotion(nn.Module):
         column = torch.arange(width, device=x.device) - (width - 1) / 2
         rows, columns = angle.cos() * row + angle.sin() * column, angle.cos() * column - angle.sin() * row
         by = self.share * self.distortion if self.distortion else 0.0
+        if self.distortion:  # drawn whatever the share is, so that what others draw is the same
+            chances, field = distortion_noise(batch, x.device, generator)
         distorts = isinstance(by, Tensor) or by > 0
         if distorts:
-            rows, columns = distorted(rows, columns, by, generator)
+            rows, columns = distorted(rows, columns, by, chances, field)
         from_row = (rows + down + (height - 1) / 2).round().long()
         from_column = (columns + right + (width - 1) / 2).round().long()
         inside = (from_row >= 0) & (from_row < height) & (from_column >= 0) & (from_column < width)
         source = from_row.clamp(0, height - 1) * width + from_column.clamp(0, width - 1)
         pixels = x.flatten(2).gather(2, source.view(batch, 1, -1).expand(-1, channels, -1))
         moved = (pixels * inside.view(batch, 1, -1)).view(x.shape)
-        return redrawn(moved, 0.2 * by, generator) if distorts else moved
+        return redrawn(moved, 0.2 * by, chances[3]) if distorts else moved
 
 
 def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
@@ -114,19 +116,26 @@ def uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Gener
     return 2 * drawn(lambda whole: torch.rand(whole, device=device, generator=generator), shape, 1, generator) - 1
 
 
-def distorted(rows: Tensor, columns: Tensor, by: float | Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Where each pixel comes from, each [B, H, W], of images that are sheared, stretched and warped too.
+def distortion_noise(batch: int, device: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """By what images are distorted: uniform within +-1 [4, B, 1, 1], and normal [B, 2, 4, 4]."""
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    return uniform((4, batch, 1, 1), device, generator), drawn(normal, (batch, 2, 4, 4), 0, generator)
+
+
+def distorted(
+    rows: Tensor, columns: Tensor, by: float | Tensor, chances: Tensor, field: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where each pixel comes from, each [B, H, W], of images that are sheared, stretched and warped too, by the noise.
 
     With `by` 1 the slant is within +-0.3, each side's factor within exp(+-0.2), and a smooth field moves each point by
     about a 28th of a side, either way (Simard et al. 2003, section 2): normal on a grid of 4 x 4, bicubic in between.
     """
-    batch, height, width = rows.shape
-    slant, taller, wider = by * uniform((3, batch, 1, 1), rows.device, generator)
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, device=rows.device, generator=generator)
-
-    field = by / 28 * drawn(normal, (batch, 2, 4, 4), 0, generator)
+    height, width = rows.shape[1:]
+    slant, taller, wider = by * chances[:3]
+    field = by / 28 * field
     with torch.autocast(field.device.type, enabled=False):  # a place in bf16 may be a fifth of a pixel off
         down, right = (bicubic(height, field).mT @ field @ bicubic(width, field)).unbind(dim=1)
     columns = (columns + 0.3 * slant * rows) * (0.2 * wider).exp() + width * right
@@ -142,12 +151,14 @@ def bicubic(size: int, like: Tensor) -> Tensor:
     return F.interpolate(corners[None, None], size=(4, size), mode="bicubic", align_corners=False)[0, 0]
 
 
-def redrawn(x: Tensor, chance: float | Tensor, generator: torch.Generator) -> Tensor:
+def redrawn(x: Tensor, chance: float | Tensor, uniform: Tensor) -> Tensor:
     """Images [B, C, H, W] of which a part `chance` has strokes a pixel thicker, and as many a pixel thinner.
+
+    Which they are, a number within +-1 says for each, `uniform` [B, 1, 1].
 
     A pixel becomes the brightest, or the darkest, of itself and those above, to its left, and between these.
     """
-    of_each = uniform((1, len(x), 1, 1), x.device, generator).view(-1, 1, 1, 1)
+    of_each = uniform.view(-1, 1, 1, 1)
     thicker, thinner = (extreme(x, of_two) for of_two in (torch.maximum, torch.minimum))
     return torch.where(of_each < 2 * chance - 1, thicker, torch.where(of_each > 1 - 2 * chance, thinner, x))
 

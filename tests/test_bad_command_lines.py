@@ -139,6 +139,12 @@ BAD = [
         "objective.labels_first must be 0 where objective.unlabelled is 0",
         "got 5",
     ),
+    ("objective.distortion_fades=0", "objective.distortion_fades must be null or >= 1", "got 0"),
+    (
+        "objective.distortion_fades=5",
+        "objective.distortion_fades must be null where model.distortion is 0",
+        "got 5",
+    ),
     ("train.clip_gradient=0", "train.clip_gradient must be null, or > 0 and finite", "got 0"),
     ("train.clip_gradient=inf", "train.clip_gradient must be null, or > 0 and finite", "got inf"),
     ("train.clip_gradient=yes", "train.clip_gradient must be a number", "got"),

@@ -38,7 +38,10 @@ def test_every_estimator_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["threads"] == 1
 
 
-@pytest.mark.parametrize("settings", ["", "objective.labels_first=1 model.distortion=0.5 train.clip_gradient=0.1"])
+@pytest.mark.parametrize(
+    "settings",
+    ["", "objective.labels_first=1 objective.distortion_fades=2 model.distortion=0.5 train.clip_gradient=0.1"],
+)
 def test_a_timed_step_is_the_trainers(settings: str, tmp_path: Path) -> None:
     line = f"{MLP} train.steps=3 {settings}"
     run(f"{line} estimator=reinmax", tmp_path / "run")

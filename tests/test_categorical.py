@@ -569,6 +569,10 @@ REFUSED = [
     ("model=categorical_two_layers objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model of 2 layers"),
     ("model=structured_mlp objective.kl_warmup=9", "objective.kl_warmup must be 0 where J has no KL, got 9"),
     ("model=categorical_mlp objective.labels_first=9", "objective.labels_first must be 0 with a model without labels"),
+    (
+        "model=categorical_mlp +objective.distortion_fades=9",
+        "objective.distortion_fades must be null with a model without labels",
+    ),
     ("objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model that learns from labels, got 9"),
     ("model=categorical_mlp evaluation.classify_by=both", "classifier with a model that tells no classes, got both"),
     (

@@ -23,6 +23,7 @@ from models.parts import (
     ImageShape,
     RandomMotion,
     distorted,
+    distortion_noise,
     halvings,
     joined_linear,
     over_latent_and_class,
@@ -465,11 +466,23 @@ def test_a_share_of_a_distortion_is_a_smaller_one() -> None:
     assert not torch.equal(half, plain)
 
 
+def test_what_is_drawn_after_a_distortion_is_the_same_whatever_its_share() -> None:
+    """A step that is recorded has its share on the device, and cannot leave the drawing out."""
+    x, motion = images(SIZES["28x28"], 1), RandomMotion(distortion=1.0)
+    after = []
+    for share in (1.0, 0.0, torch.tensor(0.0)):
+        motion.share, random = share, generator()
+        motion(x, random)
+        after.append(torch.rand(5, generator=random))
+    assert torch.equal(after[0], after[1])
+    assert torch.equal(after[0], after[2])
+
+
 def test_distortion_warps_about_the_point_that_it_says() -> None:
     """The mean place of pixels is where it was, and each image's differs by the warp, a pixel of 28 at 4 x 4 points."""
     rows = torch.arange(28.0).view(1, 28, 1).expand(4000, 28, 28) - 13.5
     columns = rows.transpose(1, 2)
-    from_rows, from_columns = distorted(rows, columns, 1.0, generator())
+    from_rows, from_columns = distorted(rows, columns, 1.0, *distortion_noise(4000, rows.device, generator()))
     for found, before in ((from_rows, rows), (from_columns, columns)):
         middle = (found - before)[:, 13:15, 13:15].mean(dim=(1, 2))
         assert abs(middle.mean()) < 4 * middle.std() / 4000**0.5
@@ -481,12 +494,10 @@ def test_distortion_warps_about_the_point_that_it_says() -> None:
 @pytest.mark.parametrize("size", [(28, 28), (9, 64)])
 def test_what_lies_between_a_grid_s_points_is_bicubic(size: tuple[int, int]) -> None:
     still = torch.zeros(3, *size)
+    chances, field = distortion_noise(3, still.device, generator())
     with torch.autocast("cpu", torch.bfloat16):  # in which places are told in float32
-        found = distorted(still, still, 1.0, generator())
-    random = generator()
-    uniform((3, 3, 1, 1), still.device, random)
-    field = torch.randn(3, 2, 4, 4, generator=random) / 28
-    expected = nn.functional.interpolate(field, size=size, mode="bicubic", align_corners=False)
+        found = distorted(still, still, 1.0, chances, field)
+    expected = nn.functional.interpolate(field / 28, size=size, mode="bicubic", align_corners=False)
     for places, side, warp in zip(found, size, expected.unbind(dim=1), strict=True):
         torch.testing.assert_close(places, side * warp)
 
@@ -494,7 +505,7 @@ def test_what_lies_between_a_grid_s_points_is_bicubic(size: tuple[int, int]) -> 
 def test_strokes_get_thicker_and_thinner_by_a_pixel_as_often_as_said() -> None:
     x = torch.zeros(5000, 1, 9, 9)
     x[..., 3:6, 3:6] = 1
-    sides = redrawn(x, 0.2, generator()).sum(dim=(1, 2, 3)).sqrt()
+    sides = redrawn(x, 0.2, uniform((1, len(x), 1, 1), x.device, generator())).sum(dim=(1, 2, 3)).sqrt()
     assert set(sides.tolist()) == {2.0, 3.0, 4.0}
     for side in (2.0, 4.0):
         assert (sides == side).float().mean() == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / 5000) ** 0.5)

@@ -346,15 +346,28 @@ def test_u_s_part_in_the_gradient_of_the_classifier_has_the_weight_of_the_step(e
             torch.testing.assert_close(found[0.0][name], full)
 
 
-def test_images_are_distorted_the_less_the_more_u_teaches() -> None:
+@pytest.mark.parametrize("fading", [{"labels_first": 4}, {"distortion_fades": 4}])
+def test_images_are_distorted_by_the_share_of_the_step(fading: dict[str, int]) -> None:
     networks = mlp(SHAPE, K, latent_size=1, hidden=4, dropout=0.0, scale="softplus", distortion=0.8)
     model = SemiSupervisedVAE(networks)
     (motion,) = (module for module in model.modules() if isinstance(module, RandomMotion))
-    run(model, Marginalization())
+    assert "distortion_share" not in run(model, Marginalization()).metrics
     assert motion.share == 1
-    for weight in (0.0, 0.25, 1.0):
-        run(model, Marginalization(), replace(WEIGHTS, labels_first=4, teaching_weight=weight))
-        assert motion.share == 1 - weight
+    for share in (1.0, 0.25, 0.0):
+        weights = replace(WEIGHTS, distortion_share=share, **fading)
+        assert run(model, Marginalization(), weights).metrics["distortion_share"] == share
+        assert motion.share == share
+
+
+def test_distortion_fades_as_u_comes_in_or_as_is_said() -> None:
+    def shares(**settings: int) -> list[float]:
+        weights = Weights(1, 1, 1, **settings)
+        return [weights.distortion_share_at(step) for step in range(9)]
+
+    assert shares() == [1] * 9
+    assert shares(labels_first=4) == [1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert shares(labels_first=4, distortion_fades=2) == [1, 1, 1, 1, 0.5, 0, 0, 0, 0]
+    assert shares(distortion_fades=8) == [0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0]
 
 
 def test_labels_teach_the_classifier_first_and_then_u_too() -> None:

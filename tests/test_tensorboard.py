@@ -380,9 +380,12 @@ def test_no_norm_is_usual_at_the_start() -> None:
 
 
 def test_what_u_teaches_has_the_weight_of_the_step_in_a_run(tmp_path: Path) -> None:
-    run(f"{MLP} estimator=marginalization train.steps=10 objective.labels_first=4", tmp_path / "run")
+    fading = "model.distortion=0.5 objective.distortion_fades=2"
+    run(f"{MLP} estimator=marginalization train.steps=10 objective.labels_first=4 {fading}", tmp_path / "run")
     weights = [value for _, value in curve(tmp_path / "run", "train/teaching_weight")]
     assert weights == [0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    shares = [value for _, value in curve(tmp_path / "run", "train/distortion_share")]
+    assert shares == [1, 1, 1, 1, 0.5, 0, 0, 0, 0, 0]
 
 
 def test_a_collapsed_run_says_so_once(tmp_path: Path) -> None:

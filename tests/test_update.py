@@ -204,7 +204,8 @@ def test_the_weight_of_the_kl_in_a_replayed_step_is_the_step_s(recordings: list[
 
 
 def test_the_weight_of_what_u_teaches_in_a_replayed_step_is_the_step_s(recordings: list[Recording]) -> None:
-    assert_replayed_is_the_same(f"{MLP} objective.labels_first=3", "marginalization")
+    fading = "model.distortion=0.5 objective.distortion_fades=2"
+    assert_replayed_is_the_same(f"{MLP} objective.labels_first=3 {fading}", "marginalization")
     assert len(recordings) == 1
 
 

@@ -42,6 +42,7 @@ SINCE |= {
     "objective.samples": 1,
     "objective.kl_warmup": 0,
     "objective.labels_first": 0,
+    "objective.distortion_fades": None,
     "model.layer_norm": False,
     "model.logits_scale": 1.0,
     "train.clip_gradient": None,

@@ -73,7 +73,7 @@ class Update:
         self.one = torch.ones((), device=run.device)  # dJ/dJ, which backward() would write anew
         self.temperatures: list[Held] = []
         self.weights = run.weights
-        self.written = {"kl_weight": 1.0, "teaching_weight": 1.0}
+        self.written = {"kl_weight": 1.0, "teaching_weight": 1.0, "distortion_share": 1.0}
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere

@@ -251,6 +251,8 @@ def check_weights(weights: Weights, estimator: Estimator, layers: int, *, import
     for name in ("labelled", "alpha", "labels_first"):
         if (value := getattr(weights, name)) != 0:
             raise ValueError(f"objective.{name} must be 0 with a model without labels, got {value:g}")
+    if (fades := weights.distortion_fades) is not None:
+        raise ValueError(f"objective.distortion_fades must be null with a model without labels, got {fades}")
     if weights.samples > 1 and layers > 1:
         raise ValueError(f"objective.samples must be 1 with a model of {layers} layers, got {weights.samples}")
     if weights.kl_warmup and layers > 1:

@@ -17,7 +17,7 @@ from models import contract
 from models.contract import Alarm, Estimation, Evaluation, Model, Objective, PerImage, Weights
 from models.likelihoods import Bernoulli, Likelihood
 from models.m2 import alarms, evaluation, pictures
-from models.m2.objective import describe, objective
+from models.m2.objective import describe, distortions, objective
 
 
 @dataclass
@@ -257,6 +257,10 @@ class SemiSupervisedVAE(Model):
             raise ValueError(
                 f"objective.kl_warmup must be 0 with a model that learns from labels, got {weights.kl_warmup}"
             )
+        if weights.distortion_fades is not None and not distortions(self):
+            raise ValueError(
+                f"objective.distortion_fades must be null where model.distortion is 0, got {weights.distortion_fades}"
+            )
         for name in ("alpha", "unlabelled"):  # no labels that teach first, or no U that does later
             if weights.labels_first and not getattr(weights, name):
                 raise ValueError(
@@ -264,7 +268,7 @@ class SemiSupervisedVAE(Model):
                 )
 
     def describe_objective(self, weights: Weights, labelled: int, unlabelled: int) -> str:
-        return describe(weights, labelled, unlabelled)
+        return describe(self, weights, labelled, unlabelled)
 
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         return alarms.alarms(measured, labels, weights)

@@ -39,8 +39,9 @@ def objective(
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
-    if weights.labels_first:
-        fade_distortion(model, weights)
+    fading = distortions(model) if weights.fading else []
+    for motion in fading:  # labels alone gain by distorted images, and U loses by them in the end (docs/race.md)
+        motion.share = weights.distortion_share
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
@@ -89,6 +90,7 @@ def objective(
         "entropy_y": entropy_y,
     }
     metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
+    metrics |= {"distortion_share": weights.distortion_share} if fading else {}
     return maximised(terms, metrics, estimate.auxiliary)
 
 
@@ -100,20 +102,20 @@ def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:
     return torch.cat([of_labelled, *[of_unlabelled] * samples])
 
 
-def fade_distortion(model: nn.Module, weights: Weights) -> None:
-    """The distortion of the images that q(y|x) sees fades as U comes in: labels alone gain by it, and U loses."""
-    for module in model.modules():
-        if isinstance(module, RandomMotion):
-            module.share = 1 - weights.teaching_weight
+def distortions(model: nn.Module) -> list[RandomMotion]:
+    """What distorts the images that q(y|x) sees, wherever networks of somebody's own have it."""
+    return [module for module in model.modules() if isinstance(module, RandomMotion) and module.distortion]
 
 
-def describe(weights: Weights, labelled: int, unlabelled: int) -> str:
+def describe(model: SemiSupervisedVAE, weights: Weights, labelled: int, unlabelled: int) -> str:
     """J with its weights, and what each of so many labelled and unlabelled images weighs in it."""
     w = weights
     first = f"; labels alone teach q(y|x) for {w.labels_first} steps, and U with all its weight after as many more"
+    fades = f"; distortion fades from step {w.labels_first} to {w.labels_first + w.fading}"
     return (
         f"J = {w.labelled:g} E_labelled[L] + {w.unlabelled:g} E_unlabelled[U] + {w.alpha:g} E_labelled[log q(y|x)]"
         "; effective weight per image: "
         f"L {w.labelled / labelled:.3g}, U {w.unlabelled / unlabelled:.3g}, log q(y|x) {w.alpha / labelled:.3g}"
         + (first if w.labels_first else "")
+        + (fades if w.fading and distortions(model) else "")
     )
