@@ -151,14 +151,14 @@ def bicubic(size: int, like: Tensor) -> Tensor:
     return F.interpolate(corners[None, None], size=(4, size), mode="bicubic", align_corners=False)[0, 0]
 
 
-def redrawn(x: Tensor, chance: float | Tensor, uniform: Tensor) -> Tensor:
+def redrawn(x: Tensor, chance: float | Tensor, number: Tensor) -> Tensor:
     """Images [B, C, H, W] of which a part `chance` has strokes a pixel thicker, and as many a pixel thinner.
 
-    Which they are, a number within +-1 says for each, `uniform` [B, 1, 1].
+    Which they are, a `number` [B, 1, 1] within +-1 says for each.
 
     A pixel becomes the brightest, or the darkest, of itself and those above, to its left, and between these.
     """
-    of_each = uniform.view(-1, 1, 1, 1)
+    of_each = number.view(-1, 1, 1, 1)
     thicker, thinner = (extreme(x, of_two) for of_two in (torch.maximum, torch.minimum))
     return torch.where(of_each < 2 * chance - 1, thicker, torch.where(of_each > 1 - 2 * chance, thinner, x))
 

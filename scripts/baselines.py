@@ -48,6 +48,7 @@ CLASSIFIER = "classifier"  # trained by train.py
 NAMES = ("nearest_neighbour", "logistic_regression", "svm", "label_spreading", "self_training", CLASSIFIER)
 # whatever a preset says
 ALONE = ["objective=supervised_only", *(f"objective.{name}=0" for name in ("labelled", "unlabelled", "labels_first"))]
+ALONE += ["objective.distortion_fades=null"]
 TRAINER = CONFIGS.parent / "train.py"
 
 
