@@ -96,9 +96,10 @@ class RandomMotion(nn.Module):
         row = torch.arange(height, device=x.device).view(height, 1) - (height - 1) / 2
         column = torch.arange(width, device=x.device) - (width - 1) / 2
         rows, columns = angle.cos() * row + angle.sin() * column, angle.cos() * column - angle.sin() * row
-        by = self.share * self.distortion if self.distortion else 0.0
-        if self.distortion:  # drawn whatever the share is, so that what others draw is the same
-            chances, field = distortion_noise(batch, x.device, generator)
+        by: float | Tensor = 0.0
+        if self.distortion:
+            by = self.share * self.distortion
+            chances, field = distortion_noise(batch, x.device, generator)  # of a share of 0 too: others draw after it
         distorts = isinstance(by, Tensor) or by > 0
         if distorts:
             rows, columns = distorted(rows, columns, by, chances, field)
@@ -154,9 +155,8 @@ def bicubic(size: int, like: Tensor) -> Tensor:
 def redrawn(x: Tensor, chance: float | Tensor, number: Tensor) -> Tensor:
     """Images [B, C, H, W] of which a part `chance` has strokes a pixel thicker, and as many a pixel thinner.
 
-    Which they are, a `number` [B, 1, 1] within +-1 says for each.
-
-    A pixel becomes the brightest, or the darkest, of itself and those above, to its left, and between these.
+    Which they are, a `number` [B, 1, 1] within +-1 says for each. A pixel becomes the brightest, or the darkest, of
+    itself and those above, to its left, and between these.
     """
     of_each = number.view(-1, 1, 1, 1)
     thicker, thinner = (extreme(x, of_two) for of_two in (torch.maximum, torch.minimum))

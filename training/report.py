@@ -26,8 +26,6 @@ from training.run_folder import events_folder
 from training.state import flat, plain
 from training.tensorboard import FIRST, PROJECTOR, TensorBoard
 
-ANNEALED = ("temperature", "kl_weight", "teaching_weight", "distortion_share")  # metrics that the run's settings make
-
 log = logging.getLogger("catvae")
 
 
@@ -107,8 +105,9 @@ class Report:
         self._count()
         values["train/steps_per_second"] = self.steps / (self.seconds - self.logged_at)
         values["train/learning_rate"] = float(self.run.optimizer.param_groups[0]["lr"])
+        annealed = {"temperature", *self.run.weights.at_step(step)}
         for name, metric in self.metrics.items():
-            tag = f"train/{name}" if name in ANNEALED else f"estimator/{name}"
+            tag = f"train/{name}" if name in annealed else f"estimator/{name}"
             values[tag] = float(metric)
         values["train/gradient_norm"] = norms[-1]
         self.board.scalars(values | {f"{FIRST}/J": values["train/J"]}, step)

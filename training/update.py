@@ -62,7 +62,7 @@ def held(estimator: nn.Module, device: torch.device) -> list[Held]:
 
 
 class Update:
-    """A step of training: minibatch, J, gradient, guard, optimizer. Who times it is told `after` which part it is."""
+    """A step of training: minibatch, J, gradient, guard, optimizer. `after` is told of each part that is done."""
 
     def __init__(self, run: Run, guard: FiniteGuard, after: Callable[[str], None] = lambda part: None) -> None:
         self.run, self.guard, self.after = run, guard, after
@@ -73,7 +73,7 @@ class Update:
         self.one = torch.ones((), device=run.device)  # dJ/dJ, which backward() would write anew
         self.temperatures: list[Held] = []
         self.weights = run.weights
-        self.written = {"kl_weight": 1.0, "teaching_weight": 1.0, "distortion_share": 1.0}
+        self.written = dict.fromkeys(run.weights.at_step(0), 1.0)
         self.half = HalfWeights(run.model) if run.device.type == "cuda" and run.precision == "bf16" else None
         for group in run.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a run of a GPU may go on elsewhere
