@@ -568,6 +568,7 @@ REFUSED = [
     ),
     ("model=categorical_two_layers objective.kl_warmup=9", "objective.kl_warmup must be 0 with a model of 2 layers"),
     ("model=structured_mlp objective.kl_warmup=9", "objective.kl_warmup must be 0 where J has no KL, got 9"),
+    ("model=structured_mlp model.layers=1 estimator.kl=sampled", "estimator.kl must be analytic where J has no KL"),
     ("model=categorical_mlp objective.labels_first=9", "objective.labels_first must be 0 with a model without labels"),
     (
         "model=categorical_mlp +objective.distortion_fades=9",

@@ -137,6 +137,8 @@ class StructuredModel(Model):
     def check(self, weights: Weights, estimator: Estimator) -> None:
         if weights.kl_warmup:
             raise ValueError(f"objective.kl_warmup must be 0 where J has no KL, got {weights.kl_warmup}")
+        if (kl := getattr(of_layer(estimator, 0), "kl", "analytic")) != "analytic":
+            raise ValueError(f"estimator.kl must be analytic where J has no KL, got {kl}")
         check_weights(weights, estimator, len(self.latents), importance_weighted=False)
 
     # ---- evaluation ----
