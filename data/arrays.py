@@ -32,7 +32,8 @@ SPELLINGS = {
     "withoutlabels",
 }
 SPELLINGS |= {f"{name}{what}" for name in (UNLABELLED, "unlabeled") for what in ("data", "images", "pictures")}
-PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "labelled", "labeled"}
+TO_TRAIN = {"train", "training", "labelled", "labeled"}
+PARTS = TO_TRAIN | {"test", "testing", "val", "valid", "validation", "dev"}
 LARGEST_SIDE = 256  # pixels; networks of larger images are chosen with open eyes, as they take all memory
 BLACK = 16  # of 255: images without a brighter pixel have another range
 WANTED = (
@@ -97,11 +98,11 @@ def load(
     if _has_pictures(file):
         left_out = LeftOut()
         files, labels = _listed(file, left_out, needs_labels)
-        shape, deep = shape_of_all(stamped(files), resize)
+        shape, deep, moving = shape_of_all(stamped(files), resize)
         are_deep = deep == len(files)
         images, names = read_pictures(files, shape, resize is not None), _names(file, needs_labels)
         notes, inside = (
-            _notes(file, left_out, deep, needs_labels),
+            _notes(file, left_out, deep, moving, needs_labels),
             tuple(path.relative_to(file).as_posix() for path in files),
         )
     else:
@@ -335,9 +336,10 @@ def _sub_folders(folder: Path, left_out: LeftOut, needs_labels: bool) -> tuple[l
             (unlabelled if _means_unlabelled(path) else classes).append(path)
     if classes and all(path.name.casefold() in PARTS for path in classes):
         names = ", ".join(path.name for path in classes)
+        to_train = next((f", such as data.path={path}" for path in classes if path.name.casefold() in TO_TRAIN), "")
         raise DataError(
             f"{folder} must have a sub-folder of pictures for each class, got {names}, which are names of parts; give "
-            f"the folder that has the classes, such as data.path={classes[0]}"
+            f"the folder that has the classes{to_train}"
         )
     if foreign := [path for path in classes if any("\ud800" <= letter <= "\udfff" for letter in path.name)]:
         raise DataError(f"{foreign[0]} must have a name in UTF-8, which names its class; give that folder another")
@@ -367,7 +369,7 @@ def _means_unlabelled(path: Path) -> bool:
     return False
 
 
-def _notes(folder: Path, left_out: LeftOut, deep: int, needs_labels: bool) -> tuple[str, ...]:
+def _notes(folder: Path, left_out: LeftOut, deep: int, moving: int, needs_labels: bool) -> tuple[str, ...]:
     """What a person should know of how a folder was read."""
     unlabelled = _sub_folders(folder, LeftOut(), needs_labels)[1]
     others = [path.name for path in unlabelled if path.name != UNLABELLED]
@@ -378,4 +380,6 @@ def _notes(folder: Path, left_out: LeftOut, deep: int, needs_labels: bool) -> tu
         notes.append(f"the pictures in {' and in '.join(others)} of {folder} are taken as those without a label")
     if deep:
         notes.append(f"{deep} pictures in {folder} have 16 bits a channel, of which the higher 8 are read")
+    if moving:
+        notes.append(f"{moving} pictures in {folder} have several frames or pages, of which the first is read")
     return tuple(notes)

@@ -68,11 +68,15 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Looks:
-    """What a picture's header tells: height and width as it is shown, colour, and more than 8 bits a channel."""
+    """What a picture's header tells: height and width as it is shown, colour, and more than 8 bits a channel.
+
+    A palette of greys is grey. Three channels are colour, whatever is in them, as those of every WebP are.
+    """
 
     size: tuple[int, int]
     in_colour: bool
     deep: bool
+    has_frames: bool = False  # more than one, of which the first is read
 
 
 @functools.cache
@@ -152,13 +156,22 @@ def look(file: Path, turned: bool = True) -> Looks:
         with Image.open(file) as image:
             width, height = image.size
             deep = image.mode.startswith("I") or any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-            in_colour = image.mode not in GREY and not image.mode.startswith("I")
+            in_colour = image.mode not in GREY and not image.mode.startswith("I") and not _has_greys(image)
+            has_frames = getattr(image, "n_frames", 1) > 1
             # Pillow decodes a PNG to find its orientation, which a square one does not need, and turns a TIFF by itself
             turns = turned and width != height and image.format != "TIFF"
             lies = turns and image.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception as error:  # a damaged picture fails in many ways, and each means the same to a person
         raise unreadable(file, error) from error
-    return Looks((width, height) if lies else (height, width), in_colour, deep)
+    return Looks((width, height) if lies else (height, width), in_colour, deep, has_frames)
+
+
+def _has_greys(image: Image) -> bool:
+    """Whether a picture has a palette, and it is one of greys."""
+    if image.mode != "P":
+        return False
+    palette = image.getpalette("RGB") or []
+    return palette[::3] == palette[1::3] == palette[2::3]
 
 
 def read_picture(file: Path, shape: tuple[int, int, int], resize: bool = False) -> Array:
@@ -200,7 +213,10 @@ def _eight_bits(image: Image) -> Image:
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() >= 2**16:
         raise ValueError("it has more than 16 bits a channel: write 8")
-    return Image.fromarray((pixels >> 8).astype(np.uint8))
+    eight = (pixels >> 8).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):  # the grey level that is, of 16 bits
+        eight[pixels == transparent] = 255
+    return Image.fromarray(eight)
 
 
 def _on_white(image: Image) -> Image:
@@ -227,13 +243,14 @@ def stamped(files: list[Path]) -> tuple[tuple[Path, int], ...]:
 
 
 @functools.lru_cache(maxsize=1)  # a configuration is checked several times, and there may be many files
-def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> tuple[tuple[int, int, int], int]:
-    """The shape [C, H, W] that all files are read in, in colour if one is; and how many have 16 bits a channel."""
+def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> tuple[tuple[int, int, int], int, int]:
+    """The shape [C, H, W] that all files are read in, in colour if one is; how many have 16 bits; several frames."""
     files = [file for file, _ in stamped]
     looks = _each(lambda index: look(files[index], turned=resize is None), files, "looking at the pictures")
-    channels, deep = (3 if any(one.in_colour for one in looks) else 1), sum(one.deep for one in looks)
+    channels = 3 if any(one.in_colour for one in looks) else 1
+    deep, moving = sum(one.deep for one in looks), sum(one.has_frames for one in looks)
     if resize:
-        return (channels, *size_of(resize)), deep
+        return (channels, *size_of(resize)), deep, moving
     sizes = [one.size for one in looks]
     if (number := len(set(sizes))) > 1:
         other = next(index for index, size in enumerate(sizes) if size != sizes[0])
@@ -253,7 +270,7 @@ def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> t
             f"{len(files)} images of {_by(sizes[0])} pixels do not fit into memory; bring them to a smaller size, such "
             "as data.resize=64x64"
         )
-    return shape, deep
+    return shape, deep, moving
 
 
 def memory() -> float:

@@ -48,7 +48,7 @@ CLASSIFIER = "classifier"  # trained by train.py
 NAMES = ("nearest_neighbour", "logistic_regression", "svm", "label_spreading", "self_training", CLASSIFIER)
 # whatever a preset says
 ALONE = ["objective=supervised_only", *(f"objective.{name}=0" for name in ("labelled", "unlabelled", "labels_first"))]
-ALONE += ["objective.distortion_fades=null"]
+ALONE += ["objective.distortion_fades=null", "evaluation.classify_by=classifier"]
 TRAINER = CONFIGS.parent / "train.py"
 
 
@@ -178,8 +178,10 @@ def combinations(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
         (combined,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except HydraException as error:
         raise ConfigError(explain(error, overrides)) from error
-    several = [override.is_sweep_override() for override in parsed]
-    return [([text for text, is_one in zip(one, several, strict=True) if is_one], one) for one in combined]
+    several = {
+        override.get_key_element(): override.is_sweep_override() for override in parsed
+    }  # the last of a key counts
+    return [([text for text, is_one in zip(one, several.values(), strict=True) if is_one], one) for one in combined]
 
 
 def composed(overrides: list[str]) -> tuple[Config, dict[str, str]]:
@@ -238,13 +240,13 @@ def is_of_all(key: str) -> bool:
 
 def run(output: Path, jobs: Sequence[Job], methods: Sequence[str]) -> int:
     """What is left to do of all jobs; returns the worst exit code of train.py, and stops at 128 or more."""
-    from training.run_folder import RESULT, locked
+    from training.run_folder import locked
 
     worst = 0
     with locked(output):
         for job in jobs:
             folder = output / job.name
-            left = [name for name in methods if not (folder / name / RESULT).exists()]
+            left = [name for name in methods if not is_done(folder / name, job.config)]
             for name in methods:
                 if name not in left:
                     print(f"{folder / name} is finished already, and stays as it is", flush=True)
@@ -257,12 +259,21 @@ def run(output: Path, jobs: Sequence[Job], methods: Sequence[str]) -> int:
     return worst
 
 
+def is_done(folder: Path, config: Config) -> bool:
+    """Whether a method has its result, of test data too if these are asked for."""
+    from training.run_folder import RESULT, read_json
+
+    if not (folder / RESULT).exists():
+        return False
+    return not config.evaluation.test or read_json(folder / RESULT).get("test_accuracy") is not None
+
+
 def train_classifier(job: Job, folder: Path) -> int:
     """train.py on the labels alone, or what is left of it; returns its exit code. Signals go on to it."""
     quoted = "'" + str(folder.resolve()).replace("'", "\\'") + "'"
     line = [*job.overrides, *ALONE, f"hydra.run.dir={quoted}"]
     if any((folder / "checkpoints").glob("step_*.pt")):
-        line = [f"resume={quoted}"]
+        line = [f"resume={quoted}", f"evaluation.test={str(job.config.evaluation.test).lower()}"]
     child = subprocess.Popen([sys.executable, str(TRAINER), *job.flags, *line], start_new_session=True)
     before = {
         number: signal.signal(number, lambda number, frame: child.send_signal(number))

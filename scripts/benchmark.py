@@ -230,10 +230,15 @@ def time_peers(run: Run, rounds: int, peer: str) -> dict[str, float]:
 
 def apart(*arguments: str) -> str:
     """What this script prints with other arguments, in a process of its own."""
+    import os
+
+    root = str(Path(__file__).parent.parent)
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "scripts.benchmark", *arguments]
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent
-    ).stdout
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths})
+    if ended.returncode:  # it has said why
+        raise ConfigError(f"{' '.join(arguments[:2])} in a process of its own ended with exit code {ended.returncode}")
+    return ended.stdout
 
 
 def print_peers(overrides: list[str], name: str, rounds: int, peer: str) -> None:

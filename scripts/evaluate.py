@@ -75,7 +75,12 @@ def main() -> None:
         help="what tells an image's class: q(y|x), Bayes' rule with the bound, or the mean of both; "
         "if not given, what does so in the run",
     )
-    parser.add_argument("--first", type=positive, help="only so many images of each part, as many draws take long")
+    parser.add_argument(
+        "--first",
+        type=positive,
+        help="only so many images of each part, the first of them, as many draws take long; where images are sorted by "
+        "class, as those of a folder are, they have few classes",
+    )
     parser.add_argument(
         "--binarization", choices=[how.value for how in Binarization], help="other pixels than the run was trained with"
     )

@@ -32,6 +32,7 @@ uv run python -m scripts.generate outputs/DATE/TIME-NAME --kind sheet --output f
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,10 @@ def held_out(arguments: argparse.Namespace, model: Trained, kind: str) -> Tensor
     if arguments.images:
         source = inputs(arguments.images, model.facts.shape, model.facts.resize)
         number = max(arguments.columns, len(model.class_names))
-        return torch.from_numpy(next(source.chunks(number))[1].copy())
+        images = torch.from_numpy(next(source.chunks(number))[1].copy())
+        for note in source.said():
+            print(f"catvae: {note}", file=sys.stderr)
+        return images
     run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
     if not len(run.validation.labels):
         raise DataError(

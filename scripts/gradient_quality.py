@@ -145,7 +145,12 @@ def compose_estimator(name: str, config: Any, config_dir: Path | None = None) ->
     overrides = [f"estimator={estimator}"]
     overrides += [f"estimator/baseline={baseline}"] if baseline else []
     try:
-        overrides += shlex.split(arguments)
+        further = shlex.split(arguments)
+        for argument in further:
+            key = argument.lstrip("+~").partition("=")[0].rpartition("@")[2].replace("/", ".")
+            if key.partition(".")[0] != "estimator":
+                raise ConfigError(f"in parentheses must be settings of the estimator alone, got {argument}")
+        overrides += further
         whole = OmegaConf.create(plain(config))
         whole.estimator = composed(*searchpath(config_dir), *overrides).estimator
         node: Any = OmegaConf.to_container(whole.estimator, resolve=True)

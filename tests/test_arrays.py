@@ -805,7 +805,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("birds must have pictures", "got none (3 files of", "3 .heic (such as 0.heic)"),
     ),
     "one class": (only_owls, ("a sub-folder of pictures for each of 2 or more classes, got owls",)),
-    "parts": (parts, ("got test, train, which are names of parts", "such as data.path=")),
+    "parts": (parts, ("got test, train, which are names of parts", "such as data.path=", "/train\n")),
     "a name that is not UTF-8": (
         lambda folder: (folder / "cats").rename(folder / os.fsdecode(b"caf\xe9")),
         ("must have a name in UTF-8, which names its class",),

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from configs.schema import ConfigError
 from models.m2.model import Networks, SemiSupervisedVAE
 from scripts import benchmark, peers
 from scripts.gradient_quality import all_names
@@ -155,3 +157,15 @@ def test_a_bad_argument_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPat
         assert ended.code == 2
         assert ended.err.count("\n") == 1
         assert said in ended.err
+
+
+def test_what_is_measured_apart_finds_files_as_this_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.arange(60) % 3
+    np.savez(tmp_path / "mine.npz", images=(np.arange(60 * 64) % 256).astype(np.uint8).reshape(60, 8, 8), labels=labels)
+    monkeypatch.chdir(tmp_path)
+    line = "data=arrays data.path=mine.npz data.num_labelled=6 data.num_validation=6 model=mlp model.hidden=8"
+    assert benchmark.peak_memory(line.split(), "marginalization") > 0
+    with pytest.raises(ConfigError, match="--peak-of marginalization in a process of its own ended with exit code 2"):
+        benchmark.peak_memory([line.replace("mine", "yours")], "marginalization")

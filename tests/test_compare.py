@@ -28,7 +28,7 @@ from scripts.comparison.groups import Comparison
 from scripts.comparison.groups import compare as compared
 from scripts.comparison.page import page
 from scripts.comparison.report import COSTS, as_csv, as_markdown
-from scripts.comparison.runs import METRICS, read_all
+from scripts.comparison.runs import METRICS, find, read_all
 from scripts.comparison.statistics import holm, paired, summarize, t_quantile, t_two_sided
 from tests.runs import MLP, Ended, command, events, run
 
@@ -477,6 +477,56 @@ def test_a_run_from_before_there_was_a_choice_is_bernoulli(tmp_path: Path) -> No
     assert len(comparison(tmp_path, metric="test_bound").groups) == 1
 
 
+def test_log_likelihoods_of_other_data_have_their_own_number_of_samples(tmp_path: Path) -> None:
+    for seed, (name, samples) in enumerate([("digits", 10), ("digits", 10), ("mnist", 1000)]):
+        make_run(tmp_path / f"{seed}", 0.9, seed=seed, data__name=name, evaluation__importance_samples=samples)
+    found = comparison(tmp_path)
+    assert {group.data: group.summaries["test_log_likelihood"].n for group in found.groups} == {
+        "data.name=digits": 2,
+        "data.name=mnist": 1,
+    }
+    assert not any("importance_samples" in note for note in found.notes)
+
+
+def test_runs_are_found_behind_links_and_once(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / "runs" / f"{seed}", 0.9, seed=seed)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(tmp_path / "runs" / "0")
+    (tmp_path / "links" / "again").symlink_to(tmp_path / "runs" / "0")
+    (tmp_path / "links" / "around").symlink_to(tmp_path / "links")
+    make_run(tmp_path / "links" / "own", 0.8, seed=2)
+    assert [path.name for path in find([tmp_path / "links"])] == ["a", "own"]
+    assert len(find([tmp_path])) == 3
+
+
+@pytest.mark.parametrize("name", ["a", os.fsdecode(b"caf\xe9")])
+def test_what_a_page_cannot_hold_stops_no_figures(name: str, tmp_path: Path) -> None:
+    """A log that a power cut has left, and a name that is not UTF-8."""
+    make_run(tmp_path / "runs" / "whole", 0.9)
+    begun = make_run(tmp_path / "runs" / name, 0.9, seed=1)
+    (begun / "result.json").unlink()
+    (begun / "checkpoints").mkdir()
+    (begun / ".hydra" / "config.yaml").write_text("train: {steps: 100}\n")
+    (begun / "train.log").write_bytes(b"half a line\0\0\x1b\xff")
+    ended = run_compare(tmp_path / "runs", more=f"--output {tmp_path / 'out'} --figures")
+    assert ended.code == 0, ended.said
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert "half a line" in html
+    ElementTree.fromstring(html)
+    assert list((tmp_path / "out").glob("*.svg"))
+
+
+@pytest.mark.parametrize("strange", [{"versions": 3}, {"split_hash": ["a"]}])
+def test_a_result_of_something_else_is_left_out(strange: dict[str, Any], tmp_path: Path) -> None:
+    make_run(tmp_path / "own", 0.9)
+    make_run(tmp_path / "other", 0.9, seed=1, result=strange)
+    ended = run_compare(tmp_path)
+    assert ended.code == 0, ended.said
+    assert f"result.json is not one of a run: {next(iter(strange))} is" in " ".join(ended.out.split())
+    assert "1 finished run in 1 group" in ended.out
+
+
 def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path: Path) -> None:
     for seed, (samples, value) in enumerate([(5, -10.0), (5, -12.0), (1, -30.0)]):
         result = {"test_log_likelihood": value}
@@ -488,6 +538,9 @@ def test_log_likelihoods_by_different_numbers_of_samples_are_not_mixed(tmp_path:
     assert any("importance_samples=5" in note for note in found.notes)
     assert float(rows_of(tmp_path)[2]["test_log_likelihood"]) == -30.0
     assert "-11.00 ± 12.71 [n 2]" in run_compare(tmp_path).out
+    every_run = as_markdown(found).partition("Every run:")[2]
+    assert "-10.00" in every_run
+    assert "-30.00" not in every_run
 
 
 @pytest.mark.parametrize(("key", "usual", "other"), [("pixel_draws", 1, 10), ("classify_by", "classifier", "both")])

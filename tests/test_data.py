@@ -38,6 +38,7 @@ from data.facts import Array, DataError
 from data.randomness import random_int16
 from data.splits import ALL, Split, class_prior, draw_split
 from data.stored import Images
+from scripts import evaluate
 from scripts.command import composed
 from tests.runs import MLP, SMALL, checkpoint, command, resume
 from training.process import threads_kept
@@ -411,24 +412,34 @@ def test_published_files_have_a_digest_each_of_both_parts(tmp_path: Path) -> Non
     assert after[labels.name] != before[labels.name]
 
 
+ON_BOTH = (
+    f"{SMALL} model=mlp model.hidden=8 data=mnist data.checksum=false data.num_labelled=10 data.num_validation=10 "
+    "train.steps=2"
+)
+
+
+def write_both_parts(root: Path) -> Path:
+    """A training and a test part as MNIST's files have them; returns their folder."""
+    noise, raw = np.random.default_rng(0), root / "MNIST" / "raw"
+    labels = (np.arange(40) % CLASSES).astype(np.uint8)
+    write(root, idx(noise.integers(256, size=(40, 28, 28)).astype(np.uint8)), idx(labels))
+    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(noise.integers(256, size=(10, 28, 28)).astype(np.uint8)))
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[:10]))
+    return raw
+
+
 @pytest.mark.parametrize("changed", ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
 def test_a_published_file_that_changes_while_a_run_trains_ends_it(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noise, raw = np.random.default_rng(0), tmp_path / "MNIST" / "raw"
-    labels = (np.arange(40) % CLASSES).astype(np.uint8)
-    write(tmp_path, idx(noise.integers(256, size=(40, 28, 28)).astype(np.uint8)), idx(labels))
-    (raw / "t10k-images-idx3-ubyte").write_bytes(idx(noise.integers(256, size=(10, 28, 28)).astype(np.uint8)))
-    (raw / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[:10]))
-    original = train.train
+    raw, original = write_both_parts(tmp_path), train.train
 
     def meanwhile(*arguments: Any) -> int:
         content = (raw / changed).read_bytes()
         (raw / changed).write_bytes(content[:20] + content[20:][::-1])
         return original(*arguments)
 
-    line = f"{SMALL} model=mlp model.hidden=8 data=mnist data.root={tmp_path} data.checksum=false data.num_labelled=10 "
-    line += f"data.num_validation=10 train.steps=2 hydra.run.dir={tmp_path}/run"
+    line = f"{ON_BOTH} data.root={tmp_path} hydra.run.dir={tmp_path}/run"
     monkeypatch.setattr(train, "train", meanwhile)
     ended = command(train.main, line)
     assert ended.code == 2, ended.said
@@ -437,6 +448,17 @@ def test_a_published_file_that_changes_while_a_run_trains_ends_it(
     assert not (tmp_path / "run" / "result.json").exists()
     said = resume(tmp_path / "run", "train.steps=4", code=2).said
     assert f"{changed} in {tmp_path} has changed" in said
+
+
+def test_scripts_find_published_images_where_they_are_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_both_parts(tmp_path / "then")
+    line = f"{ON_BOTH} data.root={tmp_path}/then hydra.run.dir={tmp_path}/run"
+    assert command(train.main, line).code == 0
+    before = command(evaluate.main, f"{tmp_path}/run").out
+    assert "test_accuracy" in before
+    (tmp_path / "then").rename(tmp_path / "now")
+    monkeypatch.setenv("CATVAE_DATA", str(tmp_path / "now"))
+    assert command(evaluate.main, f"{tmp_path}/run").out == before
 
 
 # --- what training sees

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -30,6 +31,7 @@ from estimators.score_function import LearnedBaseline, LeaveOneOut, MovingAverag
 from models.gradient_quality import Measurement, Quality, gradient_quality, squared_mean, warm_up
 from models.m2.model import SemiSupervisedVAE
 from models.networks import ImageShape, conv, mlp
+from scripts import benchmark
 from scripts import gradient_quality as script
 from scripts import gradient_report as report
 from tests.runs import CONV, ESTIMATORS, MLP, SLOWLY, Ended, checkpoint, command, curve, equal, events, resume, run
@@ -607,6 +609,7 @@ def test_names_and_sections(trained_run: Run) -> None:
         ("'estimators=rebar(estimator.tau=1)'", "estimator.tau=1 is not a key"),
         ("'estimators=rebar(estimator.scale=x)'", "estimator.scale must be a number, got x"),
         ("'estimators=muprop(estimator.num_samples=0)'", "estimator.num_samples must be >= 1, got 0"),
+        ("'estimators=rebar(train.steps=9)'", "settings of the estimator alone, got train.steps=9"),
         ("output=FOLDER/train.log/x", "train.log/x"),
         ("figure=gif", "figure must be one of png, svg, pdf, got gif"),
         ("estimators=mine", "got mine; --config-dir DIR has it find your own"),
@@ -623,6 +626,17 @@ def test_script_refuses_in_one_sentence(line: str, words: str, trained: Path) ->
 def test_script_refuses_what_is_no_run_folder(tmp_path: Path) -> None:
     assert_one_sentence(laboratory(tmp_path, "draws=3"), str(tmp_path), "is it a run folder?")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_minibatch_has_all_classes_of_images_that_are_sorted(tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(4), 30)
+    pixels = np.random.default_rng(0).integers(60, size=(120, 8, 8)) + 60 * labels[:, None, None]
+    np.savez(tmp_path / "mine.npz", images=pixels.astype(np.uint8), labels=labels)
+    line = f"data=arrays data.path={tmp_path}/mine.npz data.num_labelled=8 data.num_validation=0 model=mlp"
+    made = benchmark.compose_run([*line.split(), "data.binarization=none"], "marginalization")
+    levels = made.unlabelled_minibatch(20, 0).mean(dim=(1, 2, 3)).mul(255).div(60).long()
+    assert levels.bincount().tolist() == [5, 5, 5, 5]
+    assert len(made.unlabelled_minibatch(1000, 0)) == 100
 
 
 def test_help_explains_each_key_without_importing_torch() -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data.facts import DataError
-from data.pictures import LeftOut, look, picture_files, read_picture
+from data.pictures import LeftOut, look, picture_files, read_picture, shape_of_all, stamped
 
 GREY = np.random.default_rng(0).integers(0, 256, (6, 9), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -72,6 +72,32 @@ def test_a_colour_that_is_marked_as_transparent_is_white(tmp_path: Path) -> None
             pixels = read_picture(file, (1, 6, 9))[0]
             assert pixels[1, 2] == 255
             assert pixels[0, 0] == 3
+
+
+def test_a_grey_level_of_16_bits_that_is_marked_as_transparent_is_white(tmp_path: Path) -> None:
+    levels = GREY.astype(np.uint16) * 256 + 99
+    Image.fromarray(levels).save(tmp_path / "a.png", transparency=int(levels[1, 2]))
+    pixels = read_picture(tmp_path / "a.png", (1, 6, 9))[0]
+    assert np.array_equal(pixels, np.where(levels == levels[1, 2], 255, GREY))
+
+
+@pytest.mark.parametrize(("palette", "in_colour"), [((7, 7, 7), False), ((7, 7, 8), True)])
+def test_a_palette_of_greys_is_grey(palette: tuple[int, int, int], in_colour: bool, tmp_path: Path) -> None:
+    picture = Image.new("P", (9, 6), 1)
+    picture.putpalette([0, 0, 0, *palette])
+    picture.save(tmp_path / "a.png")
+    assert look(tmp_path / "a.png").in_colour == in_colour
+    picture.save(tmp_path / "a.gif")
+    assert look(tmp_path / "a.gif").in_colour == in_colour
+
+
+def test_pages_after_the_first_are_noticed(tmp_path: Path) -> None:
+    pages = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "b.tif")
+    assert [look(tmp_path / name).has_frames for name in ("a.tif", "b.tif")] == [True, False]
+    shape = shape_of_all(stamped([tmp_path / "a.tif", tmp_path / "b.tif"]), None)
+    assert shape == ((1, 6, 9), 0, 1)
 
 
 MODES: dict[str, tuple[Callable[[], Image.Image], str, np.ndarray]] = {

@@ -488,6 +488,9 @@ def test_one_picture_and_why_others_are_left_out(photographs: Path, images: Arra
     assert "in/wide.png is 5x8 pixels" in ended.err
     assert "in/broken.png cannot be read as an image" in ended.err
     assert "1 picture in in has 16 bits a channel, of which the higher 8 are read" in ended.err
+    ended = command(generate.main, "run --kind analogies --images in --output a.png")
+    assert ended.code == 0, ended.said
+    assert "of in are left out: " in ended.err
 
 
 def test_a_part_that_is_none_is_said(photographs: Path) -> None:

@@ -13,6 +13,7 @@ from configs.schema import DataConfig
 from scripts import baselines, compare, evaluate
 from tests.runs import MLP, command, resume, run
 from training import checkpoints
+from training.trained import open_run
 
 LINE = f"{MLP} train.steps=4 estimator=marginalization "
 
@@ -72,6 +73,26 @@ def test_validation_images_are_classified_as_test_images_are(tmp_path: Path) -> 
     assert after["val_calibration_error"] != before["val_calibration_error"]
 
 
+def test_scripts_go_by_what_a_resume_asks_of_evaluation(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(f"{LINE} evaluation.test=false", folder)
+    resume(folder, "evaluation.test=true evaluation.classify_by=both evaluation.importance_samples=3")
+    after, measured = result(folder), json.loads(command(evaluate.main, str(folder)).out)
+    assert all(after[name] == value for name, value in measured.items())
+    assert measured["test_log_likelihood"] is not None
+    assert open_run(folder).classify_by == "both"
+
+
+def test_a_run_that_ended_before_its_result_goes_by_what_its_resume_asks(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(LINE, folder)
+    (folder / "result.json").unlink()
+    resume(folder, "evaluation.classify_by=bound")
+    after, measured = result(folder), json.loads(command(evaluate.main, str(folder)).out)
+    assert all(after[name] == value for name, value in measured.items())
+    assert open_run(folder).classify_by == "bound"
+
+
 def test_a_run_that_was_left_is_trained_longer(tmp_path: Path) -> None:
     run(f"{LINE} evaluation.test=false", tmp_path / "run")
     resume(tmp_path / "run", "train.steps=6 evaluation.test=true")
@@ -104,3 +125,17 @@ def test_baselines_leave_test_data_too(tmp_path: Path, unread: pytest.MonkeyPatc
     assert "val accuracy 0." in ended.out
     (path,) = (tmp_path / "out").rglob("result.json")
     assert not any(name.startswith("test_") for name in result(path.parent))
+
+
+@pytest.mark.parametrize("method", ["nearest_neighbour", "classifier"])
+def test_what_a_baseline_left_is_made_up_for(method: str, tmp_path: Path) -> None:
+    line = f"{MLP} train.steps=4 data.binarization=none --methods {method} --output {tmp_path / 'out'}"
+    assert command(baselines.main, f"{line} evaluation.test=false").code == 0
+    before = result(tmp_path / "out" / method)
+    ended = command(baselines.main, line)
+    assert ended.code == 0, ended.said
+    after = result(tmp_path / "out" / method)
+    assert before.get("test_accuracy") is None
+    assert 0 < after["test_accuracy"] <= 1
+    assert after["val_accuracy"] == before["val_accuracy"]
+    assert "is finished already" in command(baselines.main, line).out

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from configs.schema import Config
 from models.contract import Evaluation
+from training import saved
 from training.report import Report
 from training.run import Run
 from training.run_folder import RESULT, git_commit, read_json, versions, write_json
 from training.state import SINCE, flat, plain
 
-CLASSIFYING = ("evaluation.pixel_draws", "evaluation.classify_by")
+OF_VALIDATION = {f"evaluation.{key}" for key in ("batch_size", "classify_by", "pixel_draws", "validation_samples")}
 LEFT = "test data are left for later (evaluation.test=false)"
 
 
@@ -36,24 +37,29 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     """Measures on validation and test data, writes result.json and the final TensorBoard values.
 
     Of a finished run that has left test data for later it makes up for that, and measures validation data again only
-    where images are classified otherwise now.
+    where that is done otherwise now. Its checkpoint then has the new settings too, by which scripts go.
     """
     path = folder / RESULT
     before = read_json(path) if path.exists() else {}
     if is_left(before) and before["steps"] == run.step == report.start:
         how = {key: value for key, value in flat(plain(run.config)).items() if key.startswith("evaluation.")}
         was = SINCE | before["config"]
-        again = measure(run, "val") if any(was[key] != how[key] for key in CLASSIFYING) else {}
+        changed = {key for key in how if was.get(key) != how[key]} - {"evaluation.test"}
+        is_changed, again = bool(changed), measure(run, "val") if changed & OF_VALIDATION else {}
         result = before | again | measure(run, "test") | {"config": before["config"] | how}
     else:
+        is_changed = run.step == report.start > 0  # what a resume set after the last step, and before its result
         result = whole_result(run, report)
+    if is_changed:
+        saved.save(run, folder)
     # the last step's validation is logged already
     test = {name: value for name, value in result.items() if name.startswith("test_") and "_n" not in name}
     report.final({name.replace("_", "/", 1): value for name, value in test.items() if value is not None})
     report.flush()  # a finished run is not resumed
     write_json(path, result)
     if result["test_bound"] is None:
-        reason = "data.num_test=0: nothing is measured on test images" if run.config.evaluation.test else LEFT
+        why = "data.num_test=0" if run.config.data.num_test == 0 else "no labelled image is left for a test part"
+        reason = f"{why}: nothing is measured on test images" if run.config.evaluation.test else LEFT
         report.say(f"{reason}; {path}")
         return
     accuracy = "" if result["test_accuracy"] is None else f"accuracy {result['test_accuracy']:.4f}, "

@@ -208,9 +208,13 @@ class Run:
         return {f"{part}_{name}": value for name, value in asdict(evaluation).items() if value is not None}
 
     def unlabelled_minibatch(self, size: int, seed: int) -> Tensor:
-        """The first `size` unlabelled training images [B, C, H, W], or all; `seed` draws their binarization."""
-        generator = keyed_generator(self.device, seed, "unlabelled minibatch")
-        return binarize(self.batches.data.x_unlabelled[:size], self.binarization, generator)
+        """`size` unlabelled training images [B, C, H, W], or all; `seed` draws their binarization.
+
+        They are evenly spread over all, which may be sorted by class.
+        """
+        generator, images = keyed_generator(self.device, seed, "unlabelled minibatch"), self.batches.data.x_unlabelled
+        every = max(1, len(images) // size)
+        return binarize(images[: size * every : every], self.binarization, generator)
 
     def add(self, result: Objective, gradient_norm: Tensor) -> None:
         """Takes in a step's terms, without waiting for the device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict
@@ -146,6 +147,9 @@ def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection
     """
     state = stored_state(folder, checkpoint, trusted)
     state["config"] |= device_here(state["config"]["device"])
+    data, here = state["config"]["data"], os.environ.get("CATVAE_DATA")
+    if here and not Path(data["root"]).is_dir():  # its images lay elsewhere; what they are is checked
+        data["root"] = here
     state["config"].setdefault("lr_factor", CONSTANT)
     config = typed(OmegaConf.create(state["config"]))
     check(config)

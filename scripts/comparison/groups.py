@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -403,23 +404,25 @@ NUMBERS_OF_SAMPLES = {
 
 
 def _exclude_what_is_not_comparable(runs: Sequence[Record]) -> list[str]:
-    """Values that are not finite, log p(x) by another number of importance samples than most, resumed clocks."""
+    """Values that are not finite, log p(x) by other importance samples than most of its pixels, resumed clocks."""
     said = []
     for run in runs:
         for name in [name for name, value in run.values.items() if not math.isfinite(value)]:
             run.excluded.add(name)
             said.append(f"{METRICS[name].title} of {run.folder} is {run.values[name]}, and is left out")
-    for name, key in NUMBERS_OF_SAMPLES.items():
-        counts = Counter(run.config[key] for run in runs if key in run.config and name in run.counted)
+    kinds = dict.fromkeys(run.pixels for run in runs)
+    for pixels, (name, key) in itertools.product(kinds, NUMBERS_OF_SAMPLES.items()):
+        alike = [run for run in runs if run.pixels == pixels and name in run.counted]
+        counts = Counter(run.config[key] for run in alike if key in run.config)
         if len(counts) < 2:
             continue
         most = max(counts, key=lambda samples: (counts[samples], samples))
-        others = [run for run in runs if name in run.counted and run.config.get(key) != most]
+        others = [run for run in alike if run.config.get(key) != most]
         for run in others:
             run.excluded.add(name)
         said.append(
-            f"{METRICS[name].title} is of the {counts[most]} runs with {key}={most}; {len(others)} with another are "
-            "left out"
+            f"{METRICS[name].title}{f' of {pixels}' if len(kinds) > 1 else ''} is of the {counts[most]} runs with "
+            f"{key}={most}; {len(others)} with another are left out"
         )
     if left := [run for run in runs if "test_n" in run.facts and run.facts["test_n"] is None]:
         said.append(

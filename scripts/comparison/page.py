@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from html import escape
@@ -38,6 +39,7 @@ def best_run(comparison: Comparison) -> Record | None:
     return min(runs, key=lambda run: rank(Summary(1, run.values[comparison.metric]), comparison.metric), default=None)
 
 
+NOT_OF_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # such as a log after a power cut
 ALLOWED = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # nothing is loaded
 
 
@@ -69,7 +71,8 @@ def page(comparison: Comparison) -> str:
         ),
     ]
     body = tag("main", "".join(sections))
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    whole = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
+    return NOT_OF_XML.sub("\N{REPLACEMENT CHARACTER}", whole)
 
 
 def results_sections(comparison: Comparison) -> list[tuple[str, str]]:

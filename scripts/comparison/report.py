@@ -300,7 +300,7 @@ def run_table(comparison: Comparison, names: Sequence[str]) -> list[list[str]]:
         rows = []
         for run in group.runs:
             draw = [str(run.config.get(key, DASH)) for key in ("data.split_seed", "seed")]
-            rows.append([*draw, *(optional(run.values.get(name), METRICS[name]) for name in names)])
+            rows.append([*draw, *(optional(run.counted.get(name), METRICS[name]) for name in names)])
         rows.sort(key=lambda row: [seed.rjust(20) for seed in row[:2]])  # 2 before 10
         table += [[str(place), f"`{group.name}`", *row] for row in rows]
     return table

@@ -7,9 +7,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from configs.schema import Config, ConfigError, EvaluationConfig
+from configs.wording import shown
 from data.datasets import OWN
 from data.progress import progress
 from scripts.comparison.events import DamagedEvents, read_scalars
@@ -120,9 +122,13 @@ def find(folders: Sequence[Path]) -> list[Path]:
     for top in folders:
         if not top.is_dir():
             raise ConfigError(f"{top} is not a folder; give run folders, a sweep's folder, or a folder above some")
-        runs = []
-        for name, below, files in os.walk(top):
+        runs, seen = [], set()
+        for name, below, files in os.walk(top, followlinks=True):
             folder = Path(name)
+            if (place := os.path.realpath(name)) in seen:  # by a link
+                below.clear()
+                continue
+            seen.add(place)
             is_begun = "checkpoints" in below and ((folder / OVERRIDES).is_file() or stored(folder))
             if is_begun or "result.json" in files:
                 runs.append(folder)
@@ -171,8 +177,16 @@ def _finished(folder: Path) -> tuple[Record, dict[str, Any]]:
         config, steps = dict(result["config"]), int(result["steps"] or 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its result.json cannot be read ({_reason(error)})") from error
+    foreign = [
+        key
+        for key, kind in (("versions", dict), ("split_hash", str))
+        if not isinstance(result.get(key), (kind, NoneType))
+    ]
+    if foreign:
+        raise Damaged(f"its result.json is not one of a run: {foreign[0]} is {shown(result[foreign[0]])}")
     values = {name: float(result[name]) for name in METRICS if isinstance(result.get(name), (int, float))}
     facts = {key: value for key, value in result.items() if key not in METRICS and key != "config"}
+    facts["versions"] = facts.get("versions") or {}
     if "method" in facts:  # of scripts.baselines; what the schema has besides is not its own
         return Record(folder, True, steps, config, values, facts), {}
     config |= {key: result[key] for key in ("device", "precision") if key in result}  # rather than auto
