@@ -213,7 +213,12 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any], together: Toget
                 log.info("%s is finished already, and stays as it is", folder)
                 if together:
                     together.tell({})
+                    together.part()
                 return 0
+            if run.step > checked.train.steps:
+                raise ConfigError(
+                    f"train.steps must be >= {run.step}, which this run has done, got {checked.train.steps}"
+                )
         else:
             write_json(folder / SPLIT, run.split.manifest(checked.data.name, checked.data.split_seed))
             saved.save(run, folder)

@@ -280,10 +280,7 @@ class Config:
             self.likelihood = Likelihood.bernoulli
         self.likelihood = resolved_likelihood(self.likelihood, data.binarization)
         if self.prior == "labelled" and data.num_labelled == 0:
-            raise ValueError(
-                "prior must be uniform or a list of probabilities where data.num_labelled=0 leaves no label to count, "
-                "got labelled"
-            )
+            raise ValueError("prior must be uniform where data.num_labelled=0 leaves no label to count, got labelled")
         if self.prior not in ("uniform", "labelled"):
             self.prior = _probabilities(self.prior, data.known())
 

@@ -207,7 +207,7 @@ class Model(nn.Module):
 
     def check(self, weights: Weights, estimator: Estimator) -> None:
         """Raises ValueError, naming the key, for what this family cannot do with a prepared estimator."""
-        for name, wanted in (("labelled", 0), ("alpha", 0), ("labels_first", 0), ("samples", 1)):
+        for name, wanted in (("labelled", 0), ("alpha", 0), ("labels_first", 0), ("kl_warmup", 0), ("samples", 1)):
             if (value := getattr(weights, name)) != wanted:
                 raise ValueError(f"objective.{name} must be {wanted} with this model, got {value:g}")
         if weights.distortion_fades is not None:
@@ -234,6 +234,7 @@ class Model(nn.Module):
         shapes.
         """
         logits, estimated = self.categorical_term(x, generator)
+        estimator.log_prior = self.log_prior  # of this step, where it is learned
         estimate = estimated(estimator, step, generator)
         check_estimate(estimate, len(x))
         terms = {

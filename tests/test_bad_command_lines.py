@@ -81,6 +81,8 @@ BAD = [
     ("data=mnist data.root=new/root", "data=mnist is not in new/root and could not be downloaded"),
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
     ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "/RUN\n"),
+    ("-m data=digits seed=1,2 hydra.job.chdir=true", "hydra.job.chdir must be false in a sweep", "got true"),
+    ("data=mnist data.root=../mnist hydra.job.chdir=true", "data.root must be an absolute path with", "got ../mnist"),
     ("-m data=digits seed=1 hydra.sweep.dir=RUN hydra.sweep.subdir=.", "must be new", "seed=1 (was 0)"),
     ("-m data=digits seed=1,2 hydra.sweep.subdir=.", "hydra.sweep.subdir must give every job a folder of its own"),
     (
@@ -240,7 +242,7 @@ BAD = [
     ),
     (
         "data=digits data.num_labelled=0 train.batch_size_labelled=0 prior=labelled",
-        "prior must be uniform or a list of probabilities where data.num_labelled=0 leaves no label to count",
+        "prior must be uniform where data.num_labelled=0 leaves no label to count",
         "got labelled",
     ),
     (

@@ -587,6 +587,45 @@ REFUSED = [
 ]
 
 
+class LearnedClusters(Model):
+    """p(y) p(x|y) with p(y) learned, as somebody may write it by models/contract.py alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.likelihood = [(1, 3)], Bernoulli()
+        self.encoder, self.decoder = torch.nn.Linear(4, 3), torch.nn.Linear(3, 4)
+        self.prior_logits = torch.nn.Parameter(torch.tensor([[0.0, 1.0, -1.0]]))
+
+    @property
+    def log_prior(self) -> Tensor:  # type: ignore[override]
+        return self.prior_logits.log_softmax(dim=-1)
+
+    def categorical_term(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, contract.Estimation]:
+        logits = self.encoder(x.flatten(1)).unsqueeze(1)
+
+        def f(y: Tensor) -> Tensor:
+            return self.likelihood.log_prob(self.decoder(y.flatten(-2)), x.flatten(1))
+
+        return logits, lambda estimator, step, generator: estimator(
+            f, logits, step=step, context=x, generator=generator
+        )
+
+
+def test_a_prior_that_a_family_of_ones_own_learns_is_that_of_each_step() -> None:
+    torch.manual_seed(0)
+    model, x = LearnedClusters(), torch.rand(5, 1, 2, 2).round()
+    estimator = model.prepared(Marginalization(), 4)
+    optimizer, nothing = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator()
+    for step in range(3):
+        made = model.objective(estimator, Weights(0, 1, 0), x, torch.empty(0, 10), step=step, generator=nothing)
+        q = model.encoder(x.flatten(1)).softmax(dim=-1)
+        kl = (q * (q.log() - model.log_prior)).sum(dim=-1).mean()
+        torch.testing.assert_close(made.terms["kl_y"], kl)
+        optimizer.zero_grad()
+        made.loss.backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
 def test_refused_in_one_sentence(case: tuple[str, ...], tmp_path: Path) -> None:
     line, *parts = case

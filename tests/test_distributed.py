@@ -163,6 +163,16 @@ def test_all_go_back_to_a_checkpoint_together(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["rollbacks"] == 1
 
 
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    line = f"{MLP}{ESTIMATORS['sum_and_sample']}{STEPS}hydra.run.dir={tmp_path}/run"
+    assert codes(in_processes(line)) == [0, 0]
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    ended = in_processes(f"resume={tmp_path}/run")
+    assert codes(ended) == [0, 0], ended
+    assert not sentences(ended)
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+
+
 def test_a_killed_process_ends_all_with_one_sentence(tmp_path: Path) -> None:
     line = f"{MLP}{ESTIMATORS['sum_and_sample']}{STEPS}hydra.run.dir={tmp_path}/run"
     line = line.replace("size_labelled=10", "size_labelled=12").replace("size_unlabelled=10", "size_unlabelled=12")

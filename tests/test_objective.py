@@ -356,6 +356,8 @@ def test_images_are_distorted_by_the_share_of_the_step(fading: dict[str, int]) -
     for share in (1.0, 0.25, 0.0):
         weights = replace(WEIGHTS, distortion_share=share, **fading)
         assert run(model, Marginalization(), weights).metrics["distortion_share"] == share
+        alone = replace(weights, labelled=0.0, unlabelled=0.0)
+        assert run(model, Marginalization(), alone).metrics["distortion_share"] == share
         assert motion.share == share
 
 

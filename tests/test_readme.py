@@ -123,6 +123,9 @@ def test_a_family_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ended = command(train.main, f"{line} {TINY} objective.alpha=1 hydra.run.dir={tmp_path / 'refused'}")
     assert ended.code == 2
     assert "objective.alpha must be 0" in ended.err
+    ended = command(train.main, f"{line} {TINY} objective.kl_warmup=1 hydra.run.dir={tmp_path / 'refused'}")
+    assert ended.code == 2
+    assert "objective.kl_warmup must be 0" in ended.err
 
 
 def test_images_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,12 +103,15 @@ def test_one_that_goes_back_leaves_the_others_as_they_are(tmp_path: Path, monkey
     assert_same(tmp_path / "basic", tmp_path / "side_by_side", range(2))
 
 
-def test_a_signal_stops_all_and_the_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_all_and_the_command_goes_on(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = "seed=1,2,3 train.checkpoint_every=1000 train.validate_every=1000"
     sweep_of(line, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        at_step_7(patch, 2, lambda run: os.kill(os.getpid(), signal.SIGINT))
-        stopped = sweep_of(line, tmp_path / "halves", code=130)
+        at_step_7(patch, 2, lambda run: os.kill(os.getpid(), number))
+        stopped = sweep_of(line, tmp_path / "halves", code=128 + number)
     assert "Traceback" not in stopped.said
     assert "go on with the sweep by: " in stopped.err
     for job in range(3):

@@ -200,15 +200,17 @@ def assert_goes_on(line: str, folder: Path, undisturbed: list[dict[str, Any]]) -
 
 
 @launchers
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_interrupted_and_continued(
     number: int, launcher: str, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Ctrl-C saves what runs, says how to go on, and that command goes on."""
+    """Ctrl-C and a terminal that closes save what runs, say how to go on, and that command goes on."""
     folder, line = tmp_path / "sweep", f"{JOBS} hydra/launcher={launcher} train.checkpoint_every=100000"
     process = start(line, folder, SLOW=str(tmp_path))
     wait_for(lambda: at_work(folder), process)
-    if number == signal.SIGINT:
+    if number != signal.SIGTERM:
         os.killpg(process.pid, number)  # as a terminal does it
     else:
         process.send_signal(number)
@@ -515,7 +517,8 @@ def test_search_outlives_trials_that_diverge(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     line = LINE.replace("optimizer.lr=3e-3 ", "") + "train.steps=4 hydra/sweeper=optuna hydra.sweeper.n_trials=4 "
     line += "hydra.sweeper.direction=maximize hydra.sweeper.n_jobs=1 hydra.sweeper.sampler.seed=1 "
-    line += "optimizer.lr=1e30,1e-3 evaluation.test=true"  # which overrules what searches do
+    line += "optimizer.lr=1e30,1e-3 evaluation.test=true "  # which overrules what searches do
+    line += "'hydra.sweep.subdir=t${hydra:job.num}'"
     for _ in range(2):
         ended = here(line, folder)
         assert ended.code == 3, ended.said

@@ -390,6 +390,14 @@ def test_moving_average_is_in_the_checkpoint(finished: Finished) -> None:
     assert state["baseline.average"] / state["baseline.weight"] == pytest.approx(-45, abs=5)
 
 
+def test_a_run_cannot_end_before_where_it_is(tmp_path: Path) -> None:
+    run(f"{MLP} train.steps=4 lr_factor=constant estimator=marginalization", tmp_path)
+    (tmp_path / "result.json").unlink()
+    said = resume(tmp_path, "train.steps=3", code=2).err
+    assert "train.steps must be >= 4, which this run has done, got 3" in said
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_resume_of_a_finished_run_changes_nothing(copied: Callable[[str], Path]) -> None:
     folder = copied(golden.line("gumbel_softmax"))
     before, log = files(folder), (folder / "train.log").read_text()

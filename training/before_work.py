@@ -49,6 +49,8 @@ class CheckBeforeWork(Callback):
                     "-m must be left out under torchrun, which is for one run; hydra/launcher=joblib deals the jobs of "
                     "a sweep over the GPUs"
                 )
+            if config.hydra.job.chdir:
+                raise ConfigError("hydra.job.chdir must be false in a sweep, whose folder it would move, got true")
             if config.get("resume") is not None:
                 raise ConfigError(f"resume must be given without -m, one run at a time, got {config.resume}")
             if is_search:
@@ -188,6 +190,10 @@ def _compose_job(config: DictConfig, number: int, overrides: list[str]) -> DictC
 def _check_job(config: DictConfig, check_first: Callable[[Config], None] = lambda config: None) -> Config:
     HydraConfig.instance().set_config(config)  # for a configuration that reads ${hydra:...}
     checked = typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    for key in ("path", "root") if config.hydra.job.chdir else ():
+        place = getattr(checked.data, key)
+        if place is not None and not Path(place).expanduser().is_absolute():
+            raise ConfigError(f"data.{key} must be an absolute path with hydra.job.chdir=true, got {place}")
     check_first(checked)
     check(checked)
     return checked

@@ -30,7 +30,9 @@ def prepare(config: DictConfig) -> None:
     sweeper = config.hydra.sweeper
     if "direction" not in sweeper:  # not Optuna's
         return
-    if "hydra.sweeper.direction=minimize" in config.hydra.overrides.hydra:
+    # as they were given: ${hydra:..} has no value yet
+    given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    if "hydra.sweeper.direction=minimize" in given:
         raise ConfigError(
             "hydra.sweeper.direction must be maximize, got minimize: a job gives its validation accuracy or bound"
         )

@@ -97,7 +97,13 @@ def _tell_jobs(config: DictConfig, folder: Path) -> None:
 
 
 def _stop_by_signal(lock: Path) -> None:
-    """The first Ctrl-C or SIGTERM lets the running jobs save, by letting go of the lock; a second one ends at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP lets the running jobs save, by letting go of the lock; a second ends at once.
+
+    What nohup has ignored stays ignored.
+    """
+    of_terminal = [signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        of_terminal.append(signal.SIGHUP)
 
     def stop(number: int, frame: FrameType | None) -> None:
         for again, handler in before.items():
@@ -107,12 +113,12 @@ def _stop_by_signal(lock: Path) -> None:
         release(lock)
         _say("stopping; the running jobs save first")
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (*of_terminal, signal.SIGTERM)}
     if hasattr(signal, "pthread_sigmask"):
-        # a terminal sends Ctrl-C to submitit's processes too, which would kill their jobs; started by this thread, they
-        # do not take it. Another thread takes it here
+        # a terminal sends these to the jobs' processes too, which would kill their jobs; started by this thread, they
+        # do not take them. Another thread takes them here
         threading.Thread(target=threading.Event().wait, daemon=True).start()
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        signal.pthread_sigmask(signal.SIG_BLOCK, of_terminal)
 
 
 def stopped_by(number: int) -> None:
@@ -352,7 +358,9 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
         return WORST if code == 3 else None
     if launcher(hydra) in (LOCAL, SLURM) and code == 128 + signal.SIGUSR2:
         signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
-    if code in (130, 143) and launcher(hydra) in (*PARALLEL, SIDE_BY_SIDE):  # whoever started the sweep says so
+    if code in (130, 143) and launcher(hydra) in PARALLEL:  # whoever started the sweep says so
+        return None
+    if isinstance(code, int) and code > 128 and launcher(hydra) == SIDE_BY_SIDE:  # as do they, when all have stopped
         return None
     if code:
         if launcher(hydra) == BASIC:

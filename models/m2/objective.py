@@ -47,11 +47,16 @@ def objective(
     logits_labelled, logits_unlabelled = logits.split(parts)
     if weights.labels_first:  # the same numbers, and a part of the gradient
         logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
+    at_this_step: dict[str, Tensor | float] = (
+        {"teaching_weight": weights.teaching_weight} if weights.labels_first else {}
+    )
+    at_this_step |= {"distortion_share": weights.distortion_share} if fading else {}
     classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
     entropy_y = entropy(logits_unlabelled).mean()
     if weights.labelled == weights.unlabelled == 0:
         j = weights.alpha * classification
-        return maximised({"J": j, "classification": classification, "entropy_y": entropy_y}, {"evaluations": 0.0})
+        terms = {"J": j, "classification": classification, "entropy_y": entropy_y}
+        return maximised(terms, {"evaluations": 0.0, **at_this_step})
     rows = rest()
     rows_labelled, rows_unlabelled = zip(*(row.split(parts) for row in rows), strict=True)
     bound: Bound | None = None  # of the labelled images
@@ -89,9 +94,7 @@ def objective(
         "reconstruction": reconstruction,
         "entropy_y": entropy_y,
     }
-    metrics = estimate.metrics | ({"teaching_weight": weights.teaching_weight} if weights.labels_first else {})
-    metrics |= {"distortion_share": weights.distortion_share} if fading else {}
-    return maximised(terms, metrics, estimate.auxiliary)
+    return maximised(terms, estimate.metrics | at_this_step, estimate.auxiliary)
 
 
 def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:
