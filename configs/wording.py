@@ -156,6 +156,8 @@ def unknown_key(given: str, key: str, known: Sequence[str], owner: str = "") -> 
     section, written = key.rpartition(".")[0], given.partition("=")[0]
     names = difflib.get_close_matches(_name(written), [_name(other) for other in known], n=1, cutoff=0.7)
     alike = [other for other in known if names and _name(other) == names[0]]
+    if written.lstrip("+~").startswith(f"{key}."):  # its section is not there either
+        alike = difflib.get_close_matches(written.lstrip("+~"), known, n=1, cutoff=0.7)
     nearest = max(alike, key=lambda other: difflib.SequenceMatcher(None, written, other).ratio(), default="")
     neighbours = [_name(other) for other in known if other.rpartition(".")[0] == section]
     has = f" ({owner or section or 'the configuration'} has {', '.join(neighbours) or 'none'})"

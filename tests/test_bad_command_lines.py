@@ -81,6 +81,8 @@ BAD = [
     ("data=mnist data.root=new/root", "data=mnist is not in new/root and could not be downloaded"),
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
     ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "/RUN\n"),
+    ("data=digits estimator.temprature.start=2", "estimator.temprature.start=2 is not a key", "_target_, num_exact)\n"),
+    ("optimiser.lr=1", "optimiser.lr=1 is not a key", "did you mean optimizer.lr?"),
     ("-m data=digits seed=1,2 hydra.job.chdir=true", "hydra.job.chdir must be false in a sweep", "got true"),
     ("data=mnist data.root=../mnist hydra.job.chdir=true", "data.root must be an absolute path with", "got ../mnist"),
     ("-m data=digits seed=1 hydra.sweep.dir=RUN hydra.sweep.subdir=.", "must be new", "seed=1 (was 0)"),
