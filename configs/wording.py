@@ -93,7 +93,9 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = f"one of {', '.join(error.options)}" if error.options else "the name of a choice"
         extra = next((extra for name, extra in EXTRAS.items() if choice.startswith(name)), "")
-        return f"{group} must be {choices}, got {choice}" + (f"; it comes by: uv sync --extra {extra}" if extra else "")
+        near = next(iter(difflib.get_close_matches(choice, error.options or [], n=1, cutoff=0.7)), "")
+        way_on = f"; it comes by: uv sync --extra {extra}" if extra else f"; did you mean {near}?" if near else ""
+        return f"{group} must be {choices}, got {choice}{way_on}"
     nameless = [argument for argument in arguments if re.fullmatch(r"([+~]*=.*|[+~]+)", argument)]
     if nameless:
         return f"{ARGUMENT}, got {nameless[0]}"
@@ -153,11 +155,12 @@ def explain_group(arguments: Sequence[str]) -> str | None:
 
 def unknown_key(given: str, key: str, known: Sequence[str], owner: str = "") -> str:
     """The sentence for a key that nothing reads: what its section has, and the nearest key that something reads."""
-    section, written = key.rpartition(".")[0], given.partition("=")[0]
-    names = difflib.get_close_matches(_name(written), [_name(other) for other in known], n=1, cutoff=0.7)
-    alike = [other for other in known if names and _name(other) == names[0]]
-    if written.lstrip("+~").startswith(f"{key}."):  # its section is not there either
-        alike = difflib.get_close_matches(written.lstrip("+~"), known, n=1, cutoff=0.7)
+    section, written = key.rpartition(".")[0], given.partition("=")[0].lstrip("+~")
+    if written.startswith(f"{key}."):  # its section is not there either: a last name alone tells too little
+        alike = difflib.get_close_matches(written, known, n=1, cutoff=0.7)
+    else:
+        names = difflib.get_close_matches(_name(written), [_name(other) for other in known], n=1, cutoff=0.7)
+        alike = [other for other in known if names and _name(other) == names[0]]
     nearest = max(alike, key=lambda other: difflib.SequenceMatcher(None, written, other).ratio(), default="")
     neighbours = [_name(other) for other in known if other.rpartition(".")[0] == section]
     has = f" ({owner or section or 'the configuration'} has {', '.join(neighbours) or 'none'})"

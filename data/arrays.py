@@ -14,7 +14,17 @@ import numpy as np
 
 from data import npz
 from data.facts import Array, DataError, DatasetFacts
-from data.pictures import LeftOut, picture_files, read_pictures, resized, shape_of_all, size_of, stamped, suffixes
+from data.pictures import (
+    LeftOut,
+    notes_on,
+    picture_files,
+    read_pictures,
+    resized,
+    shape_of_all,
+    size_of,
+    stamped,
+    suffixes,
+)
 from data.progress import telling
 from data.splits import Indices, by_class, count_of
 from data.stored import Images, InFile
@@ -378,8 +388,4 @@ def _notes(folder: Path, left_out: LeftOut, deep: int, moving: int, needs_labels
         notes.append(f"all pictures in {folder} and below are taken as those without a label")
     elif others:
         notes.append(f"the pictures in {' and in '.join(others)} of {folder} are taken as those without a label")
-    if deep:
-        notes.append(f"{deep} pictures in {folder} have 16 bits a channel, of which the higher 8 are read")
-    if moving:
-        notes.append(f"{moving} pictures in {folder} have several frames or pages, of which the first is read")
-    return tuple(notes)
+    return (*notes, *notes_on(folder, deep, moving))

@@ -14,7 +14,7 @@ import numpy as np
 from data import npz
 from data.arrays import BLACK
 from data.facts import Array, DataError
-from data.pictures import LeftOut, look, picture_files, read_picture, resized, size_of, suffixes
+from data.pictures import LeftOut, Looks, look, notes_on, picture_files, read_picture, resized, size_of, suffixes
 
 LOOKED_AT = 64  # images at once, until one is bright enough
 
@@ -30,6 +30,7 @@ class Inputs:
     left_out: LeftOut = field(default_factory=LeftOut)
     reasons: dict[str, str] = field(default_factory=dict)  # of each kind of picture that is left out, the first
     deep: int = 0  # pictures of 16 bits a channel
+    moving: int = 0  # pictures of several frames
     notes: tuple[str, ...] = ()  # what is made of an array
 
     def __post_init__(self) -> None:
@@ -68,13 +69,12 @@ class Inputs:
     def said(self) -> list[str]:
         """What a person should know of how images were read, once all were."""
         left_out = self.left_out.sentence(self.source)
-        have = "picture in {} has" if self.deep == 1 else "pictures in {} have"
-        deep = f"{self.deep} {have.format(self.source)} 16 bits a channel, of which the higher 8 are read"
-        return [*self.notes, *([left_out] if left_out else []), *self.reasons.values(), *([deep] if self.deep else [])]
+        read = notes_on(self.source, self.deep, self.moving)
+        return [*self.notes, *([left_out] if left_out else []), *self.reasons.values(), *read]
 
     def chunks(self, size: int) -> Iterator[tuple[list[str], Array]]:
         """The images uint8 [size, C, H, W], with what names each, `size` at a time. Raises DataError."""
-        self.left_out, self.reasons, self.deep = LeftOut(), {}, 0
+        self.left_out, self.reasons, self.deep, self.moving = LeftOut(), {}, 0, 0
         return self._of_pictures(size) if self.has_pictures else self._of_arrays(size)
 
     def _check_range(self) -> None:
@@ -108,25 +108,26 @@ class Inputs:
         with ThreadPoolExecutor() as pool:
             while part := list(islice(files, size)):
                 names, images = [], []
-                for file, (pixels, is_deep) in zip(part, pool.map(self._read, part), strict=True):
-                    if isinstance(pixels, DataError):
-                        self._leave_out(file, pixels)
+                for file, read in zip(part, pool.map(self._read, part), strict=True):
+                    if isinstance(read, DataError):
+                        self._leave_out(file, read)
                         continue
+                    pixels, looks = read
                     names.append(file.relative_to(folder).as_posix())
                     images.append(pixels)
-                    self.deep += is_deep
+                    self.deep += looks.deep
+                    self.moving += looks.has_frames
                 if images:
                     done += len(images)
                     yield names, np.stack(images)
         if not done:
             raise DataError(next(iter(self.reasons.values())))
 
-    def _read(self, file: Path) -> tuple[Array | DataError, bool]:
-        """The pixels, and whether there are 16 bits of them."""
+    def _read(self, file: Path) -> tuple[Array, Looks] | DataError:
         try:
-            return read_picture(file, self.shape, self.resize), look(file, turned=False).deep
+            return read_picture(file, self.shape, self.resize), look(file, turned=False)
         except DataError as error:
-            return error, False
+            return error
 
     def _leave_out(self, file: Path, error: DataError) -> None:
         kind = "that cannot be read"

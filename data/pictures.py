@@ -273,6 +273,14 @@ def shape_of_all(stamped: tuple[tuple[Path, int], ...], resize: str | None) -> t
     return shape, deep, moving
 
 
+def notes_on(place: Path, deep: int, moving: int) -> list[str]:
+    """Sentences on so many pictures of 16 bits, and so many of several frames."""
+    read = {"16 bits a channel, of which the higher 8 are read": deep}
+    read |= {"several frames or pages, of which the first is read": moving}
+    have = {number: "picture in {} has" if number == 1 else "pictures in {} have" for number in read.values()}
+    return [f"{number} {have[number].format(place)} {what}" for what, number in read.items() if number]
+
+
 def memory() -> float:
     """Bytes that this machine has."""
     try:

@@ -178,10 +178,8 @@ def combinations(overrides: Sequence[str]) -> list[tuple[list[str], list[str]]]:
         (combined,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except HydraException as error:
         raise ConfigError(explain(error, overrides)) from error
-    several = {
-        override.get_key_element(): override.is_sweep_override() for override in parsed
-    }  # the last of a key counts
-    return [([text for text, is_one in zip(one, several.values(), strict=True) if is_one], one) for one in combined]
+    has_several = {override.get_key_element(): override.is_sweep_override() for override in parsed}  # a key's last one
+    return [([text for text, it in zip(one, has_several.values(), strict=True) if it], one) for one in combined]
 
 
 def composed(overrides: list[str]) -> tuple[Config, dict[str, str]]:

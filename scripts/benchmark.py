@@ -229,13 +229,9 @@ def time_peers(run: Run, rounds: int, peer: str) -> dict[str, float]:
 
 
 def apart(*arguments: str) -> str:
-    """What this script prints with other arguments, in a process of its own."""
-    import os
-
-    root = str(Path(__file__).parent.parent)
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    """What this script prints with other arguments, in a process of its own. Raises ConfigError where that fails."""
     command = [sys.executable, "-m", "scripts.benchmark", *arguments]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths})
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if ended.returncode:  # it has said why
         raise ConfigError(f"{' '.join(arguments[:2])} in a process of its own ended with exit code {ended.returncode}")
     return ended.stdout

@@ -288,7 +288,7 @@ def test_a_messy_folder_trains_with_one_key_and_says_what_it_left_out(tmp_path: 
     assert f"7 files of {source} are left out: 2 .csv (such as cats/table.csv), " in log
     for words in (".txt (notes.txt)", "hidden (dogs/.DS_Store)", ".db (cats/more/Thumbs.db)", "gone.png", "beside.png"):
         assert words in log
-    assert f"1 pictures in {source} have 16 bits a channel" in log
+    assert f"1 picture in {source} has 16 bits a channel" in log
     assert f"the pictures in Unlabeled Images of {source} are taken as those without a label" in log
     facts = arrays.facts(str(source), resize="8x8")
     assert (facts.shape, facts.class_names, facts.unknown_labels) == ((3, 8, 8), ("cats", "dogs", "owls"), 5)

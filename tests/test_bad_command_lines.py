@@ -82,6 +82,11 @@ BAD = [
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
     ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "/RUN\n"),
     ("data=digits estimator.temprature.start=2", "estimator.temprature.start=2 is not a key", "_target_, num_exact)\n"),
+    (
+        "estimator=gumbel_sotfmax",
+        "estimator must be one of concrete, ",
+        "got gumbel_sotfmax; did you mean gumbel_softmax?",
+    ),
     ("optimiser.lr=1", "optimiser.lr=1 is not a key", "did you mean optimizer.lr?"),
     ("-m data=digits seed=1,2 hydra.job.chdir=true", "hydra.job.chdir must be false in a sweep", "got true"),
     ("data=mnist data.root=../mnist hydra.job.chdir=true", "data.root must be an absolute path with", "got ../mnist"),

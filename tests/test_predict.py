@@ -479,6 +479,8 @@ def test_one_picture_and_why_others_are_left_out(photographs: Path, images: Arra
     (row,) = predicted("run in/deep/1.png", Path("p.csv"))
     assert row["file"] == "1.png"
     Image.fromarray(images[0, 0].astype(np.uint16) << 8).save("in/deep/16.png")
+    pages = [Image.fromarray(page) for page in images[:2, 0]]
+    pages[0].save("in/pages.tif", save_all=True, append_images=pages[1:])
     Image.fromarray(images[0, 0, :5]).save("in/wide.png")
     Image.fromarray(images[0, 0, :4]).save("in/wider.png")
     Path("in/broken.png").write_text("no picture")
@@ -488,6 +490,7 @@ def test_one_picture_and_why_others_are_left_out(photographs: Path, images: Arra
     assert "in/wide.png is 5x8 pixels" in ended.err
     assert "in/broken.png cannot be read as an image" in ended.err
     assert "1 picture in in has 16 bits a channel, of which the higher 8 are read" in ended.err
+    assert "1 picture in in has several frames or pages, of which the first is read" in ended.err
     ended = command(generate.main, "run --kind analogies --images in --output a.png")
     assert ended.code == 0, ended.said
     assert "of in are left out: " in ended.err

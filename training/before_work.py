@@ -190,13 +190,18 @@ def _compose_job(config: DictConfig, number: int, overrides: list[str]) -> DictC
 def _check_job(config: DictConfig, check_first: Callable[[Config], None] = lambda config: None) -> Config:
     HydraConfig.instance().set_config(config)  # for a configuration that reads ${hydra:...}
     checked = typed(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    for key in ("path", "root") if config.hydra.job.chdir else ():
-        place = getattr(checked.data, key)
-        if place is not None and not Path(place).expanduser().is_absolute():
-            raise ConfigError(f"data.{key} must be an absolute path with hydra.job.chdir=true, got {place}")
+    if config.hydra.job.chdir:
+        _check_absolute(checked)
     check_first(checked)
     check(checked)
     return checked
+
+
+def _check_absolute(config: Config) -> None:
+    """Of a run that changes its folder: data are looked at before that, and read after it. Raises ConfigError."""
+    for key, place in (("path", config.data.path), ("root", config.data.root)):
+        if place is not None and not Path(place).expanduser().is_absolute():
+            raise ConfigError(f"data.{key} must be an absolute path with hydra.job.chdir=true, got {place}")
 
 
 def _same_experiment(config: Config) -> None:

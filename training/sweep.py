@@ -360,7 +360,7 @@ def after_job(hydra: Any, config: DictConfig, folder: Path, code: Any, reason: s
         signal.raise_signal(signal.SIGUSR2)  # submitit's handler puts the job, which is saved, back into the queue
     if code in (130, 143) and launcher(hydra) in PARALLEL:  # whoever started the sweep says so
         return None
-    if isinstance(code, int) and code > 128 and launcher(hydra) == SIDE_BY_SIDE:  # as do they, when all have stopped
+    if isinstance(code, int) and code > 128 and launcher(hydra) == SIDE_BY_SIDE:  # any signal stops all
         return None
     if code:
         if launcher(hydra) == BASIC:
