@@ -20,7 +20,8 @@ from scripts.comparison.figures import (
     tag,
     text,
 )
-from scripts.comparison.groups import Comparison, Group, Naming, differing, value_of
+from scripts.comparison.groups import Comparison, Group
+from scripts.comparison.naming import Naming, differing, value_of
 from scripts.comparison.runs import METRICS
 from scripts.comparison.statistics import Summary
 
