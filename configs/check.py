@@ -86,8 +86,8 @@ def check(config: Config) -> None:
         call = "(f, logits, *, step, context, generator)"
         got = config.estimator["_target_"]
         raise ConfigError(f"estimator._target_ must make an estimator, called with {call}, got {got}") from None
-    if config.prior != "uniform":
-        _check_reads_prior(config, estimator, known.num_classes)
+    if config.prior != "uniform" or model.log_prior is not None:
+        _check_reads_prior(config, estimator, model)
     check_labels(config, model)
     if config.prior != "uniform" and not model.has_labels:
         raise ConfigError(
@@ -96,6 +96,11 @@ def check(config: Config) -> None:
         )
     prepared_estimator(config, model, math.prod(known.shape))
     if config.diagnostics.every:
+        if config.objective.samples > 1:
+            raise ConfigError(
+                f"diagnostics.every must be 0 with objective.samples={config.objective.samples}, as it measures the "
+                f"gradient of one sample's bound, got {config.diagnostics.every}"
+            )
         from models.gradient_quality import check_images
 
         try:
@@ -158,10 +163,11 @@ def check_labels(config: Config, model: Any) -> None:
         raise ConfigError(f"evaluation.pixel_draws must be 1 with a model that tells no classes, got {draws}")
 
 
-def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None:
+def _check_reads_prior(config: Config, estimator: Any, model: Any) -> None:
     """Somebody's own estimator may know of no p(y): its KL, and so J, would be those of a uniform one."""
     import torch
 
+    num_classes = model.latents[-1][1]  # of the uppermost variables, which have p(y)
     logits = torch.zeros(1, 1, num_classes, requires_grad=True)
     prior = torch.arange(1.0, num_classes + 1).log_softmax(dim=0)
     kls = []
@@ -174,8 +180,11 @@ def _check_reads_prior(config: Config, estimator: Any, num_classes: int) -> None
             )
             kls.append(estimate.kl.detach())
     if len(kls) == 2 and torch.equal(*kls):
+        key, got = "prior", shown(config.prior)
+        if config.prior == "uniform":
+            key, got = "model.prior", "one that is learned"
         raise ConfigError(
-            f"prior must be uniform with an estimator whose kl is not from self.log_prior, got {shown(config.prior)} "
+            f"{key} must be uniform with an estimator whose kl is not from self.log_prior, got {got} "
             f"with {config.estimator['_target_']}; categorical_kl(logits, self.log_prior) is"
         )
 

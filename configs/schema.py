@@ -182,7 +182,7 @@ class ObjectiveConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"objective.{key} must be >= 0 and finite, got {value}")
         if self.labelled == self.unlabelled == self.alpha == 0:
-            raise ValueError("objective.alpha must be > 0 when the other weights are 0, got 0.0")
+            raise ValueError("objective.unlabelled (or .alpha, with labels) must be > 0 when the others are 0, got 0.0")
 
 
 @dataclass
@@ -267,6 +267,10 @@ class Config:
         if (first := self.objective.labels_first) > self.train.steps // 2:
             wanted = f"<= half of train.steps, {self.train.steps}, got {first}"
             raise ValueError(f"objective.labels_first must be {wanted}: U would never teach q(y|x) with all its weight")
+        left = self.train.steps - first
+        if (fades := self.objective.distortion_fades) is not None and fades > left:
+            wanted = f"<= the {left} steps that objective.labels_first={first} leaves of train.steps, got {fades}"
+            raise ValueError(f"objective.distortion_fades must be {wanted}: the distortion would stay to the end")
         data = self.data
         if (draws := self.evaluation.pixel_draws) > 1 and data.binarization is not Binarization.dynamic:
             raise ValueError(

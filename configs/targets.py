@@ -127,8 +127,8 @@ def _fits(annotation: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin is tuple and options and Ellipsis not in options:
         return isinstance(value, list) and len(value) == len(options) and all(map(_fits, options, value))
-    if origin is tuple:
-        return isinstance(value, list)
+    if origin in (tuple, list):
+        return isinstance(value, list) and all(_fits(options[0], item) for item in value if options)
     if inspect.isclass(origin) and origin is not Any and not getattr(origin, "_is_protocol", False):
         return isinstance(value, origin)
     return True

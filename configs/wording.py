@@ -32,6 +32,7 @@ from configs.schema import Config, ConfigError
 from data.facts import DataError
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+PLURALS: dict[Any, str] = {int: "integers", float: "numbers"}
 WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}
 
 # choices that an optional package brings, and the extra of pyproject.toml that brings the package
@@ -185,6 +186,8 @@ def allowed(annotation: Any) -> str:
         return " or ".join(map(allowed, plain or options))
     if origin is tuple and Ellipsis not in options:
         return "[" + ", ".join(map(allowed, options)) + "]"
+    if origin is list and options and options[0] in PLURALS:
+        return f"a list of {PLURALS[options[0]]}"
     kind = origin or annotation
     if kind in WORDS:
         return WORDS[kind]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -193,8 +194,20 @@ def _check_job(config: DictConfig, check_first: Callable[[Config], None] = lambd
     if config.hydra.job.chdir:
         _check_absolute(checked)
     check_first(checked)
-    check(checked)
+    try:
+        check(checked)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_left_out_by(config, str(error))}") from error
     return checked
+
+
+def _left_out_by(config: DictConfig, refusal: str) -> str:
+    """How a key goes that a preset has set, and that the choice of another estimator or model does not know."""
+    found = re.match(r"(\S+?)=.* is not a key", refusal)
+    preset = config.hydra.runtime.choices.get("experiment")
+    if not found or preset is None or any(found[1] in override for override in config.hydra.overrides.task):
+        return ""
+    return f"; experiment={preset} sets it, and ~{found[1]} leaves it out"
 
 
 def _check_absolute(config: Config) -> None:

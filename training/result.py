@@ -65,7 +65,7 @@ def finish(run: Run, report: Report, folder: Path) -> None:
     accuracy = "" if result["test_accuracy"] is None else f"accuracy {result['test_accuracy']:.4f}, "
     likelihood = ""  # which not every family has
     if result.get("test_log_likelihood") is not None:
-        sign = "=" if run.model.is_exact else ">="
+        sign = "=" if run.is_exact else ">="
         likelihood = f", {run.log_likelihood_name} {sign} {result['test_log_likelihood']:.2f}"
     report.say(f"test {accuracy}bound {result['test_bound']:.2f}{likelihood} nats ({result['test_n']} images); {path}")
 

@@ -273,6 +273,12 @@ class Run:
         """What the results' log_likelihood is a lower bound of, or equal to."""
         return log_likelihood_name(self.config.likelihood.value, self.binarization, self.model.evidence)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the results' log_likelihood is that number; of pixels drawn from grey levels it bounds a mean's."""
+        is_drawn = self.config.likelihood.value == "bernoulli" and self.binarization == "none"
+        return self.model.is_exact and not is_drawn
+
     def describe_objective(self) -> str:
         """J with its weights, and what each image weighs in it."""
         return self.model.describe_objective(self.weights, len(self.split.labelled), len(self.split.unlabelled))

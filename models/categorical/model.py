@@ -95,12 +95,15 @@ class CategoricalVAE(Model):
 
         What the layers above add is their own value less their KL, by their own estimate, at each y. p(y) of all layers
         but the uppermost is there: what is left of their KL is -H(q) = KL(q || uniform) - N log K. Gradients for all
-        layers come through `value` and `kl`. Auxiliary losses of all layers are added to `auxiliaries`.
+        layers come through `value` and `kl`. Auxiliary losses of all layers are added to `auxiliaries`; `evaluations`
+        are the calls of the uppermost layer's cost, of all in its turn the most.
         """
         own, is_top = of_layer(estimator, layer), layer == len(self.latents) - 1
+        calls: Tensor | float = 0.0
         own.log_prior = self.log_prior if is_top else None
 
         def f(y: Tensor) -> Tensor:
+            nonlocal calls
             value = self.log_prob(layer, below, y)
             if is_top:
                 return value
@@ -114,6 +117,7 @@ class CategoricalVAE(Model):
                 generator=generator,
                 auxiliaries=auxiliaries,
             )
+            calls += samples * above.metrics["evaluations"]
             return value + (above.value - above.kl).view(samples, rows)
 
         logits = self.logits(layer, below) if logits is None else logits
@@ -122,6 +126,7 @@ class CategoricalVAE(Model):
         auxiliaries.append(estimate.auxiliary)
         if not is_top:
             estimate.kl = estimate.kl - self.latents[layer][0] * math.log(self.latents[layer][1])
+            estimate.metrics["evaluations"] = calls
         return estimate
 
     def objective(
@@ -169,7 +174,7 @@ class CategoricalVAE(Model):
         if weights.kl_warmup:
             kl, metrics = weights.kl_weight * kl, {**metrics, "kl_weight": weights.kl_weight}
         terms = {"J": weights.unlabelled * (estimate.value - kl).mean()}
-        if weights.samples == 1:
+        if weights.samples == len(self.latents) == 1:  # else no part of `value` alone is log p(x|y)
             terms |= {"reconstruction": estimate.value.mean(), "kl_y": estimate.kl.mean()}
         terms["entropy_y"] = entropy(logits).sum(dim=-1).mean()
         return maximised(terms, metrics, torch.stack(auxiliaries).sum())

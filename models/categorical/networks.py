@@ -26,8 +26,6 @@ class Dense(nn.Sequential):
     """
 
     def __init__(self, widths: Sequence[int], activation: Activation, layer_norm: bool) -> None:
-        for width in widths:
-            positive("hidden", width)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths[:-1]):
             normalised = [nn.LayerNorm(outputs)] if layer_norm else []
@@ -96,12 +94,19 @@ class Networks(contract.Networks):
         return CategoricalVAE(self.posteriors, self.generators, self.latents, likelihood, self.learned_prior)
 
 
-def check_latents(variables: int, classes: int) -> tuple[int, int]:
-    """Raises ValueError for fewer than one variable or two classes."""
-    positive("variables", variables)
+def check_latents(variables: int, classes: int, key: str = "variables") -> tuple[int, int]:
+    """Raises ValueError for fewer than one variable, which `key` is for, or two classes."""
+    positive(key, variables)
     if classes < 2:
         raise ValueError(f"classes must be >= 2, got {classes}")
     return variables, classes
+
+
+def check_widths(**widths: list[int]) -> None:
+    """Raises ValueError for a hidden layer without units."""
+    for key, of_layers in widths.items():
+        if any(width < 1 for width in of_layers):
+            raise ValueError(f"{key} must be widths >= 1, got {of_layers}")
 
 
 def categorical_mlp(
@@ -125,6 +130,7 @@ def categorical_mlp(
     Raises ValueError for sizes below 1, fewer than two classes, and a scale that is not above 0.
     """
     latents = check_latents(variables, classes)
+    check_widths(encoder=encoder, decoder=decoder)
     if not (math.isfinite(logits_scale) and logits_scale > 0):
         raise ValueError(f"logits_scale must be > 0 and finite, got {logits_scale}")
     posterior = ToLogits(shape.size, encoder, *latents, activation, layer_norm, logits_scale)
@@ -150,7 +156,8 @@ def categorical_two_layers(
 
     Raises ValueError as `categorical_mlp`.
     """
-    lower, upper = check_latents(variables, classes), check_latents(upper_variables, classes)
+    lower, upper = check_latents(variables, classes), check_latents(upper_variables, classes, "upper_variables")
+    check_widths(encoder=encoder, decoder=decoder, between=between)
     return Networks(
         [
             ToLogits(shape.size, encoder, *lower, activation, layer_norm),

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from estimators.contract import Estimator, check_estimate, entropy
@@ -32,9 +33,10 @@ def objective(
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,
     its first term by the estimator. Where both bounds have no weight, the control of the classifier alone, they are not
-    computed. The model and the estimator have the same p(y). For the first `labels_first` steps U's gradient leaves out
-    the logits, which labels alone then teach, and it grows to what it is in as many more; J has the same value. What
-    else is drawn given x, as an auxiliary a, has U's gradient all along.
+    computed, and unlabelled images are not looked at, by which batch normalisation would go. The model and the
+    estimator have the same p(y). For the first `labels_first` steps U's gradient leaves out the logits, which labels
+    alone then teach, and it grows to what it is in as many more; J has the same value. What else is drawn given x, as
+    an auxiliary a, has U's gradient all along.
     Raises ContractError for an estimate of other shapes.
     """
     assert estimator.log_prior is model.log_prior
@@ -42,21 +44,19 @@ def objective(
     fading = distortions(model) if weights.fading else []
     for motion in fading:  # labels alone gain by distorted images, and U loses by them in the end (docs/race.md)
         motion.share = weights.distortion_share
+    at_this_step: dict[str, Tensor | float] = {"distortion_share": weights.distortion_share} if fading else {}
+    if weights.labelled == weights.unlabelled == 0:
+        logits, _ = model.infer(x[:labelled], generator)
+        classification = mean_log_prob(y_labelled, logits)
+        terms = {"J": weights.alpha * classification, "classification": classification}
+        return maximised(terms | {"entropy_y": entropy(logits).mean()}, {"evaluations": 0.0, **at_this_step})
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
     if weights.labels_first:  # the same numbers, and a part of the gradient
         logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
-    at_this_step: dict[str, Tensor | float] = (
-        {"teaching_weight": weights.teaching_weight} if weights.labels_first else {}
-    )
-    at_this_step |= {"distortion_share": weights.distortion_share} if fading else {}
-    classification = (y_labelled * torch.log_softmax(logits_labelled, dim=-1)).sum(dim=-1).mean()
-    entropy_y = entropy(logits_unlabelled).mean()
-    if weights.labelled == weights.unlabelled == 0:
-        j = weights.alpha * classification
-        terms = {"J": j, "classification": classification, "entropy_y": entropy_y}
-        return maximised(terms, {"evaluations": 0.0, **at_this_step})
+        at_this_step["teaching_weight"] = weights.teaching_weight
+    classification = mean_log_prob(y_labelled, logits_labelled)
     rows = rest()
     rows_labelled, rows_unlabelled = zip(*(row.split(parts) for row in rows), strict=True)
     bound: Bound | None = None  # of the labelled images
@@ -92,9 +92,14 @@ def objective(
         "kl_y": estimate.kl.mean(),
         **kls,
         "reconstruction": reconstruction,
-        "entropy_y": entropy_y,
+        "entropy_y": entropy(logits_unlabelled).mean(),
     }
     return maximised(terms, estimate.metrics | at_this_step, estimate.auxiliary)
+
+
+def mean_log_prob(y: Tensor, logits: Tensor) -> Tensor:
+    """The mean of log q(y|x), nats, at one-hot y [B, K] from logits [B, K], of which other classes' may be -inf."""
+    return -F.cross_entropy(logits, y.argmax(dim=-1))
 
 
 def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:

@@ -67,13 +67,19 @@ class StructuredModel(Model):
         generator: torch.Generator,
         auxiliaries: list[Tensor],
     ) -> Estimate:
-        """E[log p(lower half|y_L)] [R] given the logits [R, N, K] of a layer; auxiliary losses go to `auxiliaries`."""
+        """E[log p(lower half|y_L)] [R] given the logits [R, N, K] of a layer; auxiliary losses go to `auxiliaries`.
+
+        `evaluations` are calls of log p(lower half|y_L).
+        """
+        is_last = layer == len(self.latents) - 1
+        calls: Tensor | float = 0.0
 
         def f(y: Tensor) -> Tensor:
+            nonlocal calls
             samples, rows = y.shape[:2]
-            if layer == len(self.latents) - 1:
+            if is_last:
                 return self.log_prob(lower, y)
-            return self.estimate(
+            onward = self.estimate(
                 layer + 1,
                 self.layers[layer + 1](y.flatten(0, 1)),
                 lower.expand(samples, -1, -1).flatten(0, 1),
@@ -82,12 +88,16 @@ class StructuredModel(Model):
                 step=step,
                 generator=generator,
                 auxiliaries=auxiliaries,
-            ).value.view(samples, rows)
+            )
+            calls += samples * onward.metrics["evaluations"]
+            return onward.value.view(samples, rows)
 
         own = of_layer(estimator, layer)
         estimate = own(f, logits, step=step, context=context, generator=generator)
         check_estimate(estimate, len(logits))
         auxiliaries.append(estimate.auxiliary)
+        if not is_last:
+            estimate.metrics["evaluations"] = calls
         return estimate
 
     def objective(
@@ -132,13 +142,13 @@ class StructuredModel(Model):
         return f"J = {weights.unlabelled:g} x E[{of}], a mean over {unlabelled} images; y is {sizes}"
 
     def prepared(self, estimator: Estimator, context_size: int) -> Estimator:
+        if (kl := getattr(estimator, "kl", "analytic")) != "analytic":
+            raise ValueError(f"kl must be analytic where J has no KL, got {kl}")
         return in_layers(estimator, self.latents, context_size)
 
     def check(self, weights: Weights, estimator: Estimator) -> None:
         if weights.kl_warmup:
             raise ValueError(f"objective.kl_warmup must be 0 where J has no KL, got {weights.kl_warmup}")
-        if (kl := getattr(of_layer(estimator, 0), "kl", "analytic")) != "analytic":
-            raise ValueError(f"estimator.kl must be analytic where J has no KL, got {kl}")
         check_weights(weights, estimator, len(self.latents), importance_weighted=False)
 
     # ---- evaluation ----

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from models import contract
-from models.categorical.networks import FromClasses, ToLogits, check_latents
+from models.categorical.networks import FromClasses, ToLogits, check_latents, check_widths
 from models.likelihoods import Likelihood
 from models.parts import Activation, ImageShape, positive
 from models.structured.model import StructuredModel
@@ -47,6 +47,7 @@ def structured_mlp(
     """
     positive("layers", layers)
     latents = [check_latents(variables, classes)] * layers
+    check_widths(encoder=encoder, between=between, decoder=decoder)
     if shape.height < 2:
         raise ValueError(f"model must be another for images of one row, got {shape.height} x {shape.width} pixels")
     upper = shape.channels * (shape.height // 2) * shape.width
