@@ -4,11 +4,11 @@ uv run python -m scripts.gradient_quality outputs/DATE/TIME-NAME estimators=gumb
 
 Prints a table, and writes gradient_quality.csv and a picture. The gradient is that of the mean over images of the term
 of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels, for the logits of y and for each network's
-parameters apart, in float32 and evaluation mode. The images are the first of the run's unlabelled training images; they
-and all noise but y's are the same for all estimators. Where y has too many joint classes to enumerate, the exact
-gradient is the mean of many draws of an unbiased estimator (reference=). The run's own estimator is measured as it was
-trained; others are made anew, and those with parameters or running state are warmed up first, on training images and
-with the model fixed (models.gradient_quality.warm_up).
+parameters apart, in float32 and evaluation mode. The images are some of the run's unlabelled training images, evenly
+spread; they and all noise but y's are the same for all estimators. Where y has too many joint classes to enumerate, the
+exact gradient is the mean of many draws of an unbiased estimator (reference=). The run's own estimator is measured as
+it was trained; others are made anew, and those with parameters or running state are warmed up first, on training images
+and with the model fixed (models.gradient_quality.warm_up).
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def conditions(run: Run, candidates: Candidates, settings: Settings) -> str:
     """What was measured, in up to four lines."""
     number = len(run.batches.data.x_unlabelled[: settings.batch_size])
     lines = [
-        f"the first {number} unlabelled training images of {run.config.data.name}, model at step {run.step}, "
+        f"{number} unlabelled training images of {run.config.data.name}, evenly spread, model at step {run.step}, "
         f"{settings.draws} draws, float32 on {run.device}, seed {settings.seed}"
     ]
     if candidates.own in candidates.made:

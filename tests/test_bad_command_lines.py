@@ -136,6 +136,15 @@ BAD = [
     # types
     ("train.steps=1.5", "train.steps must be an integer", "got 1.5"),
     ("train.steps=null", "train.steps must be an integer", "got null"),
+    (
+        "experiment=best_structured data.num_validation=100 estimator=muprop",
+        "estimator.temperature={end: 1.0} is not a key",
+        "experiment=best_structured sets it, and ~estimator.temperature leaves it out",
+    ),
+    (
+        "model.distortion=1 train.steps=10 objective.labels_first=2 objective.distortion_fades=9",
+        "objective.distortion_fades must be <= the 8 steps that objective.labels_first=2 leaves of train.steps, got 9",
+    ),
     ("objective.labels_first=-1", "objective.labels_first must be >= 0", "got -1"),
     ("train.steps=9 objective.labels_first=5", "objective.labels_first must be <= half of train.steps, 9", "got 5"),
     (

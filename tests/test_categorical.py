@@ -540,6 +540,54 @@ def test_what_a_run_leaves(line: str, tmp_path: Path) -> None:
         assert "diagnostics/bias_squared_logits" in tags["scalars"]
 
 
+@pytest.mark.parametrize("make", [two_layers, structured_model])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        Marginalization(),
+        IndeCateR(),
+        ScoreFunction(LeaveOneOut(), 2),
+        RELAX(0.7),
+        GumbelSoftmax(partial(constant, value=0.7)),
+    ],
+    ids=lambda estimator: estimator.name,
+)
+def test_evaluations_are_the_rows_of_the_innermost_cost(make: Callable[[], Model], estimator: Estimator) -> None:
+    model = make()
+    estimator, rows = model.prepared(estimator, 8), 0
+    innermost = model.generators[-1] if isinstance(model, CategoricalVAE) else model.generator
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal rows
+        samples, batch = inputs[0].shape[:2]
+        rows += samples * batch
+
+    assert isinstance(innermost, torch.nn.Module)
+    innermost.register_forward_pre_hook(count)
+    made = model.objective(estimator, WEIGHTS, X, NONE, step=0, generator=seeded())
+    assert made.metrics["evaluations"] == rows / len(X) > 0
+
+
+def test_only_one_layer_tells_the_parts_of_its_bound() -> None:
+    """In layers the estimate's value has the layers above in it, and its KL is no KL."""
+    for make, parts in ((one_layer, {"reconstruction", "kl_y"}), (two_layers, set())):
+        model = make()
+        estimator = model.prepared(Marginalization(), 8)
+        made = model.objective(estimator, WEIGHTS, X, NONE, step=0, generator=seeded())
+        assert set(made.terms) == {"J", "entropy_y"} | parts
+
+
+def test_what_pixels_drawn_from_grey_levels_have_is_a_bound(tmp_path: Path) -> None:
+    """E[log p(b)] over b is no less than its terms by mean pixels, also where y is enumerated."""
+    small = "model=categorical_mlp model.variables=2 model.classes=3 estimator=marginalization"
+    for pixels, sign in (
+        ("threshold", "log p(x) ="),
+        ("none likelihood=bernoulli", "b drawn from the grey levels, >="),
+    ):
+        said = run(f"data=digits {small} data.binarization={pixels} train.steps=2", tmp_path / pixels[:4]).said
+        assert f"{sign} -" in said
+
+
 REFUSED = [
     ("model=categorical_mlp estimator=marginalization", "10^20", "marginalization, sum_and_sample"),
     ("model=categorical_mlp estimator=sum_and_sample", "10^20"),
@@ -555,6 +603,17 @@ REFUSED = [
     ("model=categorical_mlp model.logits_scale=0", "model.logits_scale must be > 0 and finite, got 0"),
     ("model=categorical_mlp model.prior=some", "model.prior must be one of uniform, learned"),
     ("model=categorical_mlp model.decoder=200", "model.decoder must be"),
+    ("model=categorical_mlp 'model.decoder=[x]'", "model.decoder must be a list of integers, got [x]"),
+    ("model=categorical_mlp 'model.encoder=[300,0]'", "model.encoder must be widths >= 1, got [300, 0]"),
+    ("model=structured_mlp 'model.between=[-1]'", "model.between must be widths >= 1, got [-1]"),
+    ("model=categorical_two_layers model.upper_variables=0", "model.upper_variables must be >= 1, got 0"),
+    ("model=categorical_mlp objective.unlabelled=0", "objective.unlabelled (or .alpha, with labels) must be > 0"),
+    ("model=structured_mlp estimator=concrete", "estimator.kl must be analytic where J has no KL, got relaxed"),
+    (
+        "model=categorical_mlp estimator=vimco objective.samples=3 diagnostics.every=2",
+        "diagnostics.every must be 0 with objective.samples=3",
+        "got 2",
+    ),
     ("model=categorical_mlp model.latent_size=50", "model.latent_size"),
     ("model=categorical_two_layers objective.samples=2", "objective.samples must be 1 with a model of 2 layers"),
     ("model=categorical_two_layers estimator.kl=relaxed", "estimator.kl must be analytic or sampled", "got relaxed"),

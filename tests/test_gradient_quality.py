@@ -470,7 +470,7 @@ def test_script_measures_every_estimator(trained: Path) -> None:
     assert "score_function/moving_average is the run's own, as trained" in ended.out
     warmed = "muprop/learned, muprop/moving_average, rebar, relax, score_function/learned"
     assert f"warmed up over 2 steps: {warmed}\n" in ended.out
-    assert "the first 4 unlabelled training images of digits, model at step 4, 3 draws" in ended.out
+    assert "4 unlabelled training images of digits, evenly spread, model at step 4, 3 draws" in ended.out
     rows = read(output / "gradient_quality.csv")
     names = script.all_names()
     assert len(names) >= 18

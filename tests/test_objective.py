@@ -29,7 +29,7 @@ from models.evaluation import EVALUATION_SEED, calibration_error, evaluate
 from models.likelihoods import bernoulli_log_likelihood
 from models.m2.model import Bound, SemiSupervisedVAE, gaussian_kl
 from models.m2.objective import objective
-from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, mlp
+from models.networks import MINIMUM_SCALE, GaussianHead, ImageShape, ScaleFunction, conv, mlp
 from models.parts import RandomMotion
 
 # torch.distributions is not annotated
@@ -303,6 +303,53 @@ def test_the_control_trains_the_classifier_and_calls_nothing_else(monkeypatch: p
     result.loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}  # type: ignore[attr-defined]
+
+
+def test_the_control_does_not_look_at_unlabelled_images() -> None:
+    """Batch normalisation would else take the labelled ones by what the unlabelled ones are like."""
+    found = []
+    for unlabelled in (torch.zeros(5, 1, 8, 8), torch.ones(5, 1, 8, 8)):
+        torch.manual_seed(0)
+        shape = ImageShape(1, 8, 8)
+        model = SemiSupervisedVAE(
+            conv(shape, K, latent_size=1, channels=2, hidden=4, dropout=0.0, scale="softplus", activation="relu")
+        )
+        labelled = torch.rand(2, 1, 8, 8, generator=generator(1)).round()
+        x, estimator = torch.cat([labelled, unlabelled]), Marginalization()
+        made = objective(model, estimator, Weights(0, 0, 1), x, Y_LABELLED, step=0, generator=generator(0))
+        made.loss.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        found.append([made.terms["J"], *gradients, *model.buffers()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+class Masking(torch.nn.Module):
+    """q(y|x) of a person's own, that leaves a class out."""
+
+    def __init__(self, classifier: torch.nn.Module, left_out: int) -> None:
+        super().__init__()
+        self.classifier, self.left_out = classifier, left_out
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        logits: Tensor = self.classifier(x, generator)
+        return logits.index_fill(-1, torch.tensor(self.left_out), -math.inf)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, Weights(0, 0, 1)])
+def test_j_is_finite_where_a_class_is_left_out(weights: Weights) -> None:
+    model = small_model()
+    (left_out,) = set(range(K)) - set(Y_LABELLED.argmax(dim=-1).tolist())
+    logits = model.classifier(X_LABELLED)
+    others = torch.tensor([k for k in range(K) if k != left_out])
+    expected = logits.index_select(-1, others).log_softmax(dim=-1)
+    expected = (expected * Y_LABELLED.index_select(-1, others)).sum(dim=-1).mean()
+    model.classifier = Masking(model.classifier, left_out)  # type: ignore[arg-type]
+    made = run(model, Marginalization(), weights)
+    torch.testing.assert_close(made.terms["classification"], expected)
+    made.loss.backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
 def test_gradient_of_the_loss_is_that_of_minus_j(monkeypatch: pytest.MonkeyPatch) -> None:

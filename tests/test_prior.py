@@ -19,6 +19,7 @@ from data.splits import class_prior
 from estimators.contract import CostFunction, Estimate, categorical_kl
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, sparsemax
+from estimators.score_function import ScoreFunction
 from models.contract import Weights
 from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
@@ -153,6 +154,14 @@ class KnowsOfNoPrior(Marginalization):
         return replace(estimate, kl=categorical_kl(logits))
 
 
+class KnowsOfNoPriorEither(ScoreFunction):
+    def forward(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        estimate = super().forward(f, logits, step=step, context=context, generator=generator)
+        return replace(estimate, kl=categorical_kl(logits))
+
+
 def test_an_estimator_whose_kl_is_from_a_uniform_prior_is_refused_another() -> None:
     own = "estimator._target_=tests.test_prior.KnowsOfNoPrior"
     check(typed(composed("data=digits", "estimator=marginalization", own)))
@@ -160,6 +169,14 @@ def test_an_estimator_whose_kl_is_from_a_uniform_prior_is_refused_another() -> N
         ConfigError, match=r"prior must be uniform .* got labelled with tests.test_prior.KnowsOfNoPrior"
     ):
         check(typed(composed("data=digits", "estimator=marginalization", own, "prior=labelled")))
+
+
+def test_it_is_refused_a_prior_that_is_learned() -> None:
+    target = "estimator._target_=tests.test_prior.KnowsOfNoPriorEither"
+    own = ["data=digits", "model=categorical_mlp", "estimator=score_function", target]
+    check(typed(composed(*own, "model.prior=uniform")))
+    with pytest.raises(ConfigError, match=r"model\.prior must be uniform .* got one that is learned with tests"):
+        check(typed(composed(*own)))
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
