@@ -47,8 +47,8 @@ def objective(
     at_this_step: dict[str, Tensor | float] = {"distortion_share": weights.distortion_share} if fading else {}
     if weights.labelled == weights.unlabelled == 0:
         logits, _ = model.infer(x[:labelled], generator)
-        classification = mean_log_prob(y_labelled, logits)
-        terms = {"J": weights.alpha * classification, "classification": classification}
+        surprise = mean_surprise(y_labelled, logits)
+        terms = {"J": -weights.alpha * surprise, "classification": -surprise.detach()}
         return maximised(terms | {"entropy_y": entropy(logits).mean()}, {"evaluations": 0.0, **at_this_step})
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
@@ -56,7 +56,7 @@ def objective(
     if weights.labels_first:  # the same numbers, and a part of the gradient
         logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
         at_this_step["teaching_weight"] = weights.teaching_weight
-    classification = mean_log_prob(y_labelled, logits_labelled)
+    surprise = mean_surprise(y_labelled, logits_labelled)
     rows = rest()
     rows_labelled, rows_unlabelled = zip(*(row.split(parts) for row in rows), strict=True)
     bound: Bound | None = None  # of the labelled images
@@ -83,12 +83,12 @@ def objective(
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 
     j = torch.add(weights.labelled * labelled_bound, unlabelled_bound, alpha=weights.unlabelled)
-    j = torch.add(j, classification, alpha=weights.alpha)
+    j = torch.add(j, surprise, alpha=-weights.alpha)
     terms = {
         "J": j,
         "labelled_bound": labelled_bound,
         "unlabelled_bound": unlabelled_bound,
-        "classification": classification,
+        "classification": -surprise.detach(),
         "kl_y": estimate.kl.mean(),
         **kls,
         "reconstruction": reconstruction,
@@ -97,9 +97,9 @@ def objective(
     return maximised(terms, estimate.metrics | at_this_step, estimate.auxiliary)
 
 
-def mean_log_prob(y: Tensor, logits: Tensor) -> Tensor:
-    """The mean of log q(y|x), nats, at one-hot y [B, K] from logits [B, K], of which other classes' may be -inf."""
-    return -F.cross_entropy(logits, y.argmax(dim=-1))
+def mean_surprise(y: Tensor, logits: Tensor) -> Tensor:
+    """The mean of -log q(y|x), nats, at one-hot y [B, K] from logits [B, K], of which other classes' may be -inf."""
+    return F.cross_entropy(logits, y.argmax(dim=-1))
 
 
 def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:
