@@ -32,8 +32,8 @@ from configs.schema import Config, ConfigError
 from data.facts import DataError
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-PLURALS: dict[Any, str] = {int: "integers", float: "numbers"}
 WORDS |= {list: "a list", dict: "a section", Any: "a section with a _target_"}
+PLURALS: dict[Any, str] = {int: "integers", float: "numbers"}
 
 # choices that an optional package brings, and the extra of pyproject.toml that brings the package
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "optuna": "optuna"}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,10 @@ def check_estimate(estimate: Estimate, batch: int) -> None:
             raise ContractError(f"an estimate's {name} must be a tensor {list(shape)}, got {found}")
     if "evaluations" not in estimate.metrics:
         raise ContractError("an estimate's metrics must have evaluations, the calls of f per image")
+    for name, metric in estimate.metrics.items():
+        if metric.shape if isinstance(metric, Tensor) else not isinstance(metric, Real):
+            found = f"one of {list(metric.shape)}" if isinstance(metric, Tensor) else f"a {type(metric).__name__}"
+            raise ContractError(f"an estimate's metric {name} must be a number or a tensor [], got {found}")
 
 
 def with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -178,12 +183,12 @@ def positive(name: str, value: float) -> float:
 
 
 def temperature_at(schedule: Callable[[int], Temperature], step: int) -> Temperature:
-    """tau at `step`. Raises ValueError unless it can be divided by."""
+    """tau at `step`. Raises ContractError unless it can be divided by."""
     temperature = schedule(step)
     if isinstance(temperature, Tensor):  # of a schedule that is held, and was looked at when it was written
         return temperature
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
+        raise ContractError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
     return temperature
 
 

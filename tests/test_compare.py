@@ -461,6 +461,9 @@ def test_a_classifier_alone_changes_no_other_s_name(tmp_path: Path) -> None:
     make_run(tmp_path / "old", 0.9, "marginalization", seed=1, objective__labelled=1.0, objective__unlabelled=1.0)
     groups = {group.name: len(group.runs) for group in comparison(tmp_path).groups}
     assert groups == {"gumbel_softmax": 1, "marginalization": 2, "classifier alone": 1}
+    of_pixels = {name for name, metric in METRICS.items() if metric.of_pixels}
+    (alone,) = (group for group in comparison(tmp_path).groups if group.name == "classifier alone")
+    assert not of_pixels & set(alone.summaries)  # the generator was not trained
 
 
 def test_settings_are_named_in_their_order_though_an_older_run_has_not_all(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, kl_divergence
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
-from estimators.contract import CostFunction, Estimate, Estimator, Schedule
+from estimators.contract import ContractError, CostFunction, Estimate, Estimator, Schedule
 from estimators.gumbel_softmax import KL, GumbelSoftmax, StraightThroughGumbelSoftmax
 from estimators.local_expectations import IndeCateR
 from estimators.marginalization import Marginalization
@@ -981,5 +981,5 @@ def test_unusable_settings_are_refused_by_name(name: str, make: Callable[[], nn.
 def test_a_schedule_that_falls_to_zero_is_refused_at_that_step(make: Callable[[Schedule], Estimator]) -> None:
     logits, weight = small_batch()
     estimator = make(lambda step: 1.0 - step)
-    with pytest.raises(ValueError, match=r"^temperature must be > 0 and finite, got 0\.0 at step 1$"):
+    with pytest.raises(ContractError, match=r"^temperature must be > 0 and finite, got 0\.0 at step 1$"):
         estimate(estimator, cost(weight), logits, step=1)

@@ -467,6 +467,14 @@ def test_estimate_enters_j_and_the_auxiliary_loss_does_not(monkeypatch: pytest.M
         ({"kl": 0.5}, r"kl must be a tensor \[3\], got float"),
         ({"auxiliary": torch.zeros(3)}, r"auxiliary must be a tensor \[\], got \[3\]"),
         ({"metrics": {}}, "metrics must have evaluations"),
+        (
+            {"metrics": {"evaluations": torch.ones(3)}},
+            r"metric evaluations must be a number or a tensor \[\], got one of \[3\]",
+        ),
+        (
+            {"metrics": {"evaluations": 1.0, "mood": "good"}},
+            r"metric mood must be a number or a tensor \[\], got a str",
+        ),
     ],
 )
 def test_an_estimate_of_other_shapes_is_refused(change: dict[str, Any], sentence: str) -> None:

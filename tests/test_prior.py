@@ -19,7 +19,6 @@ from data.splits import class_prior
 from estimators.contract import CostFunction, Estimate, categorical_kl
 from estimators.marginalization import Marginalization
 from estimators.partial_enumeration import SparsemaxSum, sparsemax
-from estimators.score_function import ScoreFunction
 from models.contract import Weights
 from models.m2.model import SemiSupervisedVAE
 from models.m2.objective import objective
@@ -154,14 +153,6 @@ class KnowsOfNoPrior(Marginalization):
         return replace(estimate, kl=categorical_kl(logits))
 
 
-class KnowsOfNoPriorEither(ScoreFunction):
-    def forward(
-        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
-    ) -> Estimate:
-        estimate = super().forward(f, logits, step=step, context=context, generator=generator)
-        return replace(estimate, kl=categorical_kl(logits))
-
-
 def test_an_estimator_whose_kl_is_from_a_uniform_prior_is_refused_another() -> None:
     own = "estimator._target_=tests.test_prior.KnowsOfNoPrior"
     check(typed(composed("data=digits", "estimator=marginalization", own)))
@@ -172,8 +163,8 @@ def test_an_estimator_whose_kl_is_from_a_uniform_prior_is_refused_another() -> N
 
 
 def test_it_is_refused_a_prior_that_is_learned() -> None:
-    target = "estimator._target_=tests.test_prior.KnowsOfNoPriorEither"
-    own = ["data=digits", "model=categorical_mlp", "estimator=score_function", target]
+    small = ["model=categorical_mlp", "model.variables=2", "model.classes=3", "estimator=marginalization"]
+    own = ["data=digits", *small, "estimator._target_=tests.test_prior.KnowsOfNoPrior"]
     check(typed(composed(*own, "model.prior=uniform")))
     with pytest.raises(ConfigError, match=r"model\.prior must be uniform .* got one that is learned with tests"):
         check(typed(composed(*own)))

@@ -257,6 +257,7 @@ def test_diverged_job_is_not_tried_again_for_nothing(tmp_path: Path) -> None:
         assert f"failed with exit code 3: {folder}/0: " in ended.err
         assert ("diverged, and would again; delete it to try anew" in ended.err) == (attempt == 1)
         assert (folder / "1" / "result.json").exists()
+        assert "#1 : " not in (folder / "0" / "train.log").read_text()  # which Hydra says before the next job
         if attempt == 0:
             before = times(folder)
     assert times(folder) == before

@@ -41,14 +41,15 @@ def objective(
     """
     assert estimator.log_prior is model.log_prior
     labelled, num_classes = y_labelled.shape
+    labels = y_labelled.argmax(dim=-1)  # as log q(y|x) of others may be -inf, which times 0 is NaN
     fading = distortions(model) if weights.fading else []
     for motion in fading:  # labels alone gain by distorted images, and U loses by them in the end (docs/race.md)
         motion.share = weights.distortion_share
     at_this_step: dict[str, Tensor | float] = {"distortion_share": weights.distortion_share} if fading else {}
     if weights.labelled == weights.unlabelled == 0:
         logits, _ = model.infer(x[:labelled], generator)
-        surprise = mean_surprise(y_labelled, logits)
-        terms = {"J": -weights.alpha * surprise, "classification": -surprise.detach()}
+        cross_entropy = F.cross_entropy(logits, labels)
+        terms = {"J": -weights.alpha * cross_entropy, "classification": -cross_entropy.detach()}
         return maximised(terms | {"entropy_y": entropy(logits).mean()}, {"evaluations": 0.0, **at_this_step})
     logits, rest = model.infer(x, generator)
     parts = labelled, len(x) - labelled
@@ -56,7 +57,7 @@ def objective(
     if weights.labels_first:  # the same numbers, and a part of the gradient
         logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
         at_this_step["teaching_weight"] = weights.teaching_weight
-    surprise = mean_surprise(y_labelled, logits_labelled)
+    cross_entropy = F.cross_entropy(logits_labelled, labels)
     rows = rest()
     rows_labelled, rows_unlabelled = zip(*(row.split(parts) for row in rows), strict=True)
     bound: Bound | None = None  # of the labelled images
@@ -83,23 +84,18 @@ def objective(
     unlabelled_bound = (estimate.value - estimate.kl).mean()
 
     j = torch.add(weights.labelled * labelled_bound, unlabelled_bound, alpha=weights.unlabelled)
-    j = torch.add(j, surprise, alpha=-weights.alpha)
+    j = torch.add(j, cross_entropy, alpha=-weights.alpha)
     terms = {
         "J": j,
         "labelled_bound": labelled_bound,
         "unlabelled_bound": unlabelled_bound,
-        "classification": -surprise.detach(),
+        "classification": -cross_entropy.detach(),
         "kl_y": estimate.kl.mean(),
         **kls,
         "reconstruction": reconstruction,
         "entropy_y": entropy(logits_unlabelled).mean(),
     }
     return maximised(terms, estimate.metrics | at_this_step, estimate.auxiliary)
-
-
-def mean_surprise(y: Tensor, logits: Tensor) -> Tensor:
-    """The mean of -log q(y|x), nats, at one-hot y [B, K] from logits [B, K], of which other classes' may be -inf."""
-    return F.cross_entropy(logits, y.argmax(dim=-1))
 
 
 def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:

@@ -325,7 +325,7 @@ def _leave_the_classifier(record: Record) -> None:
     own = {"estimator._target_": ALONE, "estimator.alpha": record.config.get("objective.alpha")}
     record.config = {key: value for key, value in record.config.items() if stays(key)} | own
     record.choices = {group: made for group, made in record.choices.items() if stays(group)} | {"estimator": ALONE}
-    for name in ("test_bound", "test_log_likelihood", "val_bound", "val_log_likelihood", "evaluations"):
+    for name in [*(name for name, metric in METRICS.items() if metric.of_pixels), "evaluations"]:
         record.values.pop(name, None)
     for name in ("val_bound", "val_log_likelihood"):
         record.curves.pop(name, None)
