@@ -23,7 +23,8 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from configs.schema import ClassifyBy, Config, ConfigError
-from configs.targets import build
+from configs.targets import build, in_own_code
+from configs.trust import OWN
 from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import load
 from data.splits import Indices, class_prior
@@ -94,7 +95,9 @@ def check(config: Config) -> None:
             f"prior must be uniform with {config.model['_target_']}, whose y is no class that labels tell, got "
             f"{shown(config.prior)}; model.prior is that of its variables"
         )
-    prepared_estimator(config, model, math.prod(known.shape))
+    prepared = prepared_estimator(config, model, math.prod(known.shape))
+    if not config.model["_target_"].startswith(tuple(f"{package}." for package in OWN)):
+        _try_images(config, model, prepared, known.shape)
     if config.diagnostics.every:
         if config.objective.samples > 1:
             raise ConfigError(
@@ -187,6 +190,30 @@ def _check_reads_prior(config: Config, estimator: Any, model: Any) -> None:
             f"{key} must be uniform with an estimator whose kl is not from self.log_prior, got {got} "
             f"with {config.estimator['_target_']}; categorical_kl(logits, self.log_prior) is"
         )
+
+
+def _try_images(config: Config, model: Any, estimator: Any, shape: tuple[int, int, int]) -> None:
+    """Networks of a person's own may not be called as the family calls them, or give other shapes."""
+    import torch
+
+    from estimators.contract import ContractError
+    from models.contract import Weights
+
+    must = f"model._target_ must make networks for images {list(shape)}, got {config.model['_target_']}"
+    x, images = torch.zeros(4, *shape), 2 if model.has_labels else 0
+    y = torch.eye(model.latents[0][1])[torch.zeros(images, dtype=torch.int64)]
+    try:
+        for name, value, wanted in model.shapes(x):
+            if tuple(value.shape) != wanted:
+                raise ConfigError(
+                    f"{must}: {name} must be {list(wanted)} for {len(x)} of them, got {list(value.shape)}"
+                )
+        weights, generator = Weights(**asdict(config.objective)), torch.Generator().manual_seed(0)
+        model.objective(estimator, weights, x, y, step=0, generator=generator)
+    except (ConfigError, ContractError):
+        raise
+    except Exception as error:  # code of a person's own can fail in any way
+        raise ConfigError(f"{must}: {in_own_code(error)}") from error
 
 
 def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:

@@ -7,6 +7,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from configs.schema import ConfigError
@@ -53,11 +54,19 @@ def _call(function: Callable[..., Any], key: str, *arguments: Any, **given: Any)
         message = str(error)
         if any(message.startswith(f"{name} ") for name in given):
             raise ConfigError(f"{key}.{message}") from error
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        if not isinstance(error, ValueError) and line.filename != __file__:
-            message = f"{type(error).__name__} in {line.filename}, line {line.lineno}: {message}"
+        if not isinstance(error, ValueError):
+            message = in_own_code(error)
         settings = ", ".join(f"{key}.{name}={shown(value)}" for name, value in given.items())
         raise ConfigError(f"{key} cannot be built: {message.rstrip('.')}, got {settings or 'no settings'}") from error
+
+
+def in_own_code(error: Exception) -> str:
+    """An error with the line of a person's own file that it comes from, if there is one."""
+    message = f"{type(error).__name__}: {error}"
+    for line in reversed(traceback.extract_tb(error.__traceback__)):
+        if "site-packages" not in line.filename and CONFIGS.parent not in Path(line.filename).parents:
+            return f"{type(error).__name__} in {line.filename}, line {line.lineno}: {error}"
+    return message
 
 
 def _find(path: Any, key: str) -> Callable[..., Any]:

@@ -195,6 +195,16 @@ class Model(nn.Module):
 
     # ---- training ----
 
+    def shapes(self, x: Tensor) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        """What each network gives for images x [B, C, H, W], by its name, and the shape that it must have.
+
+        Networks may be a person's own: these are looked at before work.
+        """
+        (variables, classes), *upper = self.latents
+        if not upper:
+            of_image = (classes,) if self.has_labels else (variables, classes)
+            yield "posterior", self.posterior(x), (len(x), *of_image)
+
     def prepared(self, estimator: Estimator, context_size: int) -> Estimator:
         """The estimator, told its sizes and p(y), once, before its parameters are counted.
 

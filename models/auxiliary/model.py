@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import contract
@@ -104,6 +105,20 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         cpu = torch.Generator().manual_seed(0)  # wherever the model is made: q(y|x) is the same on every device
         drawn = torch.randn(DRAWS, 1, self.auxiliary_size, generator=cpu, device="cpu")
         self.register_buffer("draws_of_a", drawn.to(torch.get_default_device()), persistent=False)
+
+    def shapes(self, x: Tensor) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        y = F.one_hot(torch.zeros(1, len(x), dtype=torch.int64), self.num_classes).float()
+        a, scale_of_a = self.auxiliary(x)
+        yield "auxiliary's loc", a, (len(x), self.auxiliary_size)
+        yield "auxiliary's scale", scale_of_a, (len(x), self.auxiliary_size)
+        yield "classifier's logits", self.classifier(self.classifier.features(x), a), (len(x), self.num_classes)
+        z, scale = self.inference(self.inference.features(x, a), y)
+        yield "inference's loc", z, (1, len(x), self.latent_size)
+        yield "inference's scale", scale, (1, len(x), self.latent_size)
+        loc, scale = self.auxiliary_generator(self.auxiliary_generator.features(x), y, z)
+        yield "auxiliary_generator's loc", loc, (1, len(x), self.auxiliary_size)
+        yield "auxiliary_generator's scale", scale, (1, len(x), self.auxiliary_size)
+        yield "generator's outputs", self.generator(y, self.with_auxiliary(z, a)), (1, len(x), x[0].numel())
 
     def noise(self, number: int, generator: torch.Generator) -> Tensor:
         """Standard normal noise [number, A + Z] for a and z, a row an image."""

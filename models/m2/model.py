@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -234,6 +234,14 @@ class SemiSupervisedVAE(Model):
         return F.one_hot(drawn, self.num_classes).float()
 
     # ---- the contract of models/contract.py ----
+
+    def shapes(self, x: Tensor) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        y = F.one_hot(torch.zeros(1, len(x), dtype=torch.int64), self.num_classes).float()
+        yield "classifier's logits", self.classifier(x), (len(x), self.num_classes)
+        loc, scale = self.inference(self.inference.features(x), y)
+        yield "inference's loc", loc, (1, len(x), self.latent_size)
+        yield "inference's scale", scale, (1, len(x), self.latent_size)
+        yield "generator's outputs", self.generator(y, loc), (1, len(x), x[0].numel())
 
     def objective(
         self,
