@@ -61,6 +61,13 @@ def refusing_bad_input() -> Iterator[None]:
         refuse(COME_BY[package])
 
 
+def add_data_path(parser: argparse.ArgumentParser) -> None:
+    """The option of a script that reads a run's own images."""
+    parser.add_argument(
+        "--data-path", type=Path, metavar="PATH", help="of a run with data.path: where these images are now, if moved"
+    )
+
+
 def writable(output: Path, suffixes: tuple[str, ...], option: str = "--output") -> None:
     """Refuses, before any work, a file that cannot be written or whose format is unknown. Raises ConfigError."""
     if output.suffix.lower() not in suffixes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from configs.schema import Binarization, ClassifyBy, ConfigError, Likelihood, resolved_likelihood
 from configs.trust import add_trust
 from data.facts import DataError
-from scripts.command import apart, positive, refusing_bad_input, writable
+from scripts.command import add_data_path, apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from training.run import Part, Run
@@ -85,6 +85,7 @@ def main() -> None:
         "--binarization", choices=[how.value for how in Binarization], help="other pixels than the run was trained with"
     )
     parser.add_argument("--output", type=Path, help="a .json file to write the same to")
+    add_data_path(parser)
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
@@ -94,7 +95,7 @@ def main() -> None:
 
         from training.saved import stored_run
 
-        run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
+        run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust, arguments.data_path)
         if arguments.binarization:
             _check_pixels(run.config.likelihood, arguments.binarization)
             run.look_at(arguments.binarization)

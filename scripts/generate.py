@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import ConfigError
 from configs.trust import add_trust
-from scripts.command import apart, positive, refusing_bad_input, writable
+from scripts.command import add_data_path, apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ def held_out(arguments: argparse.Namespace, model: Trained, kind: str) -> Tensor
         for note in source.said():
             print(f"catvae: {note}", file=sys.stderr)
         return images
-    run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
+    run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust, arguments.data_path)
     if not len(run.validation.labels):
         raise DataError(
             f"--kind {kind} draws validation images, and the run has none: data.num_validation=0; --images takes others"
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="a folder of pictures or an .npz file, for validation images")
     parser.add_argument("--seed", type=int, default=0, help="makes the draws")
     parser.add_argument("--zoom", type=positive, default=2, help="how many screen pixels a pixel takes; not of a sheet")
+    add_data_path(parser)
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
@@ -148,7 +149,8 @@ def main() -> None:
         from training.trained import open_run
 
         model = open_run(arguments.folder, "auto", arguments.checkpoint, arguments.trust)
-        read = [arguments.images] if arguments.images else model.own_images
+        own = [*model.own_images, *([arguments.data_path] if arguments.data_path else [])]
+        read = [arguments.images] if arguments.images else own
         apart({"--output": arguments.output}, read, arguments.folder)
         kind = kind_of(arguments, model)
         images = held_out(arguments, model, kind) if takes_images(model, kind) else None

@@ -28,7 +28,7 @@ from configs.schema import ConfigError
 from configs.trust import add_trust
 from configs.wording import CONFIGS, unknown_key
 from data.folders import made
-from scripts.command import composed, refusing_bad_input, searchpath
+from scripts.command import add_data_path, composed, refusing_bad_input, searchpath
 from scripts.gradient_report import picture, table, write_csv
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument(
         "--config-dir", type=Path, metavar="DIR", help="of train.py: a folder with choices of your own, in estimator/"
     )
+    add_data_path(parser)
     add_trust(parser)
     arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
@@ -308,7 +309,7 @@ def main() -> None:
         settings = parsed(arguments.settings)
         searchpath(arguments.config_dir)  # refused before any work, and so names
         split_names(settings.estimators, arguments.config_dir)
-        run = stored_run(arguments.folder, trusted=arguments.trust)
+        run = stored_run(arguments.folder, trusted=arguments.trust, data_path=arguments.data_path)
         candidates = make_estimators(run, settings, arguments.config_dir)
         output = Path(settings.output or arguments.folder / "gradient_quality")
         with made(output):

@@ -35,7 +35,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
 from configs.trust import add_trust
-from scripts.command import apart, positive, refusing_bad_input, writable
+from scripts.command import add_data_path, apart, positive, refusing_bad_input, writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +166,8 @@ def of_part(arguments: argparse.Namespace, size: int) -> tuple[str, int, Chunks]
     from data.facts import DataError
     from training.saved import stored_run
 
-    part, run = arguments.input, stored_run(arguments.folder, arguments.checkpoint, arguments.trust)
+    part = arguments.input
+    run = stored_run(arguments.folder, arguments.checkpoint, arguments.trust, arguments.data_path)
     source = run.load_images("test" if part == "test" else "train")
     rows = np.arange(len(source.images))
     if part != "test":
@@ -215,6 +216,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a file in its checkpoints/, or a path; default: the newest")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, or a GPU such as cuda:1 (default: auto)")
     parser.add_argument("--batch-size", type=positive, help="images at once; default: the run's evaluation.batch_size")
+    add_data_path(parser)
     add_trust(parser)
     arguments = parser.parse_args()
     with refusing_bad_input():
@@ -258,7 +260,8 @@ def run(arguments: argparse.Namespace) -> list[str]:
     model.batch_size = arguments.batch_size or model.batch_size
     size, found = model.batch_size, None
     source = Path(arguments.input).expanduser()
-    read = model.own_images if arguments.input in PARTS else [source, *model.own_images]
+    own = [*model.own_images, *([arguments.data_path] if arguments.data_path else [])]
+    read = own if arguments.input in PARTS else [source, *own]
     apart(outputs(arguments), read, arguments.folder)
     if arguments.input not in PARTS and not source.exists():
         raise DataError(

@@ -22,7 +22,7 @@ from data import arrays
 from data.batches import training_data
 from data.facts import DataError
 from data.splits import draw_split
-from scripts import evaluate, generate
+from scripts import evaluate, generate, gradient_quality, predict
 from scripts.command import composed
 from tests.runs import SMALL, Ended, checkpoint, command, curve, equal, resume, run
 
@@ -453,6 +453,32 @@ def test_resumed_run_equals_one_that_never_stopped_wherever_the_file_is_now(tmp_
     moved = path.rename(tmp_path / "moved.npz")
     resume(tmp_path / "halves", f"train.steps=4 data.path={moved}")
     assert equal(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
+
+
+def test_scripts_are_told_where_the_file_is_now(tmp_path: Path) -> None:
+    path, folder = stored(tmp_path), tmp_path / "run"
+    run(line(path), folder)
+    before = command(evaluate.main, str(folder)).out
+    moved = path.rename(tmp_path / "moved.npz")
+    scripts = (
+        (evaluate.main, ""),
+        (generate.main, f"--kind reconstructions --output {tmp_path}/picture.png"),
+        (predict.main, f"val --output {tmp_path}/predictions.csv"),
+        (gradient_quality.main, f"draws=3 estimators=straight_through output={tmp_path}/quality"),
+    )
+    for main, arguments in scripts:
+        refused = command(main, f"{folder} {arguments}")
+        assert (refused.code, refused.err.count("\n")) == (2, 1), refused.said
+        assert f"are not in {path} any more; --data-path PATH tells" in refused.err
+        assert command(main, f"{folder} {arguments} --data-path {moved}").code == 0
+    assert command(evaluate.main, f"{folder} --data-path {moved}").out == before
+    other = stored(tmp_path, **contents(per_class=9))
+    assert "are not those of this run" in command(evaluate.main, f"{folder} --data-path {other}").err
+    run("data=digits model=mlp model.hidden=8 train.steps=1", tmp_path / "digits")
+    assert (
+        "--data-path is for a run of data=arrays"
+        in command(evaluate.main, f"{tmp_path}/digits --data-path {moved}").err
+    )
 
 
 @pytest.mark.parametrize("key", ["images", "labels", "test_images", "test_labels"])

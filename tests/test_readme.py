@@ -99,6 +99,16 @@ def test_networks_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run(f"{line} {TINY}", tmp_path / "run")
 
 
+def test_schedule_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml = block_with("yaml", "schedules_of_mine.sawtooth")
+    plugin(tmp_path, monkeypatch, "schedules_of_mine", "def sawtooth", "schedule", "sawtooth", yaml)
+    (line,) = [line for line in commands() if "=sawtooth" in line]
+    line = line.replace("~/mine", str(tmp_path))
+    run(f"{line} {TINY} estimator.temperature.period=2", tmp_path / "run")
+    tags = events(tmp_path / "run")
+    assert [point.value for point in tags.Scalars("train/temperature")] == [1.0, 0.75]
+
+
 def test_a_family_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It trains by any estimator, is evaluated exactly, held against the exact gradient, resumed and told nothing."""
     yaml = block_with("yaml", "clusters: 20")

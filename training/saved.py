@@ -17,6 +17,8 @@ from torch import Tensor
 
 from configs.check import build_optimizer, check, check_device, typed
 from configs.schema import ConfigError
+from data.datasets import OWN
+from data.facts import DataError
 from training import checkpoints
 from training.divergence import Diverged, raise_unless_finite
 from training.run import Run
@@ -139,17 +141,26 @@ def device_here(trained_on: str) -> dict[str, Any]:
     return {}
 
 
-def stored_run(folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = ()) -> Run:
+def stored_run(
+    folder: Path, checkpoint: Path | None = None, trusted: Collection[str] = (), data_path: Path | None = None
+) -> Run:
     """The run in `folder` as its newest checkpoint left it, configuration included, for scripts; or as `checkpoint`.
 
-    With its data, which `training.trained.open_run` does without. Its configuration calls nothing but what is this
-    program's own, or of the modules `trusted`. Raises CheckpointError, ConfigError, DataError.
+    With its data, which `training.trained.open_run` does without: of a person's own images those in `data_path`, if
+    they were moved. Its configuration calls nothing but what is this program's own, or of the modules `trusted`. Raises
+    CheckpointError, ConfigError, DataError.
     """
     state = stored_state(folder, checkpoint, trusted)
     state["config"] |= device_here(state["config"]["device"])
     data, here = state["config"]["data"], os.environ.get("CATVAE_DATA")
     if here and not Path(data["root"]).is_dir():  # its images lay elsewhere; what they are is checked
         data["root"] = here
+    if data_path is not None:
+        if data["name"] != OWN:
+            raise ConfigError(f"--data-path is for a run of data={OWN}; CATVAE_DATA tells where {data['name']} is")
+        data["path"] = os.fspath(data_path)
+    elif data["name"] == OWN and not os.path.exists(os.path.expanduser(str(data["path"]))):
+        raise DataError(f"the run's images are not in {data['path']} any more; --data-path PATH tells where they are")
     state["config"].setdefault("lr_factor", CONSTANT)
     config = typed(OmegaConf.create(state["config"]))
     check(config)
