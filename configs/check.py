@@ -97,7 +97,7 @@ def check(config: Config) -> None:
         )
     prepared = prepared_estimator(config, model, math.prod(known.shape))
     if not config.model["_target_"].startswith(tuple(f"{package}." for package in OWN)):
-        _try_images(config, model, prepared, known.shape)
+        _try_images(config, model, prepared, torch.zeros(4, *known.shape, device=parameter.device))
     if config.diagnostics.every:
         if config.objective.samples > 1:
             raise ConfigError(
@@ -192,24 +192,27 @@ def _check_reads_prior(config: Config, estimator: Any, model: Any) -> None:
         )
 
 
-def _try_images(config: Config, model: Any, estimator: Any, shape: tuple[int, int, int]) -> None:
-    """Networks of a person's own may not be called as the family calls them, or give other shapes."""
+def _try_images(config: Config, model: Any, estimator: Any, x: Any) -> None:
+    """Networks of a person's own may not be called as the family calls them, or give other shapes.
+
+    On the device of the images x [B, C, H, W], that of training, as they may be for no other. Raises ConfigError.
+    """
     import torch
 
     from estimators.contract import ContractError
     from models.contract import Weights
 
-    must = f"model._target_ must make networks for images {list(shape)}, got {config.model['_target_']}"
-    x, images = torch.zeros(4, *shape), 2 if model.has_labels else 0
-    y = torch.eye(model.latents[0][1])[torch.zeros(images, dtype=torch.int64)]
+    must = f"model._target_ must make networks for images {list(x.shape[1:])}, got {config.model['_target_']}"
+    images, generator = 2 if model.has_labels else 0, torch.Generator(x.device)
+    y = torch.eye(model.latents[0][1], device=x.device)[:1].expand(images, -1)
     try:
+        model, estimator = model.to(x.device), estimator.to(x.device)
         for name, value, wanted in model.shapes(x):
             if tuple(value.shape) != wanted:
                 raise ConfigError(
                     f"{must}: {name} must be {list(wanted)} for {len(x)} of them, got {list(value.shape)}"
                 )
-        weights, generator = Weights(**asdict(config.objective)), torch.Generator().manual_seed(0)
-        model.objective(estimator, weights, x, y, step=0, generator=generator)
+        model.objective(estimator, Weights(**asdict(config.objective)), x, y, step=0, generator=generator)
     except (ConfigError, ContractError):
         raise
     except Exception as error:  # code of a person's own can fail in any way

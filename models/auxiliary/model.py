@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import contract
@@ -107,7 +106,7 @@ class AuxiliaryVAE(SemiSupervisedVAE):
         self.register_buffer("draws_of_a", drawn.to(torch.get_default_device()), persistent=False)
 
     def shapes(self, x: Tensor) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-        y = F.one_hot(torch.zeros(1, len(x), dtype=torch.int64), self.num_classes).float()
+        y = torch.eye(self.num_classes, device=x.device)[:1].expand(1, len(x), -1)
         a, scale_of_a = self.auxiliary(x)
         yield "auxiliary's loc", a, (len(x), self.auxiliary_size)
         yield "auxiliary's scale", scale_of_a, (len(x), self.auxiliary_size)

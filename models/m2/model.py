@@ -236,7 +236,7 @@ class SemiSupervisedVAE(Model):
     # ---- the contract of models/contract.py ----
 
     def shapes(self, x: Tensor) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
-        y = F.one_hot(torch.zeros(1, len(x), dtype=torch.int64), self.num_classes).float()
+        y = torch.eye(self.num_classes, device=x.device)[:1].expand(1, len(x), -1)
         yield "classifier's logits", self.classifier(x), (len(x), self.num_classes)
         loc, scale = self.inference(self.inference.features(x), y)
         yield "inference's loc", loc, (1, len(x), self.latent_size)
