@@ -24,7 +24,7 @@ from configs.schema import Config, ConfigError
 from configs.trust import take_trusted
 from configs.wording import explain, explain_group, print_anywhere
 from training.ended import ended_by, errors, is_saved, is_to_say, quiet_on_full_disks, way_to_resume
-from training.resume import references, resume_arguments, resume_command
+from training.resume import asked_later, references, resume_arguments, resume_command
 
 if TYPE_CHECKING:  # importing PyTorch takes seconds, and --help does not need it
     from training.distributed import Together
@@ -208,6 +208,7 @@ def run_in(folder: Path, checked: Config, asked: dict[str, Any], together: Toget
         run.asked = asked  # which a checkpoint has from the run's beginning
         if checked.resume:
             saved.restore_newest(run, folder)
+            run.asked = asked_later(run.asked, asked)
             prune(folder)  # a run that was killed right after saving has one too many
             if is_finished(folder, checked):
                 log.info("%s is finished already, and stays as it is", folder)
@@ -312,6 +313,9 @@ def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
     if sweep.failed_for_good(folder, config):
         errors.error("catvae: %s diverged, and would again; delete it to try anew", folder)
         return sweep.WORST
+    if sweep.is_done(folder):
+        log.info("%s is finished already, and stays as it is", folder)
+        return None
     if is_saved(folder):  # the sweep was started again, and CheckBeforeWork has compared the configurations
         config.resume = str(folder)
     (folder / sweep.FAILED).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from data.pictures import (
     suffixes,
 )
 from data.progress import telling
-from data.splits import Indices, by_class, count_of
+from data.splits import Indices, by_class, count_of, first_of_each
 from data.stored import Images, InFile
 
 TEST_SHARE = 6  # without test images, every sixth labelled one of a class is held out as the test part
@@ -183,7 +183,7 @@ def parts(
                 f"data.num_test={num_test} is too many for the {sizes.sum()} images of {where}{reason}"
             ) from error
     order = np.random.default_rng(0).permutation(len(labels))
-    test = np.sort(np.concatenate([order[labels[order] == k][:number] for k, number in enumerate(numbers)]))
+    test = np.sort(first_of_each(order, labels, numbers))
     return np.setdiff1d(everything, test), test
 
 
@@ -211,7 +211,7 @@ def _check_classes(labels: Indices, where: str, needs_labels: bool) -> int:
         missing = int(np.argmax(there != np.arange(len(there))))
         raise DataError(
             f"{where}: labels must be the classes 0 to {there[-1]} without a gap, as the highest is {there[-1]}, "
-            f"got no image of class {missing}"
+            f"got no image of class {missing}" + ("" if needs_labels else "; this model needs none: leave them out")
         )
     return len(there)
 
@@ -289,9 +289,13 @@ def _listed(folder: Path, left_out: LeftOut | None = None, needs_labels: bool = 
     classes, unlabelled = _sub_folders(folder, left_out, needs_labels)
     files: list[Path] = []
     labels: list[int] = []
+    read: dict[Path, set[str]] = {}  # the folders in each
     for path in sorted([*classes, *unlabelled]):
-        of_this = LeftOut()
-        own = list(picture_files(path, of_this))
+        of_this, within = LeftOut(), set[str]()
+        own = list(picture_files(path, of_this, within))
+        for other, place in ((other, place) for other, places in read.items() for place in places & within):
+            raise DataError(f"{place} is within {path} and within {other}, by a link; remove one of the two")
+        read[path] = within
         if not own and path in classes:
             rest = of_this.sentence(path)
             raise DataError(

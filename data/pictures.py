@@ -88,20 +88,21 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in known.items() if name in Image.OPEN and name not in NOT_DECODED)
 
 
-def picture_files(folder: Path, left_out: LeftOut | None = None) -> Iterator[Path]:
+def picture_files(folder: Path, left_out: LeftOut | None = None, places: set[str] | None = None) -> Iterator[Path]:
     """The picture files in `folder` and below, in the order of their names, those of a folder before its sub-folders.
 
     Holds the names of one folder's files at a time. Hidden files, files that are no pictures by their suffix and links
-    that lead nowhere are added to `left_out`; links to folders are followed, once. Raises DataError.
+    that lead nowhere are added to `left_out`; links to folders are followed, and each folder is read once: those that
+    were are added to `places`. Raises DataError.
     """
-    left_out = LeftOut() if left_out is None else left_out
-    return _walk(str(folder), left_out, ())
+    return _walk(str(folder), LeftOut() if left_out is None else left_out, set() if places is None else places)
 
 
-def _walk(folder: str, left_out: LeftOut, above: tuple[str, ...]) -> Iterator[Path]:
+def _walk(folder: str, left_out: LeftOut, places: set[str]) -> Iterator[Path]:
     place = os.path.realpath(folder)
-    if place in above:  # a link to a folder that it lies in
+    if place in places:
         return
+    places.add(place)
     try:
         with os.scandir(folder) as entries:
             inside = sorted((entry.name, entry.is_dir(), entry.is_file()) for entry in entries)
@@ -122,7 +123,7 @@ def _walk(folder: str, left_out: LeftOut, above: tuple[str, ...]) -> Iterator[Pa
             yield Path(path)
     for name, is_folder, _ in inside:
         if is_folder and not name.startswith("."):
-            yield from _walk(os.path.join(folder, name), left_out, (*above, place))
+            yield from _walk(os.path.join(folder, name), left_out, places)
 
 
 def size_of(resize: str) -> tuple[int, int]:

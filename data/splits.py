@@ -238,7 +238,7 @@ def draw_split(
     names = class_names or tuple(map(str, range(num_classes)))
     described = f" with a known label ({_described(sizes, names)})" if has_labels else ""
     Room(left, len(with_label), num_classes, balanced, described).check(num_labelled, number)
-    validation = _first(with_label, labels, sizes - left(number)) if stratified else with_label[:number]
+    validation = first_of_each(with_label, labels, sizes - left(number)) if stratified else with_label[:number]
     rest = order[np.isin(order, validation, invert=True)]
     available = left(number)
     if num_labelled == ALL:
@@ -247,13 +247,16 @@ def draw_split(
         per_class = np.full(num_classes, int(num_labelled) // num_classes)
     else:
         per_class = apportion(available, int(num_labelled), 1, available)
-    labelled = _first(rest, labels, per_class)
+    labelled = first_of_each(rest, labels, per_class)
     unlabelled = rest if labelled_in_unlabelled else np.setdiff1d(rest, labelled)
     if not len(unlabelled):
         raise ValueError(NONE_UNLABELLED)
     return Split(np.sort(labelled), np.sort(unlabelled), np.sort(validation), digest, tuple(class_names))
 
 
-def _first(rows: Indices, labels: Indices, per_class: Indices) -> Indices:
-    """The first rows of each class, as many as `per_class` [K] says."""
-    return np.concatenate([rows[labels[rows] == k][:number] for k, number in enumerate(per_class)])
+def first_of_each(rows: Indices, labels: Indices, per_class: Indices) -> Indices:
+    """The first rows of each class, as many as `per_class` [K] says, or all it has."""
+    rows = rows[np.argsort(labels[rows], kind="stable")]
+    starts = np.searchsorted(labels[rows], np.arange(len(per_class) + 1))
+    numbers = np.minimum(per_class, np.diff(starts))
+    return np.concatenate([rows[start : start + n] for start, n in zip(starts[:-1], numbers, strict=True)])

@@ -223,6 +223,8 @@ def differs(folder: Path, job: Job, name: str) -> str:
         raise ConfigError(f"{folder / RESULT} cannot be read ({error!r}); delete it to do that again") from error
     if name == CLASSIFIER:
         assert job.alone is not None
+        if before["train.steps"] != job.alone.train.steps:
+            return f"train.steps={job.alone.train.steps} (was {before['train.steps']})"
         return changes(before, job.alone)
     now = flat(plain(job.config))
     return changes(now | {key: value for key, value in before.items() if is_of_all(key)}, job.config)

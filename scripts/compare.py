@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from configs.schema import ConfigError
 from configs.wording import printable
 from data.folders import made
 from scripts.command import refusing_bad_input
@@ -24,12 +25,15 @@ OUTPUT = "compare"  # folder and files
 
 
 def output_folder(folders: Sequence[Path], given: Path | None) -> Path:
-    """compare/ in the first folder, or next to it if it is a run's."""
+    """compare/ in the first folder, or next to it if it is a run's. Raises ConfigError where that is a link."""
     if given is not None:
         return given
     first = folders[0].resolve()
     is_run = (first / OVERRIDES).is_file() or (first / "result.json").exists()
-    return (first.parent if is_run else first) / OUTPUT
+    output = (first.parent if is_run else first) / OUTPUT
+    if output.is_symlink():
+        raise ConfigError(f"{output} is a link, to be written through; --output DIR writes to another folder, or to it")
+    return output
 
 
 def main() -> None:
@@ -49,9 +53,9 @@ def main() -> None:
         from scripts.comparison.report import as_csv, as_markdown, as_text
         from training.checkpoints import write_atomically
 
+        output = output_folder(arguments.folders, arguments.output)
         records, notes = read_all(arguments.folders)
         comparison = compare(records, notes, arguments.metric, arguments.baseline)
-        output = output_folder(arguments.folders, arguments.output)
         html = page(comparison)
         contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": html}
         files = {f"{OUTPUT}.{suffix}": content for suffix, content in contents.items()}

@@ -153,6 +153,8 @@ def main() -> None:
         read = [arguments.images] if arguments.images else own
         apart({"--output": arguments.output}, read, arguments.folder)
         kind = kind_of(arguments, model)
+        if arguments.images and not takes_images(model, kind):
+            raise ConfigError(f"--images must be left out with --kind {kind}, which draws without any")
         images = held_out(arguments, model, kind) if takes_images(model, kind) else None
         if kind == SHEET:
             counts = {"analogies": len(model.class_names)}  # one of each class: as high as the others

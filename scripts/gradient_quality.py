@@ -307,11 +307,13 @@ def main() -> None:
         from training.saved import stored_run
 
         settings = parsed(arguments.settings)
+        output = Path(settings.output or arguments.folder / "gradient_quality")
+        if not settings.output and output.is_symlink():  # of somebody else's making
+            raise ConfigError(f"{output} is a link, to be written through; output=FOLDER names another place")
         searchpath(arguments.config_dir)  # refused before any work, and so names
         split_names(settings.estimators, arguments.config_dir)
         run = stored_run(arguments.folder, trusted=arguments.trust, data_path=arguments.data_path)
         candidates = make_estimators(run, settings, arguments.config_dir)
-        output = Path(settings.output or arguments.folder / "gradient_quality")
         with made(output):
             measured, about = measure(run, candidates.made, settings), conditions(run, candidates, settings)
             print(table(measured, about), end="\n\n")

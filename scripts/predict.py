@@ -155,8 +155,8 @@ class Doubtful:
 
 def as_line(fields: Sequence[str]) -> bytes:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(fields)
-    return line.getvalue().encode("utf-8", "surrogateescape")
+    csv.writer(line).writerow(fields)  # with another end of a line, \r in a file's name would not be quoted
+    return line.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
 
 def of_part(arguments: argparse.Namespace, size: int) -> tuple[str, int, Chunks]:

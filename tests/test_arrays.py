@@ -934,6 +934,30 @@ def test_folders_whose_label_is_in_doubt_are_refused(tmp_path: Path) -> None:
     source = folder_of_files(tmp_path / "linked" / "mine")
     (source / "lions").symlink_to(source / "cats")
     assert "lions is a link to another class" in refusal(source).err
+    (source / "lions").unlink()
+    (source / "cats" / "more").symlink_to(source / "owls")
+    assert "owls is within " in refusal(source).err
+
+
+def test_folders_that_links_lead_to_twice_are_read_once(tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    before = arrays.load(str(source), "train", num_test=0)
+    (source / "cats" / "2021").mkdir()
+    for file in (source / "cats").glob("0*"):
+        file.rename(source / "cats" / "2021" / file.name)
+    (source / "cats" / "again").symlink_to(source / "cats" / "2021")
+    assert len(arrays.load(str(source), "train", num_test=0).images) == len(before.images)
+
+
+@pytest.mark.parametrize("place", [".", "run", "cats/run", "unlabelled/deep/run"])
+def test_a_run_among_the_pictures_that_it_reads_is_refused(place: str, tmp_path: Path) -> None:
+    source = folder_of_files(tmp_path / "mine")
+    there = sorted(source.rglob("*"))
+    for where in ("hydra.run.dir", "-m seed=0,1 hydra.sweep.dir"):
+        ended = command(train.main, f"{where}={source / place} data=arrays data.path={source} {SIZES}")
+        assert ended.code == 2
+        assert "must be outside of data.path=" in ended.err
+    assert sorted(source.rglob("*")) == there
 
 
 def test_pictures_of_several_sizes_train_with_every_likelihood(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ BAD = [
     ("""resume="'~nobody-at-all/x'" """, "resume must be a run folder, got"),
     ("data=mnist data.root=new/root", "data=mnist is not in new/root and could not be downloaded"),
     ("-m data=mnist data.root=new/root seed=1,2", "data=mnist is not in new/root", "(in the job "),
+    ("data=digits hydra.run.dir=DONE", "hydra.run.dir must be without a run", "which has the result.json of one"),
     ("data=digits hydra.run.dir=RUN", "hydra.run.dir must be without a run", "resume=", "/RUN\n"),
     ("data=digits estimator.temprature.start=2", "estimator.temprature.start=2 is not a key", "_target_, num_exact)\n"),
     (
@@ -400,6 +401,9 @@ def test_refused_in_one_sentence(
     line, *words = case
     if "RUN" in line:
         run_folder(tmp_path / "RUN")
+    if "DONE" in line:
+        (tmp_path / "DONE").mkdir()
+        (tmp_path / "DONE" / "result.json").touch()
     before = tree(tmp_path)
     assert exit_code(line, monkeypatch) == 2
     said = capsys.readouterr()

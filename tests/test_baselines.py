@@ -284,6 +284,12 @@ def test_what_is_finished_is_skipped_and_the_rest_is_done(tmp_path: Path) -> Non
     assert "data.split_seed=3 (was 0)" in other.err
 
 
+def test_a_classifier_of_other_steps_is_another_command(tmp_path: Path) -> None:
+    line = f"data=digits model=mlp model.hidden=8 --methods classifier --output {tmp_path}"
+    run(f"{line} train.steps=2")
+    assert "train.steps=3 (was 2)" in run(f"{line} train.steps=3", code=2).err
+
+
 def trainer(folder: Path, source: str) -> Any:
     """A program in the place of train.py."""
     (folder / "trainer.py").write_text(source)

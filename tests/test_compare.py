@@ -27,7 +27,7 @@ from scripts.comparison.events import read_pictures, read_scalars
 from scripts.comparison.groups import Comparison
 from scripts.comparison.groups import compare as compared
 from scripts.comparison.page import page
-from scripts.comparison.report import COSTS, as_csv, as_markdown
+from scripts.comparison.report import COSTS, as_csv, as_markdown, headline
 from scripts.comparison.runs import METRICS, find, read_all
 from scripts.comparison.statistics import holm, paired, summarize, t_quantile, t_two_sided
 from tests.runs import MLP, Ended, command, events, run
@@ -930,8 +930,83 @@ def test_ticks_are_few_round_and_inside(low: float, high: float, log: bool) -> N
 
 def test_dots_do_not_hide_each_other() -> None:
     centres = [(10.0, 5.0), (10.0, 6.0), (10.0, 5.0), (50.0, 5.0)]
-    moved = figures.side_by_side(centres, 4.0)
+    moved = figures.side_by_side(centres, 4.0, 0.0, 60.0)
     placed = np.array([(x, y) for x, (_, y) in zip(moved, centres, strict=True)])
     distances = np.linalg.norm(placed[:, None] - placed[None], axis=-1)[np.triu_indices(4, 1)]
     assert distances.min() >= 4.0
     assert (moved[0], moved[3]) == (10.0, 50.0)
+
+
+@pytest.mark.parametrize("dots", [12, 300])
+def test_dots_for_which_there_is_no_room_stay_where_they_are(dots: int) -> None:
+    """Inside the figure; and finding that takes no time."""
+    moved = figures.side_by_side([(2.0, 5.0)] * dots, 4.0, 0.0, 20.0)
+    assert all(0 <= x <= 20 for x in moved)
+    assert len(set(moved)) == (5 if dots == 12 else 1)
+    assert moved[-1] == 2.0
+
+
+def test_a_panel_has_the_best_groups_behind_it_and_not_all(tmp_path: Path) -> None:
+    found = many(tmp_path, 11)
+    html = page(found)
+    panels = [d for d in ElementTree.fromstring(html).iter("svg") if "against steps" in (d.get("aria-label") or "")]
+    assert len(panels) == 2 * 11
+    assert {sum(c.get("class") == "other" for c in panel.iter("polyline")) for panel in panels} == {8}
+    assert "Grey are the means of the 8 best groups." in html
+
+
+def test_long_names_of_groups_are_cut_in_names_of_files_which_stay_different(tmp_path: Path) -> None:
+    for number in range(9):
+        own: dict[str, Any] = {"estimator__kl": "long" * 80 + str(number)}
+        make_run(tmp_path / f"{number}", 0.9 - number / 100, events=True, **own)
+    ended = run_compare(tmp_path, more="--figures")
+    assert ended.code == 0, ended.said
+    written = list((tmp_path / "compare").glob("compare_val_*.svg"))
+    assert len(written) == 2 * 9  # accuracy and bound of each group
+    for number in range(9):
+        assert sum(f"long{number} against steps" in path.read_text() for path in written) == 2
+
+
+def test_t_quantiles_are_found_once() -> None:
+    t_quantile.cache_clear()
+    for _ in range(3):
+        summarize([1.0, 2.0, 4.0])
+    assert t_quantile.cache_info().misses == 1
+
+
+def test_a_part_without_what_sorts_the_others_is_sorted_by_what_it_has(tmp_path: Path) -> None:
+    left_out = {"val_accuracy": None, "val_bound": None, "val_log_likelihood": None}
+    for number, accuracy in enumerate((0.7, 0.9)):
+        own: dict[str, Any] = {"optimizer__lr": number + 1.0}
+        make_run(tmp_path / f"with-{number}", accuracy, **own)
+        make_run(tmp_path / f"without-{number}", accuracy, result=left_out, data__name="mnist", **own)
+        nothing = {name: None for name in METRICS if name.startswith(("val", "test"))}
+        make_run(tmp_path / f"nothing-{number}", accuracy, result=nothing, data__name="svhn", **own)
+    found = comparison(tmp_path)
+    assert found.apart == "data set"
+    heads = {part.data: headline(part).partition("groups")[2] for part in found.parts}
+    assert heads == {
+        "data.name=digits": ", highest val accuracy first",
+        "data.name=mnist": ", highest test accuracy first",
+        "data.name=svhn": "",
+    }
+    (without,) = (part for part in found.parts if part.data == "data.name=mnist")
+    assert [group.summaries["test_accuracy"].mean for group in without.groups] == [0.9, 0.7]
+    assert without.baseline is without.groups[0]
+    assert [note for note in found.notes if "flatters" in note] == [
+        "no run of data.name=mnist has validation images: test accuracy sorts, which flatters what is on top"
+    ]
+    assert run_compare(tmp_path).code == 0
+
+
+def test_a_default_output_that_is_a_link_is_refused(two_groups: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere, link = tmp_path_factory.mktemp("elsewhere"), two_groups / "compare"
+    link.symlink_to(elsewhere)
+    ended = run_compare(two_groups)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"catvae: {link} is a link")
+    assert "--output" in ended.err
+    assert ended.err.count("\n") == 1
+    assert not list(elsewhere.iterdir())
+    assert run_compare(two_groups, more=f"--output {link}").code == 0
+    assert (elsewhere / "compare.html").exists()

@@ -203,6 +203,14 @@ def test_pictures_are_read_in_python_as_in_training(photographs: Path, images: A
         model.read_pictures(Path("nowhere.png"))
 
 
+def test_any_file_name_is_one_field(folder: Path, images: Array, tmp_path: Path) -> None:
+    names = ["a\rb.png", 'c"d,e.png', "f\ng.png"]
+    (tmp_path / "in").mkdir()
+    for name, image in zip(names, images[:3], strict=True):
+        Image.fromarray(image[0]).save(tmp_path / "in" / name)
+    assert [row["file"] for row in predicted(f"{folder} {tmp_path}/in", tmp_path / "p.csv")] == names
+
+
 def test_without_validation_images_novelty_is_empty_and_why_is_said(tmp_path: Path, images: Array) -> None:
     run(f"{MLP} train.steps=1 data.num_validation=0", tmp_path / "run")
     np.savez(tmp_path / "new.npz", images=images[:9])

@@ -226,6 +226,11 @@ def test_generate_refuses_an_unknown_suffix(name: str, folder: Path, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_generate_refuses_images_that_it_would_not_look_at(folder: Path, tmp_path: Path) -> None:
+    ended = command(generate.main, f"{folder} --kind classes --images {tmp_path}/in --output {tmp_path}/a.png")
+    assert_refused(ended, "--images must be left out with --kind classes")
+
+
 # ---- what is drawn ----
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,12 @@ def test_each_job_says_which_it_is_and_how_many_are_done(tmp_path: Path) -> None
     ]
 
 
+def test_overrides_may_stand_on_both_sides_of_a_flag(tmp_path: Path) -> None:
+    ended = here(f"{MLP} -m train.steps=1 seed=7,8", tmp_path / "sweep")
+    assert ended.code == 0, ended.said
+    assert len(times(tmp_path / "sweep")) >= 4
+
+
 def test_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     folder, line = tmp_path / "sweep", LINE + "train.steps=2 seed="
     assert here(line + "1,2", folder).code == 0
@@ -247,6 +254,21 @@ def test_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert here(line + "1,2,3", folder).code == 0  # more jobs are the same sweep
     assert sorted(path.name for path in folder.glob("*/")) == ["0", "1", "2"]
+
+
+def test_finished_job_without_checkpoints_is_skipped(tmp_path: Path) -> None:
+    folder, line = tmp_path / "sweep", LINE + "train.steps=2 seed="
+    here(line + "1,2", folder)
+    for number in (0, 1):
+        shutil.rmtree(folder / str(number) / "checkpoints")
+    before = times(folder)
+    assert here(line + "1,2", folder).code == 0
+    assert times(folder) == before
+    assert "with another run: seed=3 (was 2)" in one_sentence(here(line + "1,3", folder).err)
+    longer = here(line.replace("steps=2", "steps=3") + "1,2", folder)
+    assert (longer.code, "the result of its 2 steps and no checkpoint" in one_sentence(longer.err)) == (2, True)
+    assert here(line + "1,2,3", folder).code == 0
+    assert times(folder).items() > before.items()
 
 
 def test_diverged_job_is_not_tried_again_for_nothing(tmp_path: Path) -> None:

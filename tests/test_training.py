@@ -40,6 +40,8 @@ from data.stored import Images
 from estimators.contract import Estimator
 from estimators.schedules import cosine, exponential
 from scripts import evaluate, generate
+from scripts.comparison.report import command as repeats
+from scripts.comparison.runs import read_all
 from tests import golden
 from tests.runs import (
     CONV,
@@ -427,6 +429,18 @@ def test_resume_with_another_experiment_is_refused(
     before = files(folder)
     assert_one_sentence(resume(folder, setting, code=2), "resume cannot change the experiment", *words)
     assert files(folder) == before
+
+
+def test_the_command_that_repeats_a_run_has_what_a_resume_set(tmp_path: Path) -> None:
+    run(f"{MLP} train.steps=2 lr_factor=constant", tmp_path / "run")
+    resume(tmp_path / "run", "train.steps=3 evaluation.importance_samples=2 train.log_every=1")
+    resume(tmp_path / "run", "train.steps=4")
+    (record,), _ = read_all([tmp_path / "run"])
+    words = repeats(record).split()
+    asked = ["train.steps=4", "evaluation.importance_samples=2", "train.log_every=1"]
+    for word in asked:
+        assert [other for other in words if other.startswith(word.partition("=")[0])] == [word]
+    assert "lr_factor=constant" in words
 
 
 def test_schedule_over_all_steps_is_not_stretched_by_resume(copied: Callable[[str], Path]) -> None:

@@ -38,6 +38,7 @@ class CheckBeforeWork(Callback):
             checked = _check_job(config, _same_experiment)
             folder = Path(config.hydra.run.dir)
             _check_utf8(folder, "hydra.run.dir")
+            _check_outside(folder, "hydra.run.dir", checked)
             _check_folder(config, folder)
             check_machine(checked)
             _hold_folder(config, folder)
@@ -67,6 +68,7 @@ class CheckBeforeWork(Callback):
                 job_checked = _check_job(job_config)
                 checked.append((job, folder := _job_folder(job_config), job_checked))
                 _check_utf8(folder, "hydra.sweep.dir")
+                _check_outside(folder, "hydra.sweep.dir", job_checked)
         with _refusing():
             _check_apart([(job, folder) for job, folder, _ in checked])
             if is_search and jobs:  # it may try the same values twice
@@ -235,6 +237,20 @@ def _check_folder(config: DictConfig, folder: Path) -> None:
     if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
         way_on = resume_command(folder, OmegaConf.to_container(config, resolve=False))
         raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by: {way_on}")
+    if config.get("resume") is None and (folder / "result.json").exists():
+        raise ConfigError(f"hydra.run.dir must be without a run, got {folder}, which has the result.json of one")
+
+
+def _check_outside(folder: Path, key: str, config: Config) -> None:
+    """Among a person's own pictures, those that a run draws would be taken for some of them. Raises ConfigError."""
+    if config.data.path is None or not Path(config.data.path).expanduser().is_dir():
+        return
+    place, own = (Path(os.path.realpath(path)) for path in (folder, Path(config.data.path).expanduser()))
+    if place == own or own in place.parents:
+        raise ConfigError(
+            f"{key} must be outside of data.path={config.data.path}, whose pictures are read, got {folder}; give it "
+            f"another, such as {key}=/tmp/run"
+        )
 
 
 def _check_utf8(folder: Path, key: str) -> None:

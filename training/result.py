@@ -47,6 +47,7 @@ def finish(run: Run, report: Report, folder: Path) -> None:
         changed = {key for key in how if was.get(key) != how[key]} - {"evaluation.test"}
         is_changed, again = bool(changed), measure(run, "val") if changed & OF_VALIDATION else {}
         result = before | again | measure(run, "test") | {"config": before["config"] | how}
+        result |= {"asked": run.asked} if "asked" in before else {}
     else:
         is_changed = run.step == report.start > 0  # what a resume set after the last step, and before its result
         result = whole_result(run, report)

@@ -20,10 +20,12 @@ from yaml import YAMLError
 from configs.schema import ConfigError
 from configs.trust import foreign_modules, stored_config
 from configs.wording import CONFIGS, as_argument, quoted
+from training.state import FREE_TO_CHANGE
 
 RESUMED = "resumed"  # the name under which the run's configuration takes the place of config.yaml
 ROOT = CONFIGS.parent
 CONFIG_DIR = ("--config-dir", "-cd")
+WITH_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c")
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")  # to another key, and to nothing else
 
 
@@ -35,7 +37,7 @@ def resume_arguments(arguments: list[str], trusted: Collection[str] = ()) -> lis
     """
     resumed = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
     if not resumed or (given := resumed[-1].partition("=")[2]) in ("", "null"):
-        return arguments
+        return _unbroken(arguments)
     flags = [argument for argument in arguments if not _is_override(argument)]
     if any(flag in ("-m", "--multirun") for flag in flags):
         raise ConfigError(f"resume must be given without -m, one run at a time, got {given}")
@@ -45,6 +47,19 @@ def resume_arguments(arguments: list[str], trusted: Collection[str] = ()) -> lis
     # output_subdir=null leaves .hydra as the first run wrote it
     added = [f"resume={quoted(folder)}", f"hydra.run.dir={quoted(folder)}", "hydra.output_subdir=null"]
     return [f"--config-name={RESUMED}", *flags, *map(_appended(overrides), overrides), *added]
+
+
+def _unbroken(arguments: list[str]) -> list[str]:
+    """With all overrides before the flags, where a flag is among them, as in `data=digits -m seed=0,1`.
+
+    Hydra's parser takes the first flag for the end of the overrides.
+    """
+    after = ["", *arguments]  # what a flag's own value may be: a folder with = in its name
+    are = [_is_override(word) and before not in WITH_VALUE for before, word in zip(after, arguments, strict=False)]
+    if True not in are or all(are[are.index(True) : len(are) - are[::-1].index(True)]):
+        return arguments
+    parts = zip(arguments, are, strict=True)
+    return [word for word, _ in sorted(parts, key=lambda part: not part[1])]
 
 
 def _folder(given: str) -> Path:
@@ -58,7 +73,7 @@ def _folder(given: str) -> Path:
     folder = folder.resolve()
     if not any((folder / "checkpoints").glob("step_*.pt")):
         raise ConfigError(f"resume must be a run folder, got {folder}: it has no checkpoint in checkpoints/")
-    if links := [name for name in ("train.log", ".lock") if (folder / name).is_symlink()]:
+    if links := [name for name in ("train.log", ".lock", "checkpoints") if (folder / name).is_symlink()]:
         raise ConfigError(f"resume must be a run folder, got {folder}: its {links[0]} is a link, to be written through")
     return folder
 
@@ -122,6 +137,13 @@ def _appended(overrides: Sequence[str]) -> Any:
         return f"+{override}"
 
     return append
+
+
+def asked_later(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's first command line asked for, and what this one, which goes on with it, has set anew."""
+    keys = ((override.lstrip("+").partition("=")[0], override) for override in now["overrides"])
+    again = {key: override for key, override in keys if key in FREE_TO_CHANGE - {"resume"}}
+    return {**first, "later": {**first.get("later", {}), **again}} if first and again else dict(first)
 
 
 def _targets(overrides: Sequence[str]) -> list[str]:

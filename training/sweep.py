@@ -149,7 +149,7 @@ def check_search(config: DictConfig) -> None:
     del search["n_trials"]
     search["overrides"] = OmegaConf.to_container(config.hydra.overrides.task)
     search["numbers"] = "rounded"  # a search from before drew others
-    if any(folder.rglob("checkpoints")):
+    if any(folder.rglob("checkpoints")) or any(folder.rglob(RESULT)):
         of_this = (folder / SEARCH).exists() and read_json(folder / SEARCH) == search
         if not of_this or sweeper.storage or sweeper.sampler.get("seed") is None:
             message = f"hydra.sweep.dir must be new, or that of the same search, got {folder}"
@@ -164,14 +164,23 @@ def check_folder(folder: Path, config: Config) -> None:
         if time.monotonic() > until:
             raise ConfigError(in_use(folder / LOCK))
         time.sleep(0.1)
-    if not stored(folder):
-        return
+    if (folder / "checkpoints").is_symlink():
+        raise ConfigError(f"hydra.sweep.dir must have no links in it, to be written through, got {folder}/checkpoints")
     try:
-        before = flat(checkpoints.load(folder, torch.device("cpu"))["config"])
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+        if stored(folder):
+            before = flat(checkpoints.load(folder, torch.device("cpu"))["config"])
+        elif (folder / RESULT).exists():  # of a job that is done, whose checkpoints somebody has deleted
+            before = dict(read_json(folder / RESULT)["config"])
+        else:
+            return
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        what = error if isinstance(error, CheckpointError) else f"{folder / RESULT} cannot be read ({error!r})"
+        raise ConfigError(str(what)) from error
     if changed := changes(before, config):
         raise ConfigError(f"hydra.sweep.dir must be new, or this sweep's, got {folder} with another run: {changed}")
+    if not stored(folder) and before["train.steps"] < config.train.steps:
+        has = f"its {before['train.steps']} steps and no checkpoint to go on from"
+        raise ConfigError(f"train.steps must be more in a new hydra.sweep.dir, as {folder} has the result of {has}")
 
 
 def end() -> int:
@@ -341,6 +350,11 @@ def varied(hydra: Any) -> list[str]:
     """Those of a job's overrides that the sweep or the search has several values of."""
     _, _, keys = os.environ.get(THESE_JOBS, "").partition(" ")
     return [override for override in hydra.overrides.task if override.partition("=")[0] in keys.split()]
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the job has a result, and no checkpoints any more: CheckBeforeWork has compared the configurations."""
+    return not stored(folder) and (folder / RESULT).exists()
 
 
 def failed_for_good(folder: Path, config: DictConfig) -> bool:

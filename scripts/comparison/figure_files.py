@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from xml.etree.ElementTree import Element
 from scripts.comparison.figures import COLOURS, cut
 
 TITLE, ROW = 28.0, 18.0  # pixels above a figure, and of a row of the key below it
+LONGEST = 100  # letters of a title in the name of a file: systems take 255, and a group's name may be longer
 
 
 def figure_files(page: str) -> dict[str, str]:
@@ -23,7 +25,7 @@ def figure_files(page: str) -> dict[str, str]:
             if label is None or drawing.get("class") == "narrow":
                 continue
             is_numbered = any("rank" in (text.get("class") or "") for text in drawing.iter("text"))
-            stem = re.sub(r"[^a-z0-9]+", "_", label.partition(",")[0].lower()).strip("_")
+            stem = re.sub(r"[^a-z0-9]+", "_", label.partition(",")[0].lower())[:LONGEST].strip("_")
             name = next(name for name in _numbered(stem) if name not in files)
             files[name] = alone(drawing, label, key if is_numbered else [])
     return files
@@ -32,7 +34,7 @@ def figure_files(page: str) -> dict[str, str]:
 def _numbered(stem: str) -> Iterator[str]:
     """compare_STEM.svg, and for others of that name compare_STEM_2.svg and so on."""
     yield f"compare_{stem}.svg"
-    for number in range(2, 10_000):
+    for number in itertools.count(2):
         yield f"compare_{stem}_{number}.svg"
 
 

@@ -16,6 +16,8 @@ from scripts.gradient_report import spread
 
 COLOURS = 8  # in the style sheet, as many as can be told apart
 RADIUS = 8.0  # of a dot with a number
+BEHIND = 8  # groups in grey in every panel: with all of them the page would grow with their square
+MOST_SPREAD = 50  # dots: of more the figure is full, and finding places for them takes long
 Curve = Sequence[tuple[int, float]]
 
 
@@ -240,7 +242,7 @@ def curve_chart(comparison: Comparison, name: str, pixels: str | None) -> str:
 
 
 def curve_panels(comparison: Comparison, name: str, pixels: str | None) -> str:
-    """A small figure a group, with the means of the others behind it in grey."""
+    """A small figure a group, with the means of the best groups behind it in grey."""
     shown = groups_with(comparison, name, pixels)
     if not shown:
         return ""
@@ -249,7 +251,7 @@ def curve_panels(comparison: Comparison, name: str, pixels: str | None) -> str:
     x, y = Axis(*steps, 46, width - 6), Axis(*values, height - 22, 8)
     behind = "".join(
         tag("polyline", points=points(x, y, [*zip(c.steps, c.mean, strict=True)]), class_="other")
-        for *_, c in shown
+        for *_, c in shown[:BEHIND]
         if len(c.steps) > 1
     )
     panels = []
@@ -278,12 +280,18 @@ def chip(comparison: Comparison, group: Group) -> str:
 # ---- against cost ----
 
 
-def side_by_side(centres: Sequence[tuple[float, float]], gap: float) -> list[float]:
-    """x of dots moved as little as needs be for no two centres to be nearer than `gap`."""
+def side_by_side(centres: Sequence[tuple[float, float]], gap: float, low: float, high: float) -> list[float]:
+    """x of dots moved as little as needs be for no two centres to be nearer than `gap`.
+
+    One for which nothing is free from `low` to `high` stays where it is, and so do all where there are many.
+    """
+    if len(centres) > MOST_SPREAD:
+        return [x for x, _ in centres]
     placed: list[tuple[float, float]] = []
     for x, y in centres:
         tries = (x + sign * 0.25 * gap * k for k in range(4 * len(centres) + 1) for sign in (1, -1))
-        free = (at for at in tries if all(math.hypot(at - a, y - b) >= gap for a, b in placed))
+        within = (at for at in tries if low <= at <= high)
+        free = (at for at in within if all(math.hypot(at - a, y - b) >= gap for a, b in placed))
         placed.append((next(free, x), y))
     return [x for x, _ in placed]
 
@@ -316,7 +324,8 @@ def against(comparison: Comparison, cost: str) -> str:
         y = Axis(*limits, height - 44, 12)
         parts = [axes(x, y, f"{title}, logarithmic", most=int(width / 80))]
         centres = [(x(at), y(s.mean)) for _, _, at, s in shown]
-        for (rank, group, _, s), across, (_, up) in zip(shown, side_by_side(centres, 17.0), centres, strict=True):
+        moved = side_by_side(centres, 17.0, x.start, x.end)
+        for (rank, group, _, s), across, (_, up) in zip(shown, moved, centres, strict=True):
             class_ = colour(comparison, group)
             if with_intervals and s.half is not None:
                 top, bottom = y.clipped(s.mean + s.half), y.clipped(s.mean - s.half)

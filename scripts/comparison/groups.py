@@ -117,7 +117,7 @@ def compare(
         group.runs.sort(key=lambda run: (run.config.get("data.split_seed", 0), run.config.get("seed", 0)))
     ranked = [_sorted(side, given or _metric_of(side, said)) for given, _, side in sides]
     named = None if baseline is None else _named(baseline, [group for _, side in ranked for group in side])
-    compared = [_compared(side, by, named) for by, side in ranked]
+    compared = [_compared(side, by, named, said) for by, side in ranked]
     whole = compared[0]
     if len(sides) > 1:
         parts = []
@@ -153,8 +153,8 @@ def _sides(groups: list[Group]) -> list[tuple[str | None, str, list[Group]]]:
     return [(None, WITH_CLASSES, others), (None, WITHOUT_CLASSES, without)]
 
 
-def _metric_of(groups: Sequence[Group], said: list[str]) -> str:
-    """What sorts, where no metric is given; adds a sentence to `said` where that is of test data."""
+def _metric_of(groups: Sequence[Group], said: list[str], of: str = "") -> str:
+    """What sorts, where no metric is given; adds a sentence to `said` where that is of test data, with ` of ...`."""
 
     def have(name: str) -> list[bool]:
         return [name in group.summaries for group in groups]
@@ -162,14 +162,15 @@ def _metric_of(groups: Sequence[Group], said: list[str]) -> str:
     if not groups or any(have("val_accuracy")):
         return "val_accuracy"
     if any(have("test_accuracy")):
-        said.append("no run has validation images: test accuracy sorts, which flatters what is on top")
+        said.append(f"no run{of} has validation images: test accuracy sorts, which flatters what is on top")
         return "test_accuracy"
     if all(have("val_log_likelihood")):
         return "val_log_likelihood"
     if any(have("val_bound")):
         return "val_bound"
     name = "test_log_likelihood" if all(have("test_log_likelihood")) else "test_bound"
-    said.append(f"no run has validation images: {METRICS[name].title} sorts, which flatters what is on top")
+    if any(have(name)):
+        said.append(f"no run{of} has validation images: {METRICS[name].title} sorts, which flatters what is on top")
     return name
 
 
@@ -180,8 +181,11 @@ def _sorted(groups: list[Group], metric: str) -> tuple[str, list[Group]]:
     return metric, sorted(groups, key=lambda group: rank(group.summaries.get(metric), metric))
 
 
-def _compared(groups: list[Group], metric: str, named: Group | None) -> Comparison:
-    """Groups, which are sorted by a metric, and their differences from the one that is named, or the best."""
+def _compared(groups: list[Group], metric: str, named: Group | None, said: list[str]) -> Comparison:
+    """Groups, which are sorted by a metric, and their differences from the one that is named, or the best.
+
+    Adds a sentence to `said` for parts that have to be sorted by another metric, if that is of test data.
+    """
     chosen = named is not None and named in groups
     base = named if chosen else next(iter(groups), None)
     compared = Comparison(metric, groups, base, chosen, [], [], [])
@@ -189,12 +193,14 @@ def _compared(groups: list[Group], metric: str, named: Group | None) -> Comparis
     if METRICS[metric].of_pixels and len(kinds) > 1:
         compared.apart = "kind of pixels"
         compared.parts = [
-            _ranked(compared, [group for group in groups if group.pixels == kind])
+            _ranked(compared, [group for group in groups if group.pixels == kind], said)
             for kind in (*kinds, *([""] if any(not group.pixels for group in groups) else []))
         ]
     elif len(data) > 1:
         compared.apart = "data set"
-        compared.parts = [_ranked(compared, [group for group in groups if group.data == name], name) for name in data]
+        compared.parts = [
+            _ranked(compared, [group for group in groups if group.data == name], said, name) for name in data
+        ]
     if compared.apart:
         compared.groups = [group for part in compared.parts for group in part.groups]
     else:
@@ -207,10 +213,14 @@ def _kinds(groups: Sequence[Group]) -> list[str]:
     return sorted({group.pixels for group in groups if group.pixels})
 
 
-def _ranked(whole: Comparison, groups: list[Group], data: str = "") -> Comparison:
-    """Some of the groups, with a baseline and a ranking of their own."""
+def _ranked(whole: Comparison, groups: list[Group], said: list[str], data: str = "") -> Comparison:
+    """Some of the groups, with a baseline and a ranking of their own: by another metric if none has the whole's."""
+    metric = whole.metric
+    if not any(metric in group.summaries for group in groups):
+        metric = _metric_of(groups, said, f" of {data or groups[0].pixels or 'those without a bound'}")
+        groups = sorted(groups, key=lambda group: rank(group.summaries.get(metric), metric))
     chosen = whole.baseline_is_chosen and whole.baseline in groups
-    part = Comparison(whole.metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [], data=data)
+    part = Comparison(metric, groups, whole.baseline if chosen else groups[0], chosen, [], [], [], data=data)
     _finish(part)
     return part
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from scripts.comparison.events import DamagedEvents, read_pictures
-from scripts.comparison.figures import COLOURS, against, both_curves, breakable, chip, forest, number, tag
+from scripts.comparison.figures import BEHIND, COLOURS, against, both_curves, breakable, chip, forest, number, tag
 from scripts.comparison.groups import Comparison, Group, rank
 from scripts.comparison.report import (
     DASH,
@@ -169,6 +169,7 @@ def curves_section(comparison: Comparison) -> str:
         "training starts far below where it ends, its start is cut off."
     )
     in_one_figure = len(comparison.groups) <= COLOURS
+    said += "" if in_one_figure else f" Grey are the means of the {BEHIND} best groups."
     return content + (key(comparison) if in_one_figure else "") + paragraph(said, "caption")
 
 
@@ -184,9 +185,9 @@ def cost_section(comparison: Comparison) -> str:
     if not costs:
         return ""
     said = (
-        "Dots are means of a group; those that would hide each other are moved sideways. Calls of the generator are "
-        "per unlabelled image and step, and depend on no machine; seconds are those of the runs, and tell of whatever "
-        "else the machine did at the time."
+        "Dots are means of a group; those that would hide each other are moved sideways where there is room. Calls of "
+        "the generator are per unlabelled image and step, and depend on no machine; seconds are those of the runs, and "
+        "tell of whatever else the machine did at the time."
     )
     drawn = "".join(figures) + key(comparison) + paragraph(said, "caption") if figures else ""
     return drawn + summary_table(comparison, costs)

@@ -60,7 +60,8 @@ def headline(comparison: Comparison) -> str:
     runs = sum(len(group.runs) for group in comparison.groups)
     better = "highest" if METRICS[comparison.metric].higher_is_better else "lowest"
     said = f"{counted(runs, 'finished run')} in {counted(len(comparison.groups), 'group')}"
-    if comparison.apart and len({part.metric for part in comparison.parts}) > 1:
+    is_ranked = any(comparison.metric in group.summaries for group in comparison.groups)
+    if not is_ranked or (comparison.apart and len({part.metric for part in comparison.parts}) > 1):
         return said
     return f"{said}, {better} {METRICS[comparison.metric].title} first"
 

@@ -255,7 +255,9 @@ def _from_hydra(record: Record) -> dict[str, Any]:
 def _add_asked(record: Record, asked: dict[str, Any]) -> None:
     """The command line, the choices of groups and the derived keys, as far as a run tells."""
     record.config_dir = [str(path) for path in asked.get("config_dir", [])]
-    record.overrides = [str(override) for override in asked.get("overrides", [])]
+    later = {str(key): str(override) for key, override in asked.get("later", {}).items()}  # by resume
+    first = (str(override) for override in asked.get("overrides", []))
+    record.overrides = [*(one for one in first if one.lstrip("+").partition("=")[0] not in later), *later.values()]
     record.choices = {
         str(group): str(choice)
         for group, choice in asked.get("choices", {}).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ def _continued_fraction(a: float, b: float, x: float) -> float:
     return value
 
 
+@functools.cache
 def t_quantile(probability: float, df: int) -> float:
     """The t with P(T <= t) = probability, for probability > 1/2, by bisection to the last bit."""
     low, high = 0.0, 1.0
