@@ -52,7 +52,7 @@ def test_what_was_left_is_made_up_for(tmp_path: Path, unread: pytest.MonkeyPatch
     after = result(folder)
     assert all(after[name] == measured.get(name) for name in after if name.startswith("test_"))
     changed = {name for name in after if after[name] != before[name]}
-    assert {name for name in changed if not name.startswith("test_")} == {"config"}  # where evaluation.test is true
+    assert {name for name in changed if not name.startswith("test_")} == {"config", "asked"}  # evaluation.test=true
     assert checkpoints.stored(folder)[-1].stat().st_mtime_ns == written
     assert "is finished already" in resume(folder, "evaluation.test=true").out
     run(LINE, tmp_path / "at once")

@@ -143,7 +143,10 @@ def asked_later(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, A
     """What a run's first command line asked for, and what this one, which goes on with it, has set anew."""
     keys = ((override.lstrip("+").partition("=")[0], override) for override in now["overrides"])
     again = {key: override for key, override in keys if key in FREE_TO_CHANGE - {"resume"}}
-    return {**first, "later": {**first.get("later", {}), **again}} if first and again else dict(first)
+    known = first.get("overrides", [])
+    later = {key: one for key, one in {**first.get("later", {}), **again}.items() if one not in known}
+    kept = {key: value for key, value in first.items() if key != "later"}
+    return {**kept, "later": later} if first and later else kept
 
 
 def _targets(overrides: Sequence[str]) -> list[str]:
