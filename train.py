@@ -315,7 +315,7 @@ def job_of_sweep(config: DictConfig, folder: Path) -> float | None:
         return sweep.WORST
     if sweep.is_done(folder):
         log.info("%s is finished already, and stays as it is", folder)
-        return None
+        return sweep.after_job(hydra_config, config, folder, 0, "")
     if is_saved(folder):  # the sweep was started again, and CheckBeforeWork has compared the configurations
         config.resume = str(folder)
     (folder / sweep.FAILED).unlink(missing_ok=True)

@@ -23,7 +23,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from configs.schema import ClassifyBy, Config, ConfigError
-from configs.targets import build, in_own_code
+from configs.targets import build, with_line
 from configs.trust import OWN
 from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import load
@@ -216,7 +216,7 @@ def _try_images(config: Config, model: Any, estimator: Any, x: Any) -> None:
     except (ConfigError, ContractError):
         raise
     except Exception as error:  # code of a person's own can fail in any way
-        raise ConfigError(f"{must}: {in_own_code(error)}") from error
+        raise ConfigError(f"{must}: {with_line(error)}") from error
 
 
 def _try_step(config: Config, optimizer: Any, parameter: Any) -> None:

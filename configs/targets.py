@@ -55,18 +55,18 @@ def _call(function: Callable[..., Any], key: str, *arguments: Any, **given: Any)
         if any(message.startswith(f"{name} ") for name in given):
             raise ConfigError(f"{key}.{message}") from error
         if not isinstance(error, ValueError):
-            message = in_own_code(error)
+            message = with_line(error)
         settings = ", ".join(f"{key}.{name}={shown(value)}" for name, value in given.items())
         raise ConfigError(f"{key} cannot be built: {message.rstrip('.')}, got {settings or 'no settings'}") from error
 
 
-def in_own_code(error: Exception) -> str:
-    """An error with the line of a person's own file that it comes from, if there is one."""
-    message = f"{type(error).__name__}: {error}"
-    for line in reversed(traceback.extract_tb(error.__traceback__)):
+def with_line(error: Exception) -> str:
+    """An error as a sentence, with the line of a person's own file that it comes from, if there is one."""
+    where = ""
+    for line in traceback.extract_tb(error.__traceback__):
         if "site-packages" not in line.filename and CONFIGS.parent not in Path(line.filename).parents:
-            return f"{type(error).__name__} in {line.filename}, line {line.lineno}: {error}"
-    return message
+            where = f" in {line.filename}, line {line.lineno}"
+    return f"{type(error).__name__}{where}: {error}"
 
 
 def _find(path: Any, key: str) -> Callable[..., Any]:

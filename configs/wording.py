@@ -209,6 +209,11 @@ def shown(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
+def key_of(override: str) -> str:
+    """The key, or group, that an override of a command line sets."""
+    return override.lstrip("+").partition("=")[0]
+
+
 def has_a_comma(argument: str) -> str:
     """The sentence for a path that is taken for several values."""
     return f"{argument} has a comma, which separates values{_in_quotes(argument)}"

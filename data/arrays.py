@@ -293,8 +293,9 @@ def _listed(folder: Path, left_out: LeftOut | None = None, needs_labels: bool = 
     for path in sorted([*classes, *unlabelled]):
         of_this, within = LeftOut(), set[str]()
         own = list(picture_files(path, of_this, within))
-        for other, place in ((other, place) for other, places in read.items() for place in places & within):
-            raise DataError(f"{place} is within {path} and within {other}, by a link; remove one of the two")
+        for other, places in read.items():
+            if twice := places & within:
+                raise DataError(f"{min(twice)} is within {path} and within {other}, by a link; remove one of the two")
         read[path] = within
         if not own and path in classes:
             rest = of_this.sentence(path)

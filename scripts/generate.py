@@ -149,7 +149,7 @@ def main() -> None:
         from training.trained import open_run
 
         model = open_run(arguments.folder, "auto", arguments.checkpoint, arguments.trust)
-        own = [*model.own_images, *([arguments.data_path] if arguments.data_path else [])]
+        own = [*model.own_images, *filter(None, [arguments.data_path])]
         read = [arguments.images] if arguments.images else own
         apart({"--output": arguments.output}, read, arguments.folder)
         kind = kind_of(arguments, model)

@@ -260,7 +260,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
     model.batch_size = arguments.batch_size or model.batch_size
     size, found = model.batch_size, None
     source = Path(arguments.input).expanduser()
-    own = [*model.own_images, *([arguments.data_path] if arguments.data_path else [])]
+    own = [*model.own_images, *filter(None, [arguments.data_path])]
     read = own if arguments.input in PARTS else [source, *own]
     apart(outputs(arguments), read, arguments.folder)
     if arguments.input not in PARTS and not source.exists():

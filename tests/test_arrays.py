@@ -949,6 +949,12 @@ def test_folders_that_links_lead_to_twice_are_read_once(tmp_path: Path) -> None:
     assert len(arrays.load(str(source), "train", num_test=0).images) == len(before.images)
 
 
+def test_a_run_may_lie_beside_the_arrays_that_it_reads(tmp_path: Path) -> None:
+    for key, value in contents().items():
+        np.save(tmp_path / f"{key}.npy", value)
+    run(line(tmp_path), tmp_path / "run")
+
+
 @pytest.mark.parametrize("place", [".", "run", "cats/run", "unlabelled/deep/run"])
 def test_a_run_among_the_pictures_that_it_reads_is_refused(place: str, tmp_path: Path) -> None:
     source = folder_of_files(tmp_path / "mine")

@@ -495,6 +495,12 @@ def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -
     other = here(line + "4 seed=9", folder)
     assert other.code == 2
     assert "that of the same search" in one_sentence(other.err)
+    for trial in folder.glob("[0-9]"):
+        shutil.rmtree(trial / "checkpoints")
+    done = times(folder)
+    assert here(line + "4", folder).code == 0  # of results whose checkpoints somebody has deleted
+    assert times(folder) == done
+    assert OmegaConf.load(folder / "optimization_results.yaml").best_value >= best.best_value
 
 
 def assert_round_and_repeatable(results: list[dict[str, Any]], said: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.check import COMPOSING_ERRORS, check, check_machine, number_of_processes, refuse, typed
 from configs.schema import Config, ConfigError
 from configs.wording import explain, has_a_comma
+from data import npz
 from data.facts import DataError
 from data.folders import made
 from training.resume import resume_command
@@ -243,9 +244,12 @@ def _check_folder(config: DictConfig, folder: Path) -> None:
 
 def _check_outside(folder: Path, key: str, config: Config) -> None:
     """Among a person's own pictures, those that a run draws would be taken for some of them. Raises ConfigError."""
-    if config.data.path is None or not Path(config.data.path).expanduser().is_dir():
+    if config.data.path is None:
         return
-    place, own = (Path(os.path.realpath(path)) for path in (folder, Path(config.data.path).expanduser()))
+    source = Path(config.data.path).expanduser()
+    if not source.is_dir() or npz.is_one(source):
+        return
+    place, own = Path(os.path.realpath(folder)), Path(os.path.realpath(source))
     if place == own or own in place.parents:
         raise ConfigError(
             f"{key} must be outside of data.path={config.data.path}, whose pictures are read, got {folder}; give it "

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from configs.schema import ConfigError
 from configs.trust import foreign_modules, stored_config
-from configs.wording import CONFIGS, as_argument, quoted
+from configs.wording import CONFIGS, as_argument, key_of, quoted
 from training.state import FREE_TO_CHANGE
 
 RESUMED = "resumed"  # the name under which the run's configuration takes the place of config.yaml
@@ -141,7 +141,7 @@ def _appended(overrides: Sequence[str]) -> Any:
 
 def asked_later(first: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's first command line asked for, and what this one, which goes on with it, has set anew."""
-    keys = ((override.lstrip("+").partition("=")[0], override) for override in now["overrides"])
+    keys = ((key_of(override), override) for override in now["overrides"])
     again = {key: override for key, override in keys if key in FREE_TO_CHANGE - {"resume"}}
     known = first.get("overrides", [])
     later = {key: one for key, one in {**first.get("later", {}), **again}.items() if one not in known}
@@ -186,7 +186,7 @@ def best_command(arguments: Sequence[str], values: Mapping[str, Any]) -> str:
     given, parser = {key.lstrip("+") for key in values}, OverridesParser.create()
 
     def stays(argument: str) -> bool:
-        key = argument.lstrip("+").partition("=")[0]
+        key = key_of(argument)
         if not _is_override(argument):
             return argument not in ("-m", "--multirun")
         of_search = key.startswith(("hydra/", "hydra.")) and key != "hydra.searchpath"

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import ConfigError
+from configs.wording import key_of
 from training.result import is_left
 from training.resume import ROOT, best_command, resume_command, resume_words
 from training.run_folder import RESULT, chosen_by, read_json
@@ -102,7 +103,7 @@ def end(config: DictConfig, fixed: Mapping[str, str], composed: Callable[[Mappin
     title, value = chosen_by(results[place]) or ("val accuracy", math.nan)
     form = ".4f" if title == "val accuracy" else ".2f"
     say(f"best of {len(results)} finished trials: {place}, with {title} {value:{form}}")
-    typed = {argument.lstrip("+").partition("=")[0] for argument in config.hydra.overrides.task}
+    typed = {key_of(argument) for argument in config.hydra.overrides.task}
     preset = {key: value for key, value in fixed.items() if key != LEFT and key.lstrip("+") not in typed}
     say(f"its command: {best_command(sys.argv[1:], preset | best)}")
     return look_at_test(config, place, composed(best)) if is_left(results[place]) else 0

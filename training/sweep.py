@@ -353,7 +353,7 @@ def varied(hydra: Any) -> list[str]:
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the job has a result, and no checkpoints any more: CheckBeforeWork has compared the configurations."""
+    """Whether the job has a result, and no checkpoints any more. CheckBeforeWork has compared its settings."""
     return not stored(folder) and (folder / RESULT).exists()
 
 

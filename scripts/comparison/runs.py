@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 from configs.schema import Config, ConfigError, EvaluationConfig
-from configs.wording import shown
+from configs.wording import key_of, shown
 from data.datasets import OWN
 from data.progress import progress
 from scripts.comparison.events import DamagedEvents, read_scalars
@@ -257,7 +257,7 @@ def _add_asked(record: Record, asked: dict[str, Any]) -> None:
     record.config_dir = [str(path) for path in asked.get("config_dir", [])]
     later = {str(key): str(override) for key, override in asked.get("later", {}).items()}  # by resume
     first = (str(override) for override in asked.get("overrides", []))
-    record.overrides = [*(one for one in first if one.lstrip("+").partition("=")[0] not in later), *later.values()]
+    record.overrides = [*(one for one in first if key_of(one) not in later), *later.values()]
     record.choices = {
         str(group): str(choice)
         for group, choice in asked.get("choices", {}).items()
