@@ -61,6 +61,23 @@ def test_what_was_left_is_made_up_for(tmp_path: Path, unread: pytest.MonkeyPatch
     assert all(after[name] == value for name, value in at_once.items() if name not in clock)
 
 
+def test_evaluating_again_looks_at_them_by_wish_alone(tmp_path: Path, unread: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    run(f"{LINE} evaluation.test=false", folder)
+    before = result(folder)
+    for path in (folder / "result.json", None):  # nor of a run that was stopped before its result
+        ended = command(evaluate.main, str(folder))
+        assert {name: before[name] for name in json.loads(ended.out)} == json.loads(ended.out)
+        assert ended.err.count("\n") == 1
+        assert "--part test measures on them" in ended.err
+        if path:
+            path.unlink()
+    unread.undo()
+    assert json.loads(command(evaluate.main, f"{folder} --part both").out)["test_n"] == 360
+    resume(folder, "evaluation.test=true")
+    assert json.loads(command(evaluate.main, str(folder)).out)["test_n"] == 360
+
+
 def test_validation_images_are_classified_as_test_images_are(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(f"{LINE} evaluation.test=false", folder)
