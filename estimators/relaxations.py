@@ -63,7 +63,7 @@ def gumbel_softmax(logits: Tensor, gumbels: Tensor, temperature: Temperature) ->
 
 
 def concrete_log_sample(logits: Tensor, gumbels: Tensor, temperature: Temperature) -> Tensor:
-    """log y of a relaxed draw, y ~ Concrete(pi, tau) [..., K]: ExpConcrete (Maddison et al. 2017, C.3, eq. 25)."""
+    """log y of a relaxed draw, y ~ Concrete(pi, tau) [..., K]: ExpConcrete (Maddison et al. 2017, C.3)."""
     return relaxed(log_probabilities(logits), gumbels, temperature)
 
 
@@ -76,7 +76,7 @@ def conditional_perturbed(logits: Tensor, y: Tensor, gumbels: Tensor) -> Tensor:
     """log pi + G given that one-hot y [..., K] is its argmax, from fresh standard Gumbels [..., K], differentiable.
 
     Where y_i = 1 it is g_i, the largest of log pi + G being a standard Gumbel; elsewhere
-    -log(exp(-g_k) / pi_k + exp(-g_i)) (Tucker et al. 2017, appendix C; Maddison & Tarlow 2014).
+    -log(exp(-g_k) / pi_k + exp(-g_i)) (Maddison et al. 2014; Tucker et al. 2017, appendix C).
     """
     top = (y * gumbels).sum(dim=-1, keepdim=True)
     below = -torch.logaddexp(-gumbels - log_probabilities(logits), -top)
@@ -90,7 +90,7 @@ def straight_through(soft: Tensor) -> Tensor:
 
 
 def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: Temperature) -> Tensor:
-    """log density of log y under ExpConcrete(pi, tau) (Maddison et al. 2017, C.3, eq. 26), [...] from [..., K]:
+    """log density of log y under ExpConcrete(pi, tau) (Maddison et al. 2017, C.3), [...] from [..., K]:
 
     log (K-1)! + (K-1) log tau + sum_k s_k - K logsumexp_k s_k,  s_k = log pi_k - tau log y_k.
 
@@ -106,7 +106,7 @@ def exp_concrete_log_density(log_y: Tensor, logits: Tensor, temperature: Tempera
 
 
 def concrete_log_density(log_y: Tensor, logits: Tensor, temperature: Temperature) -> Tensor:
-    """log density of y itself under Concrete(pi, tau) on the simplex (Maddison et al. 2017, eq. 10), at log y."""
+    """log density of y itself under Concrete(pi, tau) on the simplex (Maddison et al. 2017, eq. 11), at log y."""
     return exp_concrete_log_density(log_y, logits, temperature) - log_y.sum(dim=-1)
 
 
@@ -116,7 +116,7 @@ def logistic(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
 
 
 def binary_concrete_logit_sample(logit: Tensor, noise: Tensor, temperature: Temperature) -> Tensor:
-    """logit y of a relaxed binary draw, y ~ BinConcrete (Maddison et al. 2017, B.1, eq. 16): (logit pi + L) / tau.
+    """logit y of a relaxed binary draw, y ~ BinConcrete (Maddison et al. 2017, eq. 16): (logit pi + L) / tau.
 
     P(y > 1/2) = pi at every temperature. With K = 2 classes it is logit y_1 of `concrete_log_sample`.
     """

@@ -20,18 +20,19 @@ from estimators.contract import (
     slope,
     with_gradient_of,
 )
-from estimators.relaxations import conditional_perturbed, gumbel, log_probabilities, one_hot
+from estimators.relaxations import gumbel, log_probabilities, one_hot
 
 LOG_RANGE = math.log(1e3)  # of a learned temperature, from 1/1000 to 1000
 
 
 class REBAR(Estimator):
-    """grad = mean_s [(f(y) - c(z')) grad log q(y) + grad c(z) - grad c(z')] (Tucker et al. 2017, eq. 8).
+    """grad = mean_s [(f(y) - c(z')) grad log q(y) + grad c(z) - grad c(z')]: REBAR (Tucker et al. 2017).
 
-    y = one_hot(argmax z), z = log q + Gumbel, z' a draw of z given y, and c(z) = scale f(softmax(z / tau)). Both paths,
-    through z and through z', are differentiated. `scale` and tau are learned: `auxiliary` is the mean squared norm
-    of grad at the logits, whose gradient is that of the variance, because the mean depends on neither (their
-    section 3.3). f is called 3 times a draw.
+    As in eq. 9 of Grathwohl et al. 2018: y = one_hot(argmax z), z = log q + Gumbel, z' a draw of z given y, c(z) =
+    scale f(softmax(z / tau)), and both paths, through z and through z', are differentiated. The noise of z' is tied
+    to that of z, as in REBAR's published implementation, so that z' = z as a number and f is called twice a draw, not
+    three times; `moved` is what is left of the paths. `scale` and tau are learned: `auxiliary` is the mean squared
+    norm of grad at the logits, with the gradient of the variance, because the mean depends on neither (their eq. 7).
 
     Raises ValueError for num_samples < 1, a temperature outside [1e-3, 1e3] or a scale that is not finite.
     """
@@ -53,31 +54,37 @@ class REBAR(Estimator):
         """c [S, B] at relaxed y [S, B, N, K], given f there [S, B]."""
         return self.scale * relaxed_costs
 
+    def moved(self, z: Tensor, y: Tensor) -> Tensor:
+        """d(z_k - z'_k) / d log q_k [S, B, N, K] at z' = z: exp(z_k - z_y).
+
+        z_k = log q_k + Gumbel moves by 1. The largest, z'_y, is a standard Gumbel at every q, and the others are
+        z'_k = -log(exp(-g_k) / q_k + exp(-z'_y)) (`conditional_perturbed`), which move by 1 - exp(z'_k - z'_y).
+        """
+        return (z - (y * z).sum(dim=-1, keepdim=True)).exp()
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        leaf = logits.detach().float().requires_grad_()
-        log_q = log_probabilities(leaf)
-        shape = (self.num_samples, *logits.shape)
-        z = log_q + gumbel(shape, generator=generator)
+        log_q = log_probabilities(logits.detach().float())
+        q = log_q.exp()
+        z = (log_q + gumbel((self.num_samples, *logits.shape), generator=generator)).requires_grad_()
         y = one_hot(z.argmax(dim=-1), z.shape[-1])
-        conditional = conditional_perturbed(log_q, y, gumbel(shape, generator=generator))
         temperature = self.log_temperature.clamp(-LOG_RANGE, LOG_RANGE).exp()
-        relaxed = (torch.cat([z, conditional]) / temperature).softmax(dim=-1)
+        relaxed = (z / temperature).softmax(dim=-1)
 
         costs = f(y)
-        control, conditional_control = self.control(f(relaxed), relaxed, context).chunk(2)
-        path = slope(control - conditional_control, leaf, create_graph=self.training)
-        score = y - log_q.detach().exp()  # grad log q(y) at the logits
-        signal = costs.detach() - conditional_control
-        gradient = ((signal[..., None, None] * score).sum(dim=0) + path) / self.num_samples
+        control = self.control(f(relaxed), relaxed, context)
+        path = slope(control, z, create_graph=self.training) * self.moved(z.detach(), y)
+        path = path - q * path.sum(dim=-1, keepdim=True)  # from log q to the logits
+        signal = costs.detach() - control
+        gradient = (signal[..., None, None] * (y - q) + path).sum(dim=0) / self.num_samples  # y - q is grad log q(y)
 
         value = with_gradient_of(mean_of_draws(costs), at_logits(logits, gradient))
         auxiliary = logits.new_zeros(())
         if self.training:
             auxiliary = only_to(list(self.parameters()), gradient.square().sum(dim=(-2, -1)).mean())
         metrics: dict[str, Tensor | float] = {
-            "evaluations": 3.0 * self.num_samples,
+            "evaluations": 2.0 * self.num_samples,
             "control_temperature": temperature.detach(),
             "control_scale": self.scale.detach(),
             "signal_variance": signal.detach().var(correction=0),

@@ -13,7 +13,7 @@ def constant(step: int, *, value: float) -> float:
 
 
 def exponential(step: int, *, rate: float, minimum: float, every: int) -> float:
-    """tau(t) = max(minimum, exp(-rate t)), updated every `every` steps (Jang et al. 2017, section 4.3).
+    """tau(t) = max(minimum, exp(-rate t)), updated every `every` steps (Jang et al. 2017, sections 4.2 and 4.3).
 
     Raises ValueError unless rate >= 0, minimum > 0 and every >= 1.
     """

@@ -45,7 +45,7 @@ class NoBaseline(Baseline):
 
 
 class MovingAverage(Baseline):
-    """b = the exponential moving average of earlier minibatches' mean cost (Mnih & Gregor 2014, section 2.3.1).
+    """b = the exponential moving average of earlier minibatches' mean cost (Mnih & Gregor 2014, appendix A).
 
     The cost that it is subtracted from is never in it: the average is updated after it is used. Raises ValueError
     unless 0 <= decay < 1.
@@ -72,7 +72,7 @@ class MovingAverage(Baseline):
 
 
 class LearnedBaseline(MovingAverage):
-    """b(x) = c + a network of x, c the moving average: NVIL (Mnih & Gregor 2014, eqs. 6-8), least squares in eq. 9.
+    """b(x) = c + a network of x, c the moving average: NVIL (Mnih & Gregor 2014, section 2.3.1), by least squares.
 
     NVIL's division of the signal by its running deviation is left out: it rescales the gradient.
     Raises ValueError for hidden < 1, or a decay outside [0, 1).
@@ -170,7 +170,7 @@ class VIMCO(ScoreFunction):
     ) -> Estimate:
         """grad = sum_j [(L - L_-j) grad log q(y_j) + w_j / (sum_i w_i) grad log w_j]: unbiased (eqs. 7-10).
 
-        L = log (1/m) sum_i w_i, and L_-j is L without w_j (`bounds_of_the_others`).
+        L = log (1/m) sum_i w_i, and L_-j is L with the others' mean for w_j (`bounds_of_the_others`).
         """
         at_least("num_samples", num_samples, 1)
         log_q = log_probabilities(logits)

@@ -90,7 +90,7 @@ def heun(log_q: Tensor, y: Tensor, temperature: Temperature) -> Tensor:
 
 
 class GumbelRao(StraightThrough):
-    """Straight-through Gumbel-Softmax, averaged over M draws of the Gumbels given y (Paulus et al. 2021, eq. 8).
+    """Straight-through Gumbel-Softmax, averaged over M draws of the Gumbels given y (Paulus et al. 2021, eq. 10).
 
     Its mean is straight-through Gumbel-Softmax's, its variance lower. The conditional noise is not differentiated.
     Raises ValueError also for num_conditional < 1.

@@ -38,7 +38,7 @@ class Weights:
     distortion_share: float | Tensor = 1.0
 
     def kl_weight_at(self, step: int) -> float:
-        """The KL's weight at a step, on a straight line (Bowman et al. 2016; Sønderby et al. 2016)."""
+        """The KL's weight at a step, on a straight line (Sønderby et al. 2016; Bowman et al. 2016 bend it)."""
         return min(1.0, (step + 1) / self.kl_warmup) if self.kl_warmup else 1.0
 
     def teaching_weight_at(self, step: int) -> float:

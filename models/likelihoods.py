@@ -2,7 +2,7 @@
 
 A grey level v in 0..255 is the pixel x = v / 255, and pixels are independent given (y, z). All is computed in float32,
 or float64 where the generator's output is. Scales are learned, one a channel for all pixels: with one of its own for
-each pixel a generator is sure of the background and blind to the rest (Rybkin et al. 2021, section 3).
+each pixel a generator is sure of the background and blind to the rest (as in Rybkin et al. 2021).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Bernoulli(Likelihood):
 class ContinuousBernoulli(Likelihood):
     """A density on [0, 1], by logits l: log p(x|l) = x l - log((e^l - 1) / l).
 
-    Loaiza-Ganem & Cunningham 2019, eqs. 5 to 8. With u = l / 2 that is (x - 1/2) l - log(sinh(u) / u), which has no
+    Loaiza-Ganem & Cunningham 2019. With u = l / 2 that is (x - 1/2) l - log(sinh(u) / u), which has no
     cancellation near l = 0, their lambda = 1/2.
     """
 
@@ -72,7 +72,7 @@ class ContinuousBernoulli(Likelihood):
         return ((x - 0.5) * logits - log_sinhc(logits / 2)).sum(dim=-1)
 
     def mean(self, outputs: Tensor) -> Tensor:
-        """1/2 + (coth(u) - 1/u) / 2, their eq. 8."""
+        """1/2 + (coth(u) - 1/u) / 2."""
         u = precise(outputs) / 2
         small = u.abs() < SMALL
         away = torch.where(small, 1.0, u)
@@ -145,7 +145,7 @@ class Gaussian(LocationScale):
 class DiscretizedLogistic(LocationScale):
     """A probability of each whole grey level: the logistic's mass within half a level of it.
 
-    Levels 0 and 255 have all that lies beyond them as well (Kingma et al. 2016; Salimans et al. 2017, eq. 2). The
+    Levels 0 and 255 have all that lies beyond them as well (Salimans et al. 2017, eq. 2). The
     logistic's location may leave [0, 1].
     """
 

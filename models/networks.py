@@ -197,7 +197,7 @@ class TransposedConvDoubleSize(nn.ConvTranspose2d):
 
     [B, I, H, W] -> [B, O, 2H, 2W]. Each of the four pixels that an input pixel becomes sees 3 x 3 inputs, through the
     taps that reach it and zeros: row 2h + p of the output sees the rows h - 1, h, h + 1 through rows 3, 1, - of the
-    kernel where p = 0, and -, 2, 0 where p = 1 (Shi et al. 2016, section 3.2). With O = 1 a CPU takes half the time.
+    kernel where p = 0, and -, 2, 0 where p = 1 (Shi et al. 2016, section 2.2). With O = 1 a CPU takes half the time.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:

@@ -132,7 +132,7 @@ def distorted(
     """Where each pixel comes from, each [B, H, W], of images that are sheared, stretched and warped too, by the noise.
 
     With `by` 1 the slant is within +-0.3, each side's factor within exp(+-0.2), and a smooth field moves each point by
-    about a 28th of a side, either way (Simard et al. 2003, section 2): normal on a grid of 4 x 4, bicubic in between.
+    about a 28th of a side, either way: normal on a grid of 4 x 4, bicubic in between (Simard et al. 2003 blur noise).
     """
     height, width = rows.shape[1:]
     slant, taller, wider = by * chances[:3]

@@ -593,10 +593,10 @@ def test_rebar_without_its_control_is_the_score_function(num_samples: int) -> No
 
 @pytest.mark.parametrize("scale", [1.0, 0.4])
 def test_rebar_is_its_equation_draw_by_draw(scale: float) -> None:
-    """In float64 from the three y that f is given: y, the relaxed y of z, and that of z'.
+    """In float64 from the y and the relaxed y of z that f is given, by autograd through z and z'.
 
-    With v the gradient of c at z or z' (its softmax included), z moves by log q and z'_k by 1 - exp(z'_k - z'_i) times
-    log q_k, i the class of y.
+    z is known from its softmax but for a constant, on which nothing depends. z'_y is the same at every q, and of the
+    others the noise.
     """
     temperature = 0.8
     logits, weight = small_batch()
@@ -604,15 +604,19 @@ def test_rebar_is_its_equation_draw_by_draw(scale: float) -> None:
     result = estimate(REBAR(temperature, scale), spy, logits)
     (found,) = torch.autograd.grad(result.value.sum(), logits)
 
-    q, f = logits.detach().double().softmax(dim=-1), cost(weight.detach().double())
-    y, relaxed = spy.seen[0].double(), spy.seen[1].double().requires_grad_()
-    control = scale * f(relaxed)
-    (slope,) = torch.autograd.grad(control.sum(), relaxed)
-    free, given = (relaxed * (slope - (relaxed * slope).sum(dim=-1, keepdim=True)) / temperature).detach()
-    ratio = relaxed[1].detach() / (relaxed[1] * y[0]).sum(dim=-1, keepdim=True).detach()
-    path = free - given * (1 - ratio**temperature)
-    signal = f(y)[0] - control[1].detach()
-    expected = signal.unsqueeze(-1) * (y[0] - q) + path - q * path.sum(dim=-1, keepdim=True)
+    leaf, f = logits.detach().double().requires_grad_(), cost(weight.detach().double())
+    log_q = leaf.log_softmax(dim=-1)
+    y, relaxed = (seen[0].double() for seen in spy.seen)
+    z = temperature * relaxed.log()
+    free = log_q + (z - log_q).detach()
+    top = (y * z).sum(dim=-1, keepdim=True)
+    noise = ((-z).exp() - (-top).exp()) * log_q.detach().exp()
+    given = torch.where(y > 0, z, -(noise / log_q.exp() + (-top).exp()).log())
+    torch.testing.assert_close(given, z)
+    control, conditional = (scale * f((each / temperature).softmax(dim=-1)[None])[0] for each in (free, given))
+    signal = f(y[None])[0] - conditional.detach()
+    objective = signal * (y * log_q).sum(dim=-1) + control - conditional
+    (expected,) = torch.autograd.grad(objective.sum(), leaf)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
     assert float(result.metrics["signal_variance"]) == pytest.approx(signal.var(correction=0).item(), rel=1e-4)
 

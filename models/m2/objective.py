@@ -28,7 +28,7 @@ def objective(
     step: int,
     generator: torch.Generator,
 ) -> Objective:
-    """J = E_labelled[L] + E_unlabelled[U] + alpha E_labelled[log q(y|x)] (Jang et al. 2017, eq. 12), by minibatch.
+    """J = E_labelled[L] + E_unlabelled[U] + alpha E_labelled[log q(y|x)] (Jang et al. 2017, eq. 11), by minibatch.
 
     x [B + B', C, H, W] is the labelled images, whose one-hot classes are y_labelled [B, K], and then the unlabelled.
     L(x, y) = b(x, y) + log p(y) for the labelled; U(x) = E_q(y|x)[b(x, y)] - KL(q(y|x) || p(y)) for the unlabelled,

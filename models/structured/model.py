@@ -24,7 +24,7 @@ from models.pictures import grid
 class StructuredModel(Model):
     """p(y_1|upper half) p(y_2|y_1) .. p(lower half|y_L), y_l of N x K; J is E[log p(lower half|y_L)].
 
-    There is no posterior: y is drawn from the model itself (Raiko et al. 2015, section 5), so J has no KL.
+    There is no posterior: y is drawn from the model itself (Raiko et al. 2015), so J has no KL.
     """
 
     kinds: ClassVar[Mapping[str, bool]] = {"completions": True}
@@ -113,7 +113,7 @@ class StructuredModel(Model):
         """J = E[log p(lower half|y_L)], a mean over x [B, C, H, W] (Jang et al. 2017, section 4.1).
 
         With weights.samples = m > 1, E log (1/m) sum_j p(lower half|y_j), y_j drawn from p(y|upper half), of one layer
-        (Raiko et al. 2015, section 5). Raises ContractError for an estimate of other shapes.
+        (Raiko et al. 2015). Raises ContractError for an estimate of other shapes.
         """
         (upper, lower), auxiliaries = halves(x), list[Tensor]()
         logits = self.layers[0](upper)
