@@ -65,7 +65,7 @@ class REBAR(Estimator):
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
-        log_q = log_probabilities(logits.detach().float())
+        log_q = log_probabilities(logits.detach())
         q = log_q.exp()
         z = (log_q + gumbel((self.num_samples, *logits.shape), generator=generator)).requires_grad_()
         y = one_hot(z.argmax(dim=-1), z.shape[-1])

@@ -61,8 +61,8 @@ class Bernoulli(Likelihood):
 class ContinuousBernoulli(Likelihood):
     """A density on [0, 1], by logits l: log p(x|l) = x l - log((e^l - 1) / l).
 
-    Loaiza-Ganem & Cunningham 2019. With u = l / 2 that is (x - 1/2) l - log(sinh(u) / u), which has no
-    cancellation near l = 0, their lambda = 1/2.
+    Loaiza-Ganem & Cunningham 2019. With u = l / 2 that is (x - 1/2) l - log(sinh(u) / u), which has no cancellation
+    near l = 0, their lambda = 1/2.
     """
 
     name = "continuous_bernoulli"
@@ -145,8 +145,8 @@ class Gaussian(LocationScale):
 class DiscretizedLogistic(LocationScale):
     """A probability of each whole grey level: the logistic's mass within half a level of it.
 
-    Levels 0 and 255 have all that lies beyond them as well (Salimans et al. 2017, eq. 2). The
-    logistic's location may leave [0, 1].
+    Levels 0 and 255 have all that lies beyond them as well (Salimans et al. 2017, eq. 2). The logistic's location may
+    leave [0, 1].
     """
 
     name = "discretized_logistic"

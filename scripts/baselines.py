@@ -94,11 +94,11 @@ def main() -> None:
             code = run(output, jobs, methods)
         except KeyboardInterrupt:
             code = 130
-    if code >= 128:
-        print(f"catvae: stopped; the same command with --output {output} goes on", file=sys.stderr)
-    else:
-        print(f"{output}\nbeside your runs: uv run python -m scripts.compare {shlex.quote(str(output))} FOLDER...")
-    sys.exit(code)
+        if code >= 128:
+            print(f"catvae: stopped; the same command with --output {output} goes on", file=sys.stderr)
+        else:
+            print(f"{output}\nbeside your runs: uv run python -m scripts.compare {shlex.quote(str(output))} FOLDER...")
+        sys.exit(code)
 
 
 def method_names(text: str) -> list[str]:

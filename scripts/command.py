@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,13 +45,20 @@ def searchpath(config_dir: Path | None) -> list[str]:
 
 @contextmanager
 def refusing_bad_input() -> Iterator[None]:
-    """Says in one sentence what is wrong with a run folder, its data or its settings, and exits with status 2."""
+    """Says in one sentence what is wrong with a run folder, its data or its settings, and exits with status 2.
+
+    Where a reader of what is printed, such as head, has seen enough, it ends without a word, as that signal does.
+    """
     from estimators.contract import ContractError
     from training.checkpoints import CheckpointError
 
     print_anywhere()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ConfigError, DataError, CheckpointError, ContractError) as error:
         refuse(str(error))
     except OSError as error:

@@ -124,7 +124,7 @@ def main() -> None:
         text = json.dumps(measured, indent=2)
         if arguments.output:
             arguments.output.write_text(text + "\n")
-    print(text)
+        print(text)
 
 
 if __name__ == "__main__":

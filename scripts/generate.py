@@ -170,7 +170,7 @@ def main() -> None:
                 save_figure([("", picture)], arguments.output, width=picture.shape[-1] * arguments.zoom / 72)
             else:
                 save_png(picture, arguments.output, arguments.zoom)
-    print(arguments.output)
+        print(arguments.output)
 
 
 if __name__ == "__main__":

@@ -316,12 +316,14 @@ def main() -> None:
         candidates = make_estimators(run, settings, arguments.config_dir)
         with made(output):
             measured, about = measure(run, candidates.made, settings), conditions(run, candidates, settings)
-            print(table(measured, about), end="\n\n")
-            write_csv(measured, output / "gradient_quality.csv")
             drawing = output / f"gradient_quality.{settings.figure}"
-            picture(measured, about, run.model.estimated).savefig(drawing, dpi=130)
-    print(output / "gradient_quality.csv")
-    print(drawing)
+            try:
+                write_csv(measured, output / "gradient_quality.csv")
+                picture(measured, about, run.model.estimated).savefig(drawing, dpi=130)
+            finally:  # on a full disk the table is all there is
+                print(table(measured, about), end="\n\n")
+        print(output / "gradient_quality.csv")
+        print(drawing)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def main() -> None:
             writable(place, (OUTPUTS[option],), option)
         for sentence in run(arguments):
             print(f"catvae: {sentence}", file=sys.stderr)
-    print(arguments.output)
+        print(arguments.output)
 
 
 def outputs(arguments: argparse.Namespace) -> dict[str, Path]:

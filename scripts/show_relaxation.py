@@ -198,7 +198,7 @@ def main() -> None:
 
         with matplotlib.rc_context(STYLE):
             picture(given.probabilities, given.temperatures, given.draws, given.seed).savefig(given.output, dpi=200)
-    print(given.output)
+        print(given.output)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,7 +27,7 @@ from models.networks import ImageShape, conv
 from models.pictures import beside, grid, turn_about
 from scripts import evaluate, generate
 from scripts.benchmark import compose_run
-from tests.runs import CONV, MLP, Ended, command, run
+from tests.runs import CONV, MLP, ROOT, Ended, command, run
 from training import checkpoints
 from training.pictures import save_figure
 from training.run import Run
@@ -55,6 +59,17 @@ def assert_refused(ended: Ended, *words: str) -> None:
     assert ended.err.count("\n") == 1, ended.err
     for word in words:
         assert word in ended.err, ended.err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # it is found where something is printed, or at the end
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(unbuffered: str, folder: Path) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "scripts.evaluate", str(folder), "--part", "val"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 # ---- evaluate ----
