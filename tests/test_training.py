@@ -60,7 +60,7 @@ from tests.runs import (
     resume,
     run,
 )
-from training import checkpoints
+from training import checkpoints, process
 from training.process import threads_kept
 from training.run import Run
 from training.state import plain
@@ -246,6 +246,43 @@ def test_small_minibatches_take_one_thread(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv("OMP_NUM_THREADS", "3")
         run(f"{MLP} train.steps=1", tmp_path / "asked")
         assert threads[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("threads", "others", "said"),
+    [
+        (2, 0, ""),
+        (1, 8, ""),
+        (2, 1, "keep 1 of 2 cores busy, and each step waits for the slowest of its 2 threads: OMP_NUM_THREADS=1 is"),
+        (2, 40, "keep 2 of 2 cores busy"),
+    ],
+)
+def test_busy_cores_are_said(
+    threads: int, others: int, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(process, "threads_of_others", lambda: others)
+    with threads_kept(), caplog.at_level("WARNING", "catvae"):
+        torch.set_num_threads(threads)
+        process.warn_of_busy_cores(torch.device("cpu"))
+        assert caplog.text.count("busy") == bool(said)
+        assert said in caplog.text
+        caplog.clear()
+        process.warn_of_busy_cores(torch.device("cuda"))
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")  # as somebody wants it
+        process.warn_of_busy_cores(torch.device("cpu"))
+    assert not caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/loadavg").exists(), reason="only Linux says how many threads run")
+def test_a_busy_process_is_seen() -> None:
+    spin = "print(flush=True)\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as busy:
+        assert busy.stdout
+        busy.stdout.readline()
+        assert process.threads_of_others() >= 1
+        busy.kill()
 
 
 @pytest.fixture(scope="module")

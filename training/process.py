@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,40 @@ def share_cores(pixels: int) -> None:
     """
     if pixels < 2**15 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def warn_of_busy_cores(device: torch.device) -> None:
+    """Says so where other processes leave fewer cores than this one has threads, which no setting of ours mends.
+
+    Two threads beside a busy process on two cores are up to 15 times slower than one. OMP_NUM_THREADS is a choice.
+    """
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if device.type != "cpu" or threads == 1 or "OMP_NUM_THREADS" in os.environ:
+        return
+    others = min(threads_of_others(), cores)
+    if threads + others > cores:
+        log.warning(
+            "other processes keep %d of %d cores busy, and each step waits for the slowest of its %d threads: "
+            "OMP_NUM_THREADS=%d is faster while they do",
+            others,
+            cores,
+            threads,
+            max(1, cores - others),
+        )
+
+
+def threads_of_others(looks: int = 5, seconds: float = 0.004) -> int:
+    """How many threads of other processes run, the fewest of a few looks; 0 where the system is not Linux."""
+    found = []
+    try:
+        for _ in range(looks):
+            running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0])  # man proc_loadavg
+            states = [stat.read_text().rpartition(") ")[2][0] for stat in Path("/proc/self/task").glob("*/stat")]
+            found.append(running - states.count("R"))
+            time.sleep(seconds)
+    except (OSError, ValueError, IndexError):
+        return 0
+    return max(0, min(found))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from models.contract import Alarm, Evaluation, Objective
 from models.gradient_quality import Measurement
 from training.alarms import bound_fell, gradient_exploded
 from training.names import hyper_parameters, run_name
+from training.process import warn_of_busy_cores
 from training.run import Run
 from training.run_folder import events_folder
 from training.state import flat, plain
@@ -77,6 +78,7 @@ class Report:
         log.info("%s\n%s", self.run.describe(), self.run.describe_objective())
         for note in self.run.notes:
             log.info(note)
+        warn_of_busy_cores(self.run.device)
         if not len(self.run.validation.labels):
             log.info("data.num_validation=0: no accuracy, bound, pictures or alarms while it trains")
         self.board.text("objective", self.run.describe_objective())
