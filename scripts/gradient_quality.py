@@ -2,13 +2,14 @@
 
 uv run python -m scripts.gradient_quality outputs/DATE/TIME-NAME estimators=gumbel_softmax,rebar draws=1000
 
-Prints a table, and writes gradient_quality.csv and a picture. The gradient is that of the mean over images of the term
-of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels, for the logits of y and for each network's
-parameters apart, in float32 and evaluation mode. The images are some of the run's unlabelled training images, evenly
-spread; they and all noise but y's are the same for all estimators. Where y has too many joint classes to enumerate, the
-exact gradient is the mean of many draws of an unbiased estimator (reference=). The run's own estimator is measured as
-it was trained; others are made anew, and those with parameters or running state are warmed up first, on training images
-and with the model fixed (models.gradient_quality.warm_up).
+Prints a table, and writes gradient_quality.csv and a picture. Of several run folders or checkpoints, such as those of a
+sweep over seeds, the table and the picture have the mean over their models, and the file each by itself. The gradient
+is that of the mean over images of the term of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels,
+for the logits of y and for each network's parameters apart, in float32 and evaluation mode. The images are some of the
+run's unlabelled training images, evenly spread; they and all noise but y's are the same for all estimators. Where y has
+too many joint classes to enumerate, the exact gradient is the mean of many draws of an unbiased estimator (reference=).
+The run's own estimator is measured as it was trained; others are made anew, and those with parameters or running state
+are warmed up first, on training images and with the model fixed (models.gradient_quality.warm_up).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from configs.trust import add_trust
 from configs.wording import CONFIGS, unknown_key
 from data.folders import made
 from scripts.command import add_data_path, composed, refusing_bad_input, searchpath
-from scripts.gradient_report import picture, table, write_csv
+from scripts.gradient_report import mean_over_runs, picture, table, write_csv
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
     from torch import Tensor
@@ -66,8 +68,17 @@ class Settings:
     batch_size: int = setting(100, "images", minimum=1)
     warmup: int = setting(200, "steps by which an estimator with state of its own is fitted to the model")
     seed: int = setting(0, "draws pixels, z, y, the estimators' parameters and their warm-up")
-    output: str = setting("", "folder to write to (default: gradient_quality/ in the run folder)")
+    output: str = setting(
+        "",
+        "folder to write to (default: gradient_quality/ in the run folder, or in the one that several have in common)",
+    )
     figure: str = setting("png", f"what the picture is written as: {', '.join(FIGURES)}")
+
+
+def sorted_out(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Run folders, each once, and settings: what has an equals sign and is no folder."""
+    settings = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
+    return list(dict.fromkeys(Path(argument) for argument in arguments if argument not in settings)), settings
 
 
 def parsed(arguments: list[str]) -> Settings:
@@ -75,9 +86,7 @@ def parsed(arguments: list[str]) -> Settings:
     known = {key.name: key for key in fields(Settings)}
     settings = Settings()
     for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not equals:
-            raise ConfigError(f"an argument must be key=value, got {argument}")
+        name, _, text = argument.partition("=")
         if name not in known:
             raise ConfigError(unknown_key(argument, name, list(known), owner="scripts.gradient_quality"))
         value: str | int = text
@@ -286,6 +295,17 @@ def conditions(run: Run, candidates: Candidates, settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def place(folders: list[Path], settings: Settings) -> Path:
+    """The folder to write to. Raises ConfigError for a link that nobody named."""
+    if settings.output:
+        return Path(settings.output)
+    own = list(dict.fromkeys(folder.absolute().parents[1] if folder.is_file() else folder for folder in folders))
+    together = own[0] if len(own) == 1 else Path(os.path.commonpath([folder.resolve() for folder in own]))
+    if (output := together / "gradient_quality").is_symlink():  # of somebody else's making
+        raise ConfigError(f"{output} is a link, to be written through; output=FOLDER names another place")
+    return output
+
+
 # ---- the command ----
 
 
@@ -295,8 +315,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"keys and defaults:\n{keys}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="a run folder")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="see below")
+    parser.add_argument(
+        "arguments", nargs="+", metavar="FOLDER | key=value", help="run folders or checkpoints, and keys as below"
+    )
     parser.add_argument(
         "--config-dir", type=Path, metavar="DIR", help="of train.py: a folder with choices of your own, in estimator/"
     )
@@ -305,23 +326,34 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with refusing_bad_input():
         from training.saved import stored_run
+        from training.trained import stored_state
 
-        settings = parsed(arguments.settings)
-        output = Path(settings.output or arguments.folder / "gradient_quality")
-        if not settings.output and output.is_symlink():  # of somebody else's making
-            raise ConfigError(f"{output} is a link, to be written through; output=FOLDER names another place")
+        folders, rest = sorted_out(arguments.arguments)
+        settings = parsed(rest)
+        if not folders:
+            parser.error("a run folder is required")
+        output = place(folders, settings)
         searchpath(arguments.config_dir)  # refused before any work, and so names
         split_names(settings.estimators, arguments.config_dir)
-        run = stored_run(arguments.folder, trusted=arguments.trust, data_path=arguments.data_path)
-        candidates = make_estimators(run, settings, arguments.config_dir)
+        for folder in folders:
+            stored_state(folder, trusted=arguments.trust)
+        found: dict[Path, dict[str, Measurement]] = {}
+        lines: list[str] = []
         with made(output):
-            measured, about = measure(run, candidates.made, settings), conditions(run, candidates, settings)
+            for folder in folders:
+                run = stored_run(folder, trusted=arguments.trust, data_path=arguments.data_path)
+                candidates = make_estimators(run, settings, arguments.config_dir)
+                found[folder] = measure(run, candidates.made, settings)
+                lines += conditions(run, candidates, settings).splitlines()
+            means = mean_over_runs(list(found.values()))
+            over = [f"mean over the models of {len(folders)} runs"] if len(folders) > 1 else []
+            about = "\n".join([*over, *dict.fromkeys(lines)])
             drawing = output / f"gradient_quality.{settings.figure}"
             try:
-                write_csv(measured, output / "gradient_quality.csv")
-                picture(measured, about, run.model.estimated).savefig(drawing, dpi=130)
+                write_csv(found, output / "gradient_quality.csv")
+                picture(means, about, run.model.estimated).savefig(drawing, dpi=130)
             finally:  # on a full disk the table is all there is
-                print(table(measured, about), end="\n\n")
+                print(table(means, about), end="\n\n")
         print(output / "gradient_quality.csv")
         print(drawing)
 

@@ -8,13 +8,56 @@ import re
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
+
+from configs.schema import ConfigError
 
 if TYPE_CHECKING:  # what is slow to import is imported where it is used, so that --help is quick
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from models.gradient_quality import Measurement, Quality
+
+
+def mean_over_runs(measured: list[dict[str, Measurement]]) -> dict[str, Measurement]:
+    """The mean of every number over models, of the estimators that all of them can have.
+
+    The error of bias^2 is that of its mean, by how much models differ; of one model it is that of the draws. Raises
+    ConfigError where models have nothing in common.
+    """
+    from models.gradient_quality import Measurement, Quality
+
+    first, runs = measured[0], len(measured)
+    if runs == 1:
+        return first
+    names = [name for name in first if all(name in other for other in measured)]
+    if not names:
+        raise ConfigError("run folders must have models with an estimator in common")
+    if len(families := {tuple(next(iter(one.values())).parts) for one in measured}) > 1:
+        got = " and ".join(", ".join(parts) for parts in sorted(families))
+        raise ConfigError(f"run folders must be of one family of models, got parts {got}")
+
+    def quality(name: str, part: str) -> Quality:
+        of_models = [one[name].parts[part] for one in measured]
+        means = {key: fmean(getattr(q, key) for q in of_models) for key in Quality.__dataclass_fields__}
+        biases = [q.bias_squared for q in of_models]
+        error = stdev(biases) / math.sqrt(runs) if all(map(math.isfinite, biases)) else math.inf
+        return Quality(**means | {"bias_squared_error": error})
+
+    def error(part: str) -> float:
+        return fmean(one[names[0]].reference_error.get(part, 0.0) for one in measured)
+
+    return {
+        name: Measurement(
+            parts={part: quality(name, part) for part in first[name].parts},
+            evaluations=fmean(one[name].evaluations for one in measured),
+            seconds=fmean(one[name].seconds for one in measured),
+            reference_draws=first[name].reference_draws,
+            reference_error={part: error(part) for part in first[name].reference_error},
+        )
+        for name in names
+    }
 
 
 def table(measured: dict[str, Measurement], about: str) -> str:
@@ -86,11 +129,12 @@ def plus_minus(value: float, error: float) -> tuple[str, str]:
     return f"{value:{form}}", f"± {error:{form}}"
 
 
-def write_csv(measured: dict[str, Measurement], path: Path) -> None:
-    """A row an estimator and part."""
+def write_csv(found: dict[Path, dict[str, Measurement]], path: Path) -> None:
+    """A row a run folder, estimator and part."""
     with path.open("w", newline="") as file:
         rows = [
             {
+                "run": str(folder),
                 "estimator": name,
                 "part": part,
                 **asdict(quality),
@@ -99,6 +143,7 @@ def write_csv(measured: dict[str, Measurement], path: Path) -> None:
                 "reference_draws": m.reference_draws,  # 0 where the gradient is exact
                 "reference_error": m.reference_error.get(part, 0.0),
             }
+            for folder, measured in found.items()
             for name, m in measured.items()
             for part, quality in m.parts.items()
         ]

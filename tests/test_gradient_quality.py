@@ -476,7 +476,7 @@ def test_script_measures_every_estimator(trained: Path) -> None:
     assert len(names) >= 18
     assert [(row["estimator"], row["part"]) for row in rows] == [(name, part) for name in names for part in PARTS]
     for row in rows:
-        assert not any(math.isnan(float(row[key])) for key in row.keys() - {"estimator", "part"})
+        assert not any(math.isnan(float(row[key])) for key in row.keys() - {"run", "estimator", "part"})
         shown = [line.split() for line in ended.out.splitlines() if line.startswith(f"{row['estimator']} ")]
         # a block each, and a line about the run's own
         assert len(shown) == len(PARTS) + (row["estimator"] == "score_function/moving_average")
@@ -513,6 +513,49 @@ def test_script_takes_further_arguments_of_an_estimator(trained: Path, tmp_path:
     variances = [float(rows[name, "logits"]["variance"]) for name in (hot, warm, "run")]
     assert variances == sorted(variances)
     assert variances[0] < 0.1 * variances[1]
+
+
+def test_script_takes_the_mean_over_runs(tmp_path: Path) -> None:
+    """Each run is in the file with the numbers that it has alone, and their mean in the table; one cannot enumerate."""
+    one, other = tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"
+    for seed, folder in enumerate((one, other)):
+        run(f"{MLP} seed={seed} train.steps=4", folder)
+    checkpoint = next((other / "checkpoints").iterdir())
+    names = "estimators=marginalization,straight_through draws=4 batch_size=9"
+    ended = laboratory(one, f"{shlex.quote(str(checkpoint))} {names}")
+    assert ended.code == 0, ended.said
+    assert "mean over the models of 2 runs\n9 unlabelled training images" in ended.out
+    rows = read(tmp_path / "sweep" / "gradient_quality" / "gradient_quality.csv")
+    assert [row["run"] for row in rows] == [str(one)] * 8 + [str(checkpoint)] * 8
+    alone = []
+    for folder in (one, other):
+        assert laboratory(folder, names).code == 0
+        alone += read(folder / "gradient_quality" / "gradient_quality.csv")
+    for together, single in zip(rows, alone, strict=True):
+        assert all(together[key] == single[key] for key in single.keys() - {"run", "seconds"})
+    logits = [row for row in rows if (row["estimator"], row["part"]) == ("straight_through", "logits")]
+    bias = np.array([float(row["bias_squared"]) for row in logits])
+    shown = next(line.split() for line in ended.out.splitlines() if line.startswith("straight_through "))
+    assert float(shown[1]) == pytest.approx(bias.mean(), rel=0.06)
+    assert float(shown[3]) == pytest.approx(bias.std(ddof=1) / math.sqrt(2), rel=0.06)
+    assert float(shown[4]) == pytest.approx(np.mean([float(row["variance"]) for row in logits]), rel=0.01)
+    assert float(shown[5]) == pytest.approx(np.mean([float(row["cosine"]) for row in logits]), abs=1e-4)
+
+
+def test_mean_over_runs_is_of_what_all_of_them_have() -> None:
+    infinite = Quality(math.inf, math.inf, math.inf, 0, 0)
+
+    def models(names: str, parts: str = "logits", quality: Quality = infinite) -> dict[str, Measurement]:
+        return {name: Measurement(dict.fromkeys(parts.split(), quality), 2, 0.1) for name in names.split()}
+
+    found = report.mean_over_runs([models("a b"), models("b c", quality=Quality(0.5, 0.1, 1, 0.5, 1))])
+    assert found == {"b": Measurement({"logits": Quality(math.inf, math.inf, math.inf, 0.25, 0.5)}, 2, 0.1)}
+    with pytest.raises(ConfigError, match="models with an estimator in common"):
+        report.mean_over_runs([models("a"), models("b")])
+    with pytest.raises(ConfigError, match="of one family of models, got parts logits and logits, prior"):
+        report.mean_over_runs([models("a"), models("a", "logits prior")])
+    of_one = models("a")
+    assert report.mean_over_runs([of_one]) is of_one
 
 
 def test_script_warms_up_what_it_makes_anew(trained: Path, tmp_path: Path) -> None:
@@ -597,7 +640,7 @@ def test_names_and_sections(trained_run: Run) -> None:
     [
         ("drws=3", "drws=3 is not a key"),
         ("drws=3", "did you mean draws?"),
-        ("draws", "an argument must be key=value, got draws"),
+        ("draws", "draws has no checkpoint in checkpoints/; is it a run folder?"),
         ("draws=2", "draws must be an integer >= 3, got 2"),
         ("draws=many", "draws must be an integer >= 3, got many"),
         ("batch_size=0", "batch_size must be an integer >= 1, got 0"),
