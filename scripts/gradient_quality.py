@@ -2,14 +2,14 @@
 
 uv run python -m scripts.gradient_quality outputs/DATE/TIME-NAME estimators=gumbel_softmax,rebar draws=1000
 
-Prints a table, and writes gradient_quality.csv and a picture. Of several run folders or checkpoints, such as those of a
-sweep over seeds, the table and the picture have the mean over their models, and the file each by itself. The gradient
-is that of the mean over images of the term of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels,
-for the logits of y and for each network's parameters apart, in float32 and evaluation mode. The images are some of the
-run's unlabelled training images, evenly spread; they and all noise but y's are the same for all estimators. Where y has
-too many joint classes to enumerate, the exact gradient is the mean of many draws of an unbiased estimator (reference=).
-The run's own estimator is measured as it was trained; others are made anew, and those with parameters or running state
-are warmed up first, on training images and with the model fixed (models.gradient_quality.warm_up).
+Prints a table, and writes gradient_quality.csv and a picture. Of several run folders or checkpoints, or of a sweep's
+folder, the table and the picture have the mean over their models, and the file each by itself. The gradient is that of
+the mean over images of the term of J that needs an estimator, E_q(y|x)[b(x, y)] or its like without labels, for the
+logits of y and for each network's parameters apart, in float32 and evaluation mode. The images are some of the run's
+unlabelled training images, evenly spread; they and all noise but y's are the same for all estimators. Where y has too
+many joint classes to enumerate, the exact gradient is the mean of many draws of an unbiased estimator (reference=). The
+run's own estimator is measured as it was trained; others are made anew, and those with parameters or running state are
+warmed up first, on training images and with the model fixed (models.gradient_quality.warm_up).
 """
 
 from __future__ import annotations
@@ -76,9 +76,16 @@ class Settings:
 
 
 def sorted_out(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Run folders, each once, and settings: what has an equals sign and is no folder."""
+    """Run folders and checkpoints, each once, and settings: what has an equals sign and is no folder."""
     settings = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
-    return list(dict.fromkeys(Path(argument) for argument in arguments if argument not in settings)), settings
+    named = [Path(argument) for argument in arguments if argument not in settings]
+    return list(dict.fromkeys(run for folder in named for run in runs_in(folder))), settings
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of a sweep, in the order of its jobs; what is no sweep's folder is taken for a run."""
+    jobs = [] if (folder / "checkpoints").is_dir() else [found.parent for found in folder.glob("*/checkpoints")]
+    return sorted(jobs, key=lambda job: (len(job.name), job.name)) or [folder]
 
 
 def parsed(arguments: list[str]) -> Settings:
@@ -316,7 +323,10 @@ def main() -> None:
         description=__doc__, epilog=f"keys and defaults:\n{keys}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "arguments", nargs="+", metavar="FOLDER | key=value", help="run folders or checkpoints, and keys as below"
+        "arguments",
+        nargs="+",
+        metavar="FOLDER | key=value",
+        help="run folders, checkpoints or a sweep's folder, and keys as below",
     )
     parser.add_argument(
         "--config-dir", type=Path, metavar="DIR", help="of train.py: a folder with choices of your own, in estimator/"

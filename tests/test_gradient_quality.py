@@ -542,6 +542,18 @@ def test_script_takes_the_mean_over_runs(tmp_path: Path) -> None:
     assert float(shown[5]) == pytest.approx(np.mean([float(row["cosine"]) for row in logits]), abs=1e-4)
 
 
+def test_the_folder_of_a_sweep_is_its_runs(tmp_path: Path) -> None:
+    for job in (10, 9, 2):
+        (tmp_path / "sweep" / str(job) / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sweep" / "compare").mkdir()
+    (tmp_path / "a=b" / "checkpoints").mkdir(parents=True)
+    one, named = tmp_path / "sweep" / "9", [str(tmp_path / "sweep"), "draws=3", str(tmp_path / "a=b")]
+    jobs = [tmp_path / "sweep" / job for job in ("2", "9", "10")]
+    assert script.sorted_out([*named, str(one)]) == ([*jobs, tmp_path / "a=b"], ["draws=3"])
+    assert script.sorted_out([str(one)])[0] == [one]
+    assert script.place(jobs, script.Settings()) == tmp_path / "sweep" / "gradient_quality"
+
+
 def test_mean_over_runs_is_of_what_all_of_them_have() -> None:
     infinite = Quality(math.inf, math.inf, math.inf, 0, 0)
 
