@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
 def mean_over_runs(measured: list[dict[str, Measurement]]) -> dict[str, Measurement]:
     """The mean of every number over models, of the estimators that all of them can have.
 
-    The error of bias^2 is that of its mean, by how much models differ; of one model it is that of the draws. Raises
-    ConfigError where models have nothing in common.
+    The error of bias^2 is that of its mean, by how much models differ, or by the errors of each where those are larger,
+    as a few models may agree by chance. Raises ConfigError where models have nothing in common.
     """
     from models.gradient_quality import Measurement, Quality
 
@@ -42,7 +42,9 @@ def mean_over_runs(measured: list[dict[str, Measurement]]) -> dict[str, Measurem
         of_models = [one[name].parts[part] for one in measured]
         means = {key: fmean(getattr(q, key) for q in of_models) for key in Quality.__dataclass_fields__}
         biases = [q.bias_squared for q in of_models]
-        error = stdev(biases) / math.sqrt(runs) if all(map(math.isfinite, biases)) else math.inf
+        if not all(map(math.isfinite, biases)):
+            return Quality(**means)
+        error = max(stdev(biases) / math.sqrt(runs), math.hypot(*(q.bias_squared_error for q in of_models)) / runs)
         return Quality(**means | {"bias_squared_error": error})
 
     def error(part: str) -> float:

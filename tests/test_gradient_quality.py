@@ -537,7 +537,9 @@ def test_script_takes_the_mean_over_runs(tmp_path: Path) -> None:
     bias = np.array([float(row["bias_squared"]) for row in logits])
     shown = next(line.split() for line in ended.out.splitlines() if line.startswith("straight_through "))
     assert float(shown[1]) == pytest.approx(bias.mean(), rel=0.06)
-    assert float(shown[3]) == pytest.approx(bias.std(ddof=1) / math.sqrt(2), rel=0.06)
+    errors = np.array([float(row["bias_squared_error"]) for row in logits])
+    error = max(bias.std(ddof=1) / math.sqrt(2), math.hypot(*errors) / 2)
+    assert float(shown[3]) == pytest.approx(error, rel=0.06)
     assert float(shown[4]) == pytest.approx(np.mean([float(row["variance"]) for row in logits]), rel=0.01)
     assert float(shown[5]) == pytest.approx(np.mean([float(row["cosine"]) for row in logits]), abs=1e-4)
 
@@ -562,6 +564,15 @@ def test_mean_over_runs_is_of_what_all_of_them_have() -> None:
 
     found = report.mean_over_runs([models("a b"), models("b c", quality=Quality(0.5, 0.1, 1, 0.5, 1))])
     assert found == {"b": Measurement({"logits": Quality(math.inf, math.inf, math.inf, 0.25, 0.5)}, 2, 0.1)}
+    agreeing, apart = (
+        report.mean_over_runs([models("a", quality=Quality(bias, 0.3, 1, 1, 1)) for bias in biases])["a"].parts[
+            "logits"
+        ]
+        for biases in ((2, 2, 2), (1, 2, 3))
+    )
+    assert agreeing.bias_squared == apart.bias_squared == 2
+    assert agreeing.bias_squared_error == pytest.approx(0.3 / math.sqrt(3))
+    assert apart.bias_squared_error == pytest.approx(1 / math.sqrt(3))
     with pytest.raises(ConfigError, match="models with an estimator in common"):
         report.mean_over_runs([models("a"), models("b")])
     with pytest.raises(ConfigError, match="of one family of models, got parts logits and logits, prior"):
