@@ -75,9 +75,10 @@ class Settings:
     figure: str = setting("png", f"what the picture is written as: {', '.join(FIGURES)}")
 
 
-def sorted_out(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Run folders and checkpoints, each once, and settings: what has an equals sign and is no folder."""
-    settings = [argument for argument in arguments if "=" in argument and not Path(argument).is_dir()]
+def folders_and_settings(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Run folders and checkpoints, each once, and settings: what has an equals sign or is a key, and is no folder."""
+    keys = [key.name for key in fields(Settings)]
+    settings = [given for given in arguments if ("=" in given or given in keys) and not Path(given).is_dir()]
     named = [Path(argument) for argument in arguments if argument not in settings]
     return list(dict.fromkeys(run for folder in named for run in runs_in(folder))), settings
 
@@ -93,7 +94,9 @@ def parsed(arguments: list[str]) -> Settings:
     known = {key.name: key for key in fields(Settings)}
     settings = Settings()
     for argument in arguments:
-        name, _, text = argument.partition("=")
+        name, equals, text = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"an argument must be key=value, got {argument}")
         if name not in known:
             raise ConfigError(unknown_key(argument, name, list(known), owner="scripts.gradient_quality"))
         value: str | int = text
@@ -302,7 +305,7 @@ def conditions(run: Run, candidates: Candidates, settings: Settings) -> str:
     return "\n".join(lines)
 
 
-def place(folders: list[Path], settings: Settings) -> Path:
+def output_folder(folders: list[Path], settings: Settings) -> Path:
     """The folder to write to. Raises ConfigError for a link that nobody named."""
     if settings.output:
         return Path(settings.output)
@@ -338,11 +341,11 @@ def main() -> None:
         from training.saved import stored_run
         from training.trained import stored_state
 
-        folders, rest = sorted_out(arguments.arguments)
+        folders, rest = folders_and_settings(arguments.arguments)
         settings = parsed(rest)
         if not folders:
             parser.error("a run folder is required")
-        output = place(folders, settings)
+        output = output_folder(folders, settings)
         searchpath(arguments.config_dir)  # refused before any work, and so names
         split_names(settings.estimators, arguments.config_dir)
         for folder in folders:
@@ -355,7 +358,7 @@ def main() -> None:
                 candidates = make_estimators(run, settings, arguments.config_dir)
                 found[folder] = measure(run, candidates.made, settings)
                 lines += conditions(run, candidates, settings).splitlines()
-            means = mean_over_runs(list(found.values()))
+                means = mean_over_runs(list(found.values()))  # refused as soon as one has nothing in common
             over = [f"mean over the models of {len(folders)} runs"] if len(folders) > 1 else []
             about = "\n".join([*over, *dict.fromkeys(lines)])
             drawing = output / f"gradient_quality.{settings.figure}"

@@ -516,7 +516,7 @@ def test_script_takes_further_arguments_of_an_estimator(trained: Path, tmp_path:
 
 
 def test_script_takes_the_mean_over_runs(tmp_path: Path) -> None:
-    """Each run is in the file with the numbers that it has alone, and their mean in the table; one cannot enumerate."""
+    """Each run is in the file with the numbers that it has alone, and their mean is in the table."""
     one, other = tmp_path / "sweep" / "0", tmp_path / "sweep" / "1"
     for seed, folder in enumerate((one, other)):
         run(f"{MLP} seed={seed} train.steps=4", folder)
@@ -551,9 +551,9 @@ def test_the_folder_of_a_sweep_is_its_runs(tmp_path: Path) -> None:
     (tmp_path / "a=b" / "checkpoints").mkdir(parents=True)
     one, named = tmp_path / "sweep" / "9", [str(tmp_path / "sweep"), "draws=3", str(tmp_path / "a=b")]
     jobs = [tmp_path / "sweep" / job for job in ("2", "9", "10")]
-    assert script.sorted_out([*named, str(one)]) == ([*jobs, tmp_path / "a=b"], ["draws=3"])
-    assert script.sorted_out([str(one)])[0] == [one]
-    assert script.place(jobs, script.Settings()) == tmp_path / "sweep" / "gradient_quality"
+    assert script.folders_and_settings([*named, str(one)]) == ([*jobs, tmp_path / "a=b"], ["draws=3"])
+    assert script.folders_and_settings([str(one)])[0] == [one]
+    assert script.output_folder(jobs, script.Settings()) == tmp_path / "sweep" / "gradient_quality"
 
 
 def test_mean_over_runs_is_of_what_all_of_them_have() -> None:
@@ -562,17 +562,12 @@ def test_mean_over_runs_is_of_what_all_of_them_have() -> None:
     def models(names: str, parts: str = "logits", quality: Quality = infinite) -> dict[str, Measurement]:
         return {name: Measurement(dict.fromkeys(parts.split(), quality), 2, 0.1) for name in names.split()}
 
-    found = report.mean_over_runs([models("a b"), models("b c", quality=Quality(0.5, 0.1, 1, 0.5, 1))])
-    assert found == {"b": Measurement({"logits": Quality(math.inf, math.inf, math.inf, 0.25, 0.5)}, 2, 0.1)}
-    agreeing, apart = (
-        report.mean_over_runs([models("a", quality=Quality(bias, 0.3, 1, 1, 1)) for bias in biases])["a"].parts[
-            "logits"
-        ]
-        for biases in ((2, 2, 2), (1, 2, 3))
-    )
-    assert agreeing.bias_squared == apart.bias_squared == 2
-    assert agreeing.bias_squared_error == pytest.approx(0.3 / math.sqrt(3))
-    assert apart.bias_squared_error == pytest.approx(1 / math.sqrt(3))
+    common = report.mean_over_runs([models("a b"), models("b c", quality=Quality(0.5, 0.1, 1, 0.5, 1))])
+    assert common == {"b": Measurement({"logits": Quality(math.inf, math.inf, math.inf, 0.25, 0.5)}, 2, 0.1)}
+    for biases, error in (((2, 2, 2), 0.3), ((1, 2, 3), 1)):  # that of each model; how much they differ
+        means = report.mean_over_runs([models("a", quality=Quality(bias, 0.3, 1, 1, 1)) for bias in biases])
+        found = means["a"].parts["logits"]
+        assert (found.bias_squared, found.bias_squared_error) == pytest.approx((2, error / math.sqrt(3)))
     with pytest.raises(ConfigError, match="models with an estimator in common"):
         report.mean_over_runs([models("a"), models("b")])
     with pytest.raises(ConfigError, match="of one family of models, got parts logits and logits, prior"):
@@ -663,7 +658,8 @@ def test_names_and_sections(trained_run: Run) -> None:
     [
         ("drws=3", "drws=3 is not a key"),
         ("drws=3", "did you mean draws?"),
-        ("draws", "draws has no checkpoint in checkpoints/; is it a run folder?"),
+        ("draws", "an argument must be key=value, got draws"),
+        ("dras", "dras has no checkpoint in checkpoints/; is it a run folder?"),
         ("draws=2", "draws must be an integer >= 3, got 2"),
         ("draws=many", "draws must be an integer >= 3, got many"),
         ("batch_size=0", "batch_size must be an integer >= 1, got 0"),
