@@ -25,6 +25,7 @@ from yaml import YAMLError
 from configs.schema import ClassifyBy, Config, ConfigError
 from configs.targets import build, with_line
 from configs.trust import OWN
+from configs.uncompiled import leave_compiler_out
 from configs.wording import explain, keys, printable, shown, unknown_key
 from data.datasets import load
 from data.splits import Indices, class_prior
@@ -249,6 +250,7 @@ def build_optimizer(config: Config, parameters: list[Any]) -> Any:
     if isinstance(settings, dict) and isinstance(settings.get("betas"), list):  # torch refuses [0, 0], integers
         betas = [float(beta) if isinstance(beta, int) else beta for beta in settings["betas"]]
         settings = settings | {"betas": betas}
+    leave_compiler_out()
     return build(settings, "optimizer", parameters)
 
 

@@ -192,16 +192,6 @@ def likelihood(name: str, channels: int) -> Likelihood:
     return {"gaussian": Gaussian, "discretized_logistic": DiscretizedLogistic}[name](channels)
 
 
-def log_likelihood_name(name: str, binarization: str, evidence: str = "log p(x)") -> str:
-    """What `log_likelihood` estimates from below, under a likelihood and a treatment of pixels.
-
-    `evidence` is a model's, with x for the whole image.
-    """
-    if name == "bernoulli" and binarization == "none":
-        return f"E[{evidence.replace('(x)', '(b)')}], b drawn from the grey levels,"
-    return evidence if name in ("bernoulli", "discretized_logistic") else f"the log-density {evidence}"
-
-
 def precise(values: Tensor) -> Tensor:
     """In float32, or in float64 where it is."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -49,9 +49,6 @@ def refusing_bad_input() -> Iterator[None]:
 
     Where a reader of what is printed, such as head, has seen enough, it ends without a word, as that signal does.
     """
-    from estimators.contract import ContractError
-    from training.checkpoints import CheckpointError
-
     print_anywhere()
     try:
         yield
@@ -59,7 +56,13 @@ def refusing_bad_input() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it ends
         raise SystemExit(128 + signal.SIGPIPE) from None
-    except (ConfigError, DataError, CheckpointError, ContractError) as error:
+    except (ConfigError, DataError) as error:
+        refuse(str(error))
+    except ValueError as error:
+        from estimators.contract import ContractError  # which imports PyTorch, and comparing runs needs none
+
+        if not isinstance(error, ContractError):
+            raise
         refuse(str(error))
     except OSError as error:
         refuse(explain(error))

@@ -14,12 +14,13 @@ from torch import Tensor, distributions
 
 from configs.schema import Binarization, Likelihood, resolved_likelihood
 from models import likelihoods
-from models.likelihoods import DiscretizedLogistic, Gaussian, LocationScale, log_likelihood_name
+from models.likelihoods import DiscretizedLogistic, Gaussian, LocationScale
 from models.m2.model import SemiSupervisedVAE
 from models.networks import ImageShape, conv
 from scripts import evaluate, generate
 from tests.runs import CONV, MLP, command, resume, run
 from training.checkpoints import stored
+from training.names import log_likelihood_name
 
 # torch.distributions is not annotated
 # mypy: disable-error-code="no-untyped-call"

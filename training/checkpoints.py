@@ -11,11 +11,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import IO, TYPE_CHECKING, Any
 
 from configs.schema import ConfigError
+
+if TYPE_CHECKING:  # importing PyTorch takes seconds, and what only looks at a run folder does not need it
+    import torch
 
 FORMAT_VERSION = 1
 NEEDED = ("config", "split_hash", "model", "estimator", "optimizer", "random_state")
@@ -61,6 +62,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes checkpoints/step_XXXXXXXX.pt in a run folder and deletes all but the newest two."""
+    import torch
+
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     path = checkpoints / f"step_{step:08d}.pt"
@@ -128,6 +131,8 @@ def load_named(folder: Path, checkpoint: Path, device: torch.device) -> dict[str
 
 
 def _load(path: Path, device: torch.device, way_out: str) -> dict[str, Any]:
+    import torch
+
     try:
         content = path.read_bytes()  # once: a run that still trains may put another of this step in its place
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # torch.load compares no checksums

@@ -1,4 +1,4 @@
-"""What tells a run from others in TensorBoard: its name, and its row among the hyper-parameters."""
+"""What a run is called in TensorBoard, its row among the hyper-parameters, and what its log-likelihood is called."""
 
 from __future__ import annotations
 
@@ -99,3 +99,13 @@ def _as_file_name(text: str) -> str:
     known = "".join(letter if letter.isprintable() else "_" for letter in text)
     known = known.encode(encoding, "replace").decode(encoding)
     return re.sub(r'[<>:"/\\|?*&#%;]', "_", known.replace("+", "")).rstrip(" .")
+
+
+def log_likelihood_name(name: str, binarization: str, evidence: str = "log p(x)") -> str:
+    """What `log_likelihood` estimates from below, under a likelihood and a treatment of pixels.
+
+    `evidence` is a model's, with x for the whole image.
+    """
+    if name == "bernoulli" and binarization == "none":
+        return f"E[{evidence.replace('(x)', '(b)')}], b drawn from the grey levels,"
+    return evidence if name in ("bernoulli", "discretized_logistic") else f"the log-density {evidence}"

@@ -26,9 +26,9 @@ from estimators.contract import Estimator, Schedule
 from models.contract import ClassifyBy, Evaluation, Objective, Weights
 from models.evaluation import evaluate
 from models.gradient_quality import Measurement, gradient_quality
-from models.likelihoods import log_likelihood_name
 from models.networks import ImageShape
 from training.distributed import Together
+from training.names import log_likelihood_name
 from training.process import choose_device, choose_precision, share_cores, tune_process
 from training.trained import Facts, build_model, spread_out
 
@@ -58,7 +58,8 @@ class Run:
         self.precision = choose_precision(config.precision.value, self.device)
         tune_process()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
-        torch.use_deterministic_algorithms(config.deterministic)
+        if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # it imports the compiler for that
+            torch.use_deterministic_algorithms(config.deterministic)
         self.binarization: Binarization = config.data.binarization.value
         self.contents: dict[str, str] = {}  # digests of the files that images came from
         source = self.load_images("train")

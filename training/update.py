@@ -70,7 +70,8 @@ class Update:
         if run.together:
             sizes = run.batches.labelled.batch_size, run.batches.unlabelled.batch_size
             self.generator = run.together.generator(run.device, *sizes)
-        self.one = torch.ones((), device=run.device)  # dJ/dJ, which backward() would write anew
+        # dJ/dJ, which backward() would write anew, by one more kernel; on a CPU half a second of imports look at it
+        self.one = torch.ones((), device=run.device) if run.device.type == "cuda" else None
         self.temperatures: list[Held] = []
         self.weights = run.weights
         self.written = dict.fromkeys(run.weights.at_step(0), 1.0)

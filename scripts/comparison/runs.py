@@ -100,7 +100,7 @@ class Record:
 
     @property
     def _evidence_of_whole_images(self) -> str:
-        from models.likelihoods import log_likelihood_name
+        from training.names import log_likelihood_name
 
         likelihood, binarization = (str(self.config.get(key)) for key in ("likelihood", "data.binarization"))
         return log_likelihood_name(likelihood, binarization).rstrip(",")
