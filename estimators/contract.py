@@ -21,6 +21,7 @@ from estimators.relaxations import Temperature, log_probabilities
 
 CostFunction = Callable[[Tensor], Tensor]
 Schedule = Callable[[int], float]
+LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass
@@ -183,12 +184,14 @@ def positive(name: str, value: float) -> float:
 
 
 def temperature_at(schedule: Callable[[int], Temperature], step: int) -> Temperature:
-    """tau at `step`. Raises ContractError unless it can be divided by."""
+    """tau at `step`. Raises ContractError unless logits, which are -1e6 at least, can be divided by it in float32."""
     temperature = schedule(step)
     if isinstance(temperature, Tensor):  # of a schedule that is held, and was looked at when it was written
         return temperature
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ContractError(f"temperature must be > 0 and finite, got {temperature} at step {step}")
+    if not (math.isfinite(temperature) and temperature >= LEAST_TEMPERATURE):
+        raise ContractError(
+            f"temperature must be >= {LEAST_TEMPERATURE:g} and finite, got {temperature} at step {step}"
+        )
     return temperature
 
 

@@ -15,6 +15,8 @@ from estimators.contract import CostFunction, Estimate, Estimator, at_least, kl_
 from estimators.joint import check_joint, classes_of, outer
 from estimators.relaxations import LOG_ZERO, TINY, exponential, gumbel, log_probabilities
 
+MOST_DRAWN = 12  # a second of sums a step
+
 
 class SumAndSample(Estimator):
     """The `num_exact` most probable classes C summed, and a draw v ~ q(. | not C): unbiased (Liu et al. 2019).
@@ -69,7 +71,8 @@ class UnorderedSet(Estimator):
     grad = sum_{s in S} R(S, s) grad q(s) (f(s) - sum_{s' in S} q(s') R^{-s}(S, s') f(s')),
 
     R(S, s) = P(S | s is drawn first) / P(S), and R^{-s} the same among the classes without s, where R^{-s}(S, s) = 1.
-    With num_samples = K it is exact. Costs 2^num_samples small sums. Raises ValueError for num_samples < 2.
+    With num_samples = K it is exact. Costs 2^num_samples small sums, of no more samples than there are classes. Raises
+    ValueError for num_samples < 2, and where more than MOST_DRAWN would be drawn.
     """
 
     calls_once = True
@@ -79,7 +82,10 @@ class UnorderedSet(Estimator):
         self.num_samples = at_least("num_samples", num_samples, 2)
 
     def prepare(self, context_size: int, num_variables: int, num_classes: int) -> None:
-        check_joint(num_variables, num_classes)
+        if min(self.num_samples, check_joint(num_variables, num_classes)) > MOST_DRAWN:
+            raise ValueError(
+                f"num_samples must be <= {MOST_DRAWN}, as it takes 2^num_samples sums, got {self.num_samples}"
+            )
 
     def depends_on(self, step: int) -> object:
         return None

@@ -216,12 +216,12 @@ class BernoulliLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pixel_logits: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(pixel_logits, x)
-        logits = pixel_logits.float()
+        logits = precise(pixel_logits)
         return (x * logits).sub_(F.softplus(logits)).sum(dim=-1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         pixel_logits, x = ctx.saved_tensors
         # in bf16 the difference would be 0 for every white pixel that is likelier than 0.998
-        residual = x - pixel_logits.to(torch.promote_types(pixel_logits.dtype, torch.float32)).sigmoid()
+        residual = x - precise(pixel_logits).sigmoid()
         return residual.mul_(gradient.unsqueeze(-1)).to(pixel_logits.dtype), None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import train
 from data.batches import EvaluationData
+from estimators import marginalization
 from estimators.contract import Estimator
 from estimators.gumbel_softmax import GumbelSoftmax
 from estimators.layers import Layers, in_layers, of_layer
@@ -284,6 +285,30 @@ def test_draws_have_their_probabilities() -> None:
     drawn = evaluation.classes_at(q, torch.rand(10**5, 1, generator=seeded()))
     assert drawn.sum(dim=-1).eq(1).all()
     assert ((drawn.mean(dim=0) - q).abs() < 4 * (q * (1 - q) / 10**5).sqrt()).all()
+
+
+def test_no_uniform_number_draws_an_impossible_class() -> None:
+    logits = torch.randn(10_000, 1, 10, generator=seeded())
+    logits[..., -1] = -60  # with sums of float32, the uniform below 1 draws it for every fifth row
+    for uniform in (0.0, 1 - 2**-24):
+        drawn = evaluation.classes_at(logits.softmax(dim=-1), torch.full((10_000, 1), uniform))
+        assert not drawn[..., -1].any()
+    first = torch.tensor([[-200.0, 0.0, 0.0]]).softmax(dim=-1)
+    assert evaluation.classes_at(first, torch.zeros(1)).argmax() == 1
+
+
+@pytest.mark.parametrize("make", [one_layer, partial(structured_model, 1)], ids=["categorical", "structured"])
+def test_thousands_of_equal_weights_are_their_mean(make: Callable[[], Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One draw at a time, of images as improbable as large ones in colour: float32 loses 1.4 nats."""
+    model, log_p = make(), -68_000.25
+    monkeypatch.setattr(evaluation, "is_enumerable", lambda model: False)
+    monkeypatch.setattr(StructuredModel, "is_exact", False)
+    monkeypatch.setattr(evaluation, "log_weights", lambda model, x, logits, u: torch.full(u.shape[:2], log_p))
+    monkeypatch.setattr(StructuredModel, "log_prob", lambda self, lower, y: torch.full(y.shape[:2], log_p))
+    for module in (evaluation, structured):
+        monkeypatch.setattr(module, "rows_at_once", lambda pixels: 1)
+    draws = [model.noise(len(X), seeded())] * 1000
+    assert model.log_likelihood_by(X, draws).tolist() == pytest.approx([log_p] * len(X), abs=0.01)
 
 
 @pytest.mark.parametrize("make", [one_layer, two_layers])
@@ -566,6 +591,18 @@ def test_evaluations_are_the_rows_of_the_innermost_cost(make: Callable[[], Model
     innermost.register_forward_pre_hook(count)
     made = model.objective(estimator, WEIGHTS, X, NONE, step=0, generator=seeded())
     assert made.metrics["evaluations"] == rows / len(X) > 0
+
+
+@pytest.mark.parametrize("make", [two_layers, structured_model])
+def test_what_enumeration_tries_beforehand_counts_for_nothing(
+    make: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marginalization, "FEW", 2)
+    model = make()
+    estimator = model.prepared(Marginalization(), 8)
+    for step in range(2):
+        made = model.objective(estimator, WEIGHTS, X, NONE, step=step, generator=seeded())
+        assert made.metrics["evaluations"] == math.prod(classes**variables for variables, classes in model.latents)
 
 
 def test_only_one_layer_tells_the_parts_of_its_bound() -> None:

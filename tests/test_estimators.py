@@ -976,9 +976,24 @@ def test_unusable_settings_are_refused_by_name(name: str, make: Callable[[], nn.
         make()
 
 
+def test_more_sums_than_a_step_has_time_for_are_refused() -> None:
+    UnorderedSet(num_samples=100).prepare(4, 1, 12)
+    with pytest.raises(ValueError, match=r"^num_samples must be <= 12, .* got 13$"):
+        UnorderedSet(num_samples=13).prepare(4, 2, 4)
+
+
+@pytest.mark.parametrize("make", TEMPERED)
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(make: Callable[[Schedule], Estimator]) -> None:
+    assert estimate(
+        make(lambda step: 2e-30), lambda y: y[..., 0].sum(-1), torch.tensor([[[0.0, -1e6]]])
+    ).value.isfinite()
+    with pytest.raises(ContractError, match=r"^temperature must be >= 1e-30 and finite, got 1e-31 at step 0$"):
+        make(lambda step: 1e-31)
+
+
 @pytest.mark.parametrize("make", TEMPERED)
 def test_a_schedule_that_falls_to_zero_is_refused_at_that_step(make: Callable[[Schedule], Estimator]) -> None:
     logits, weight = small_batch()
     estimator = make(lambda step: 1.0 - step)
-    with pytest.raises(ContractError, match=r"^temperature must be > 0 and finite, got 0\.0 at step 1$"):
+    with pytest.raises(ContractError, match=r"^temperature must be >= 1e-30 and finite, got 0\.0 at step 1$"):
         estimate(estimator, cost(weight), logits, step=1)

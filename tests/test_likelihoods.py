@@ -219,6 +219,8 @@ def test_only_a_log_probability_is_called_one() -> None:
     assert [name for name, title in called.items() if title == "log p(x)"] == ["discretized_logistic"]
     for how in ("dynamic", "fixed", "threshold"):
         assert log_likelihood_name("bernoulli", how) == "log p(x)"
+    halves = log_likelihood_name("bernoulli", "none", "log p(lower half|upper half)")
+    assert halves == "E[log p(b|upper half)], b drawn from the grey levels,"
 
 
 def test_of_grey_levels_a_bernoulli_gives_the_mean_over_drawn_pixels() -> None:
@@ -229,6 +231,14 @@ def test_of_grey_levels_a_bernoulli_gives_the_mean_over_drawn_pixels() -> None:
     weights = torch.where(images == 1, x, 1 - x).prod(dim=1)
     values = likelihood.log_prob(outputs.expand(1, 8, 3), images)[0]
     assert likelihood.log_prob(outputs, x).item() == pytest.approx((weights * values).sum().item(), abs=1e-6)
+
+
+def test_bernoulli_s_own_gradient_in_float64() -> None:
+    logits = (
+        6 * torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).requires_grad_()
+    x = torch.rand(3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda outputs: made("bernoulli").log_prob(outputs, x), logits)
 
 
 @pytest.mark.parametrize("name", NAMES)

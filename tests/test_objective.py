@@ -393,6 +393,20 @@ def test_u_s_part_in_the_gradient_of_the_classifier_has_the_weight_of_the_step(e
             torch.testing.assert_close(found[0.0][name], full)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_a_class_that_is_ruled_out_stays_so_while_labels_come_first(weight: float) -> None:
+    model = small_model()
+    ruled_out = torch.tensor([0.0, -math.inf, 0.0])
+    model.classifier.register_forward_hook(lambda module, inputs, logits: logits + ruled_out)
+    usual, first = (
+        run(model, Marginalization(), w) for w in (WEIGHTS, replace(WEIGHTS, labels_first=4, teaching_weight=weight))
+    )
+    assert first.loss == usual.loss
+    assert first.loss.isfinite()
+    first.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("fading", [{"labels_first": 4}, {"distortion_fades": 4}])
 def test_images_are_distorted_by_the_share_of_the_step(fading: dict[str, int]) -> None:
     networks = mlp(SHAPE, K, latent_size=1, hidden=4, dropout=0.0, scale="softplus", distortion=0.8)

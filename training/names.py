@@ -104,8 +104,8 @@ def _as_file_name(text: str) -> str:
 def log_likelihood_name(name: str, binarization: str, evidence: str = "log p(x)") -> str:
     """What `log_likelihood` estimates from below, under a likelihood and a treatment of pixels.
 
-    `evidence` is a model's, with x for the whole image.
+    `evidence` is a model's, log p(x) or log p(a part|another), with x for the whole image.
     """
     if name == "bernoulli" and binarization == "none":
-        return f"E[{evidence.replace('(x)', '(b)')}], b drawn from the grey levels,"
+        return f"E[{re.sub('[(][^|)]+', '(b', evidence)}], b drawn from the grey levels,"
     return evidence if name in ("bernoulli", "discretized_logistic") else f"the log-density {evidence}"

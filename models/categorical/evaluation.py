@@ -26,8 +26,12 @@ def is_enumerable(model: CategoricalVAE) -> bool:
 
 
 def classes_at(q: Tensor, uniform: Tensor) -> Tensor:
-    """One-hot draws [..., N, K] of probabilities q [..., N, K], each by one uniform number [..., N] in [0, 1)."""
-    below = q.cumsum(dim=-1)[..., :-1]
+    """One-hot draws [..., N, K] of probabilities q [..., N, K], each by one uniform number [..., N] in [0, 1).
+
+    Sums in float32 may end short of 1, and what is left would go to the last class, however improbable it is.
+    """
+    sums = q.double().cumsum(dim=-1)
+    below = (sums / sums[..., -1:]).float()[..., :-1]
     return one_hot((uniform.unsqueeze(-1) >= below).sum(dim=-1), q.shape[-1])
 
 
@@ -101,11 +105,12 @@ def importance_weighted(model: CategoricalVAE, x: Tensor, draws: Iterable[Tensor
         for _ in draws:  # whoever draws them counts how far this is
             pass
         return (enumerated(model, x, logits) + outer(log_probabilities(prior)).T).logsumexp(dim=0)
-    total, number = torch.full((len(x),), -math.inf, device=x.device), 0
-    for uniform in at_once(draws, max(1, rows_at_once(math.prod(x.shape[1:])) // max(1, len(x)))):
-        total = torch.logaddexp(total, log_weights(model, x, logits, uniform).logsumexp(dim=0))
+    number, at_a_time = 0, max(1, rows_at_once(math.prod(x.shape[1:])) // max(1, len(x)))
+    total = torch.full((len(x),), -math.inf, device=x.device).double()  # thousands of small terms are added to it
+    for uniform in at_once(draws, at_a_time):
+        total = torch.logaddexp(total, log_weights(model, x, logits, uniform).double().logsumexp(dim=0))
         number += len(uniform)
-    return total - math.log(number)
+    return (total - math.log(number)).float()
 
 
 def at_once(draws: Iterable[Tensor], number: int) -> Iterator[Tensor]:

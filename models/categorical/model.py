@@ -100,10 +100,11 @@ class CategoricalVAE(Model):
         """
         own, is_top = of_layer(estimator, layer), layer == len(self.latents) - 1
         calls: Tensor | float = 0.0
+        samples_seen = 0
         own.log_prior = self.log_prior if is_top else None
 
         def f(y: Tensor) -> Tensor:
-            nonlocal calls
+            nonlocal calls, samples_seen
             value = self.log_prob(layer, below, y)
             if is_top:
                 return value
@@ -118,6 +119,7 @@ class CategoricalVAE(Model):
                 auxiliaries=auxiliaries,
             )
             calls += samples * above.metrics["evaluations"]
+            samples_seen += samples
             return value + (above.value - above.kl).view(samples, rows)
 
         logits = self.logits(layer, below) if logits is None else logits
@@ -126,7 +128,8 @@ class CategoricalVAE(Model):
         auxiliaries.append(estimate.auxiliary)
         if not is_top:
             estimate.kl = estimate.kl - self.latents[layer][0] * math.log(self.latents[layer][1])
-            estimate.metrics["evaluations"] = calls
+            # enumeration may have tried what f takes, which counts for nothing
+            estimate.metrics["evaluations"] = estimate.metrics["evaluations"] * (calls / samples_seen)
         return estimate
 
     def objective(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ def objective(
     parts = labelled, len(x) - labelled
     logits_labelled, logits_unlabelled = logits.split(parts)
     if weights.labels_first:  # the same numbers, and a part of the gradient
-        logits_unlabelled = torch.lerp(logits_unlabelled.detach(), logits_unlabelled, weights.teaching_weight)
+        logits_unlabelled = torch.as_tensor(Weighed.apply(logits_unlabelled, weights.teaching_weight))
         at_this_step["teaching_weight"] = weights.teaching_weight
     cross_entropy = F.cross_entropy(logits_labelled, labels)
     rows = rest()
@@ -96,6 +96,19 @@ def objective(
         "entropy_y": entropy(logits_unlabelled).mean(),
     }
     return maximised(terms, estimate.metrics | at_this_step, estimate.auxiliary)
+
+
+class Weighed(torch.autograd.Function):
+    """The same numbers, -inf among them, whose gradient has a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: float | Tensor) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.weight, None
 
 
 def in_pairs(of_images: Tensor, parts: tuple[int, int], samples: int) -> Tensor:

@@ -73,9 +73,10 @@ class StructuredModel(Model):
         """
         is_last = layer == len(self.latents) - 1
         calls: Tensor | float = 0.0
+        samples_seen = 0
 
         def f(y: Tensor) -> Tensor:
-            nonlocal calls
+            nonlocal calls, samples_seen
             samples, rows = y.shape[:2]
             if is_last:
                 return self.log_prob(lower, y)
@@ -90,6 +91,7 @@ class StructuredModel(Model):
                 auxiliaries=auxiliaries,
             )
             calls += samples * onward.metrics["evaluations"]
+            samples_seen += samples
             return onward.value.view(samples, rows)
 
         own = of_layer(estimator, layer)
@@ -97,7 +99,8 @@ class StructuredModel(Model):
         check_estimate(estimate, len(logits))
         auxiliaries.append(estimate.auxiliary)
         if not is_last:
-            estimate.metrics["evaluations"] = calls
+            # enumeration may have tried what f takes, which counts for nothing
+            estimate.metrics["evaluations"] = estimate.metrics["evaluations"] * (calls / samples_seen)
         return estimate
 
     def objective(
@@ -202,11 +205,12 @@ class StructuredModel(Model):
             for _ in draws:  # whoever draws them counts how far this is
                 pass
             return (self.enumerated(lower, logits) + outer(logits.log_softmax(dim=-1)).T).logsumexp(dim=0)
-        total, number = torch.full((len(x),), -math.inf, device=x.device), 0
-        for uniform in at_once(draws, max(1, rows_at_once(lower.shape[-1]) // max(1, len(x)))):
-            total = torch.logaddexp(total, self.log_prob(lower, self.at(logits, uniform)).logsumexp(dim=0))
+        number, at_a_time = 0, max(1, rows_at_once(lower.shape[-1]) // max(1, len(x)))
+        total = torch.full((len(x),), -math.inf, device=x.device).double()  # thousands of small terms are added to it
+        for uniform in at_once(draws, at_a_time):
+            total = torch.logaddexp(total, self.log_prob(lower, self.at(logits, uniform)).double().logsumexp(dim=0))
             number += len(uniform)
-        return total - math.log(number)
+        return (total - math.log(number)).float()
 
     def alarms(self, measured: Evaluation, labels: Tensor, weights: Weights) -> list[Alarm]:
         return alarms(measured)
