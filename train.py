@@ -169,7 +169,9 @@ def run_job(config: DictConfig, folder: Path) -> int:
     from training.distributed import begin
     from training.run_folder import locked
 
-    checked = typed(config)
+    checked, hydra_config = typed(config), HydraConfig.get()
+    if hydra_config.mode == RunMode.RUN and (search := hydra_config.runtime.choices.get("search")):
+        log.warning("search=%s searches with -m alone: this is one run", search)
     with locked(folder):
         return run_in(folder, checked, asked_for(config), begin(checked.device))
 

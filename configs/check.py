@@ -97,8 +97,10 @@ def check(config: Config) -> None:
             f"{shown(config.prior)}; model.prior is that of its variables"
         )
     prepared = prepared_estimator(config, model, math.prod(known.shape))
-    if not config.model["_target_"].startswith(tuple(f"{package}." for package in OWN)):
-        _try_images(config, model, prepared, torch.zeros(4, *known.shape, device=parameter.device))
+    is_ours = {key: _is_ours(getattr(config, key)) for key in ("model", "estimator")}
+    if not all(is_ours.values()):
+        x = torch.zeros(4, *known.shape, device=parameter.device)
+        _try_images(config, model, prepared, x, "estimator" if is_ours["model"] else "model")
     if config.diagnostics.every:
         if config.objective.samples > 1:
             raise ConfigError(
@@ -193,8 +195,12 @@ def _check_reads_prior(config: Config, estimator: Any, model: Any) -> None:
         )
 
 
-def _try_images(config: Config, model: Any, estimator: Any, x: Any) -> None:
-    """Networks of a person's own may not be called as the family calls them, or give other shapes.
+def _is_ours(node: Any) -> bool:
+    return bool(node["_target_"].startswith(tuple(f"{package}." for package in OWN)))
+
+
+def _try_images(config: Config, model: Any, estimator: Any, x: Any, key: str) -> None:
+    """A person's own networks or estimator may not be called as the family calls them, or give other shapes.
 
     On the device of the images x [B, C, H, W], that of training, as they may be for no other. Raises ConfigError.
     """
@@ -203,7 +209,8 @@ def _try_images(config: Config, model: Any, estimator: Any, x: Any) -> None:
     from estimators.contract import ContractError
     from models.contract import Weights
 
-    must = f"model._target_ must make networks for images {list(x.shape[1:])}, got {config.model['_target_']}"
+    makes = {"model": f"networks for images {list(x.shape[1:])}", "estimator": "an estimator of the contract"}
+    must = f"{key}._target_ must make {makes[key]}, got {getattr(config, key)['_target_']}"
     images, generator = 2 if model.has_labels else 0, torch.Generator(x.device)
     y = torch.eye(model.latents[0][1], device=x.device)[:1].expand(images, -1)
     try:
@@ -214,8 +221,10 @@ def _try_images(config: Config, model: Any, estimator: Any, x: Any) -> None:
                     f"{must}: {name} must be {list(wanted)} for {len(x)} of them, got {list(value.shape)}"
                 )
         model.objective(estimator, Weights(**asdict(config.objective)), x, y, step=0, generator=generator)
-    except (ConfigError, ContractError):
+    except ConfigError:
         raise
+    except ContractError as error:
+        raise ConfigError(f"{must}: {error}") from error
     except Exception as error:  # code of a person's own can fail in any way
         raise ConfigError(f"{must}: {with_line(error)}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sysconfig
 import traceback
 import types
 import typing
@@ -62,11 +63,17 @@ def _call(function: Callable[..., Any], key: str, *arguments: Any, **given: Any)
 
 def with_line(error: Exception) -> str:
     """An error as a sentence, with the line of a person's own file that it comes from, if there is one."""
-    where = ""
+    where = own_line(error)
+    return f"{type(error).__name__}{f' in {where}' if where else ''}: {error}"
+
+
+def own_line(error: Exception) -> str:
+    """The innermost line of a person's own file on the way to an error, and nothing where there is none."""
+    where, others = "", {CONFIGS.parent, Path(sysconfig.get_path("stdlib"))}
     for line in traceback.extract_tb(error.__traceback__):
-        if "site-packages" not in line.filename and CONFIGS.parent not in Path(line.filename).parents:
-            where = f" in {line.filename}, line {line.lineno}"
-    return f"{type(error).__name__}{where}: {error}"
+        if "site-packages" not in line.filename and others.isdisjoint(Path(line.filename).parents):
+            where = f"{line.filename}, line {line.lineno}"
+    return where
 
 
 def _find(path: Any, key: str) -> Callable[..., Any]:

@@ -75,6 +75,23 @@ class Estimator(nn.Module):
         `context_size` is the number of pixels of an image. Raises ValueError for an N and K that it cannot do.
         """
 
+    def __call__(
+        self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
+    ) -> Estimate:
+        """`forward`, held to the contract: raises ContractError for a y or an estimate of other shapes."""
+
+        def cost(y: Tensor) -> Tensor:
+            if y.shape[-3:] != logits.shape:  # which networks might broadcast, and take other images' classes
+                wanted = ", ".join(map(str, logits.shape))
+                raise ContractError(f"f must be called with y [S, {wanted}], got {list(y.shape)}")
+            return f(y)
+
+        estimate = super().__call__(cost, logits, step=step, context=context, generator=generator)
+        check_estimate(estimate, len(logits))
+        if logits.requires_grad and not estimate.value.requires_grad:
+            raise ContractError("an estimate's value must have a gradient, got one without")
+        return estimate
+
     def forward(
         self, f: CostFunction, logits: Tensor, *, step: int, context: Tensor, generator: torch.Generator
     ) -> Estimate:
@@ -126,7 +143,9 @@ class ContractError(ValueError):
 
 
 def check_estimate(estimate: Estimate, batch: int) -> None:
-    """Raises ContractError unless an estimate of `batch` images has the shapes that it must have."""
+    """Raises ContractError unless it is an estimate of `batch` images, with the shapes that it must have."""
+    if not isinstance(estimate, Estimate):
+        raise ContractError(f"an estimator must return an Estimate, got a {type(estimate).__name__}")
     wanted = {"value": (batch,), "kl": (batch,), "auxiliary": ()}
     for name, shape in wanted.items():
         got = getattr(estimate, name)

@@ -20,8 +20,10 @@ import math
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -181,12 +183,14 @@ def compose_estimator(name: str, config: Any, config_dir: Path | None = None) ->
     return node
 
 
+def kind(node: Any) -> tuple[Any, Any]:
+    """What makes an estimator, and its baseline."""
+    return node["_target_"], node.get("baseline", {}).get("_target_")
+
+
 def own_name(nodes: dict[str, Any], own: Any) -> str:
     """The name, without further arguments, of the section that makes the run's estimator; the most alike of several."""
     from training.state import flat
-
-    def kind(node: Any) -> tuple[Any, Any]:
-        return node["_target_"], node.get("baseline", {}).get("_target_")
 
     def differences(name: str) -> int:
         one, other = flat(nodes[name]), flat(own)
@@ -296,6 +300,10 @@ def conditions(run: Run, candidates: Candidates, settings: Settings) -> str:
     ]
     if candidates.own in candidates.made:
         lines.append(f"{candidates.own} is the run's own, as trained")
+    if (samples := run.config.objective.samples) > 1:
+        lines.append(
+            f"the run was trained with the bound of {samples} samples; the gradient here is that of one sample's"
+        )
     warmed = [name for name, estimator in candidates.made.items() if needs_warm_up(estimator, run)]
     if warmed:
         lines.append(f"warmed up over {settings.warmup} steps: {', '.join(warmed)}")
@@ -314,6 +322,16 @@ def output_folder(folders: list[Path], settings: Settings) -> Path:
     if (output := together / "gradient_quality").is_symlink():  # of somebody else's making
         raise ConfigError(f"{output} is a link, to be written through; output=FOLDER names another place")
     return output
+
+
+def put_aside(output: Path) -> None:
+    """The files of an earlier measurement there get a number, so that a table and its picture stay together."""
+    names = [f"gradient_quality.{suffix}" for suffix in ("csv", *FIGURES)]
+    if earlier := [output / name for name in names if (output / name).exists()]:
+        number = next(n for n in count(1) if not any(output.glob(f"gradient_quality_{n}.*")))
+        for file in earlier:
+            file.rename(output / f"gradient_quality_{number}{file.suffix}")
+        print(f"the measurement before is gradient_quality_{number} now", file=sys.stderr)
 
 
 # ---- the command ----
@@ -347,9 +365,13 @@ def main() -> None:
             parser.error("a run folder is required")
         output = output_folder(folders, settings)
         searchpath(arguments.config_dir)  # refused before any work, and so names
-        split_names(settings.estimators, arguments.config_dir)
-        for folder in folders:
-            stored_state(folder, trusted=arguments.trust)
+        names = split_names(settings.estimators, arguments.config_dir)
+        states = {folder: stored_state(folder, trusted=arguments.trust) for folder in folders}
+        own = {kind(state["config"]["estimator"]): str(folder) for folder, state in states.items()}
+        if OWN in names and len(own) > 1:
+            raise ConfigError(
+                f"estimators must name what {OWN} stands for, which is not one in {', '.join(own.values())}"
+            )
         found: dict[Path, dict[str, Measurement]] = {}
         lines: list[str] = []
         with made(output):
@@ -362,6 +384,7 @@ def main() -> None:
             over = [f"mean over the models of {len(folders)} runs"] if len(folders) > 1 else []
             about = "\n".join([*over, *dict.fromkeys(lines)])
             drawing = output / f"gradient_quality.{settings.figure}"
+            put_aside(output)
             try:
                 write_csv(found, output / "gradient_quality.csv")
                 picture(means, about, run.model.estimated).savefig(drawing, dpi=130)

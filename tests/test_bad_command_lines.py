@@ -111,7 +111,7 @@ BAD = [
         "hydra.job.config.override_dirname.exclude_keys=[seed]",
         "hydra.sweep.subdir must",
     ),
-    ("-m data=digits hydra/sweeper=optuna seed=0,1 'hydra.sweep.subdir=${seed}'", "hydra.sweep.subdir must"),
+    ("-m data=digits hydra/sweeper=optuna model=mlp,conv 'hydra.sweep.subdir=${seed}'", "hydra.sweep.subdir must"),
     # groups and sections
     ("data=nope", "data must be one of arrays, digits, fashion_mnist, kmnist, mnist", "got nope"),
     ("estimator=nope", "estimator must be one of", "marginalization", "got nope"),

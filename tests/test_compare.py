@@ -304,6 +304,21 @@ def test_what_the_machine_chose_counts_and_not_auto(tmp_path: Path) -> None:
     assert names(comparison(tmp_path)) == ["precision=fp32", "precision=bf16"]
 
 
+def test_a_tie_is_said(tmp_path: Path) -> None:
+    for estimator, accuracy in (("marginalization", 0.9), ("gumbel_softmax", 0.9), ("rebar", 0.8)):
+        make_run(tmp_path / estimator, accuracy, estimator, result={"test_accuracy": 0.5})
+    said = " ".join(run_compare(tmp_path).out.split())
+    assert re.search(r"Chosen by val accuracy: (marginalization|gumbel_softmax) \((?!\1)\w+ has the same\); its", said)
+
+
+def test_a_run_of_ones_own_code_is_repeated_with_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/home/me/mine")
+    overrides = ["estimator=sparsemax", "estimator._target_=mine.Mine"]
+    asked = {"overrides": overrides, "choices": {"estimator": "sparsemax"}, "references": {}}
+    make_run(tmp_path / "run", 0.9, "sparsemax", result={"asked": asked})
+    assert f"PYTHONPATH=/home/me/mine uv run train.py {' '.join(overrides)}" in as_csv(comparison(tmp_path))
+
+
 def test_without_a_record_of_choices_the_class_is_the_name(tmp_path: Path) -> None:
     for number, estimator in enumerate(["marginalization", "concrete"]):
         folder = make_run(tmp_path / estimator, 0.9 - number / 10, estimator)

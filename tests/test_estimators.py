@@ -7,6 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -976,6 +977,38 @@ def test_unusable_settings_are_refused_by_name(name: str, make: Callable[[], nn.
         make()
 
 
+class Slips(Estimator):
+    """What a person's own estimator gets wrong, and no shape of its value tells."""
+
+    def __init__(self, slip: str) -> None:
+        super().__init__()
+        self.slip = slip
+
+    def forward(self, f: CostFunction, logits: Tensor, **context: Any) -> Any:
+        y, zero = logits.softmax(dim=-1).unsqueeze(0), logits.new_zeros(())
+        if self.slip == "tuple":
+            return f(y)[0], zero
+        if self.slip == "detached":
+            return Estimate(f(y)[0].detach(), torch.zeros(len(logits)), zero, {"evaluations": 1.0})
+        costs = f(y.transpose(0, 1) if self.slip == "swapped" else y[..., :2])
+        return Estimate(costs.mean(dim=1), torch.zeros(len(logits)), zero, {"evaluations": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("slip", "sentence"),
+    [
+        ("tuple", "an estimator must return an Estimate, got a tuple"),
+        ("detached", "an estimate's value must have a gradient, got one without"),
+        ("swapped", r"f must be called with y \[S, 2, 1, 4\], got \[2, 1, 1, 4\]"),
+        ("classes", r"f must be called with y \[S, 2, 1, 4\], got \[1, 2, 1, 2\]"),
+    ],
+)
+def test_what_the_contract_does_not_allow_is_named(slip: str, sentence: str) -> None:
+    logits = torch.zeros(2, 4, requires_grad=True)
+    with pytest.raises(ContractError, match=f"^{sentence}$"):
+        estimate(Slips(slip), lambda y: y[..., 0], logits)
+
+
 def test_more_sums_than_a_step_has_time_for_are_refused() -> None:
     UnorderedSet(num_samples=100).prepare(4, 1, 12)
     with pytest.raises(ValueError, match=r"^num_samples must be <= 12, .* got 13$"):
@@ -984,9 +1017,7 @@ def test_more_sums_than_a_step_has_time_for_are_refused() -> None:
 
 @pytest.mark.parametrize("make", TEMPERED)
 def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(make: Callable[[Schedule], Estimator]) -> None:
-    assert estimate(
-        make(lambda step: 2e-30), lambda y: y[..., 0].sum(-1), torch.tensor([[[0.0, -1e6]]])
-    ).value.isfinite()
+    assert estimate(make(lambda step: 2e-30), lambda y: y[..., 0], torch.tensor([[0.0, -1e6]])).value.isfinite()
     with pytest.raises(ContractError, match=r"^temperature must be >= 1e-30 and finite, got 1e-31 at step 0$"):
         make(lambda step: 1e-31)
 

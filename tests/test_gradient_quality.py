@@ -34,7 +34,21 @@ from models.networks import ImageShape, conv, mlp
 from scripts import benchmark
 from scripts import gradient_quality as script
 from scripts import gradient_report as report
-from tests.runs import CONV, ESTIMATORS, MLP, SLOWLY, Ended, checkpoint, command, curve, equal, events, resume, run
+from tests.runs import (
+    CONV,
+    ESTIMATORS,
+    FAMILIES,
+    MLP,
+    SLOWLY,
+    Ended,
+    checkpoint,
+    command,
+    curve,
+    equal,
+    events,
+    resume,
+    run,
+)
 from training.run import Run
 from training.saved import stored_run
 from training.state import plain
@@ -683,6 +697,34 @@ def test_script_refuses_in_one_sentence(line: str, words: str, trained: Path) ->
     line = line.replace("FOLDER", str(trained))
     assert_one_sentence(laboratory(trained, f"draws=3 estimators=marginalization {line}"), words)
     assert set(trained.rglob("*")) == before
+
+
+def test_an_earlier_measurement_is_kept(trained: Path, tmp_path: Path) -> None:
+    line = f"draws=3 batch_size=5 output={tmp_path} estimators=marginalization"
+    assert laboratory(trained, f"{line} figure=svg").code == 0
+    table, drawing = (tmp_path / f"gradient_quality.{suffix}" for suffix in ("csv", "svg"))
+    before = table.read_bytes(), drawing.read_bytes()
+    ended = laboratory(trained, f"{line} seed=1")
+    assert "the measurement before is gradient_quality_1 now" in ended.err
+    assert laboratory(trained, f"{line} seed=2").code == 0
+    assert tuple((tmp_path / f"gradient_quality_1.{suffix}").read_bytes() for suffix in ("csv", "svg")) == before
+    names = ["gradient_quality.csv", "gradient_quality.png", "gradient_quality_1.csv", "gradient_quality_1.svg"]
+    names += ["gradient_quality_2.csv", "gradient_quality_2.png"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+
+
+def test_the_run_s_own_is_one_estimator(tmp_path: Path) -> None:
+    for name in ("marginalization", "sum_and_sample"):
+        run(f"{MLP} estimator={name} train.steps=1", tmp_path / name)
+    ended = command(script.main, f"{tmp_path} draws=3 estimators=run,rebar")
+    assert_one_sentence(ended, "what run stands for, which is not one in", f"{tmp_path}/marginalization")
+
+
+def test_what_is_measured_of_the_bound_of_several_samples_is_said(tmp_path: Path) -> None:
+    run(f"{FAMILIES['several_samples']} train.steps=1", tmp_path / "run")
+    ended = laboratory(tmp_path / "run", "draws=3 batch_size=5 reference=3 estimators=run")
+    assert "trained with the bound of 3 samples; " in ended.out
+    assert ended.code == 0
 
 
 def test_script_refuses_what_is_no_run_folder(tmp_path: Path) -> None:

@@ -397,6 +397,7 @@ def test_u_s_part_in_the_gradient_of_the_classifier_has_the_weight_of_the_step(e
 def test_a_class_that_is_ruled_out_stays_so_while_labels_come_first(weight: float) -> None:
     model = small_model()
     ruled_out = torch.tensor([0.0, -math.inf, 0.0])
+    assert isinstance(model.classifier, torch.nn.Module)
     model.classifier.register_forward_hook(lambda module, inputs, logits: logits + ruled_out)
     usual, first = (
         run(model, Marginalization(), w) for w in (WEIGHTS, replace(WEIGHTS, labels_first=4, teaching_weight=weight))

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 import train
 from data.facts import DataError
-from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal, on_path
+from tests.runs import ESTIMATORS, MLP, ROOT, Ended, checkpoint, command, equal, on_path, run
 from training import checkpoints, search, sweep
 from training.run_folder import hold, release
 
@@ -495,6 +495,7 @@ def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -
     other = here(line + "4 seed=9", folder)
     assert other.code == 2
     assert "that of the same search" in one_sentence(other.err)
+    assert "where it was not said: seed=9" in one_sentence(other.err)
     for trial in folder.glob("[0-9]"):
         shutil.rmtree(trial / "checkpoints")
     done = times(folder)
@@ -574,6 +575,12 @@ def test_search_that_cannot_go_on_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @needs_optuna
+def test_a_search_without_m_is_one_run_and_says_so(tmp_path: Path) -> None:
+    ended = run(f"{MLP} estimator=gumbel_softmax search=alpha_temperature_lr train.steps=1", tmp_path / "run")
+    assert "search=alpha_temperature_lr searches with -m alone: this is one run" in ended.said
+
+
+@needs_optuna
 @old_sqlalchemy
 @pytest.mark.parametrize(
     ("line", "sentence"),
@@ -585,6 +592,8 @@ def test_search_that_cannot_go_on_says_so(tmp_path: Path, monkeypatch: pytest.Mo
             "hydra.sweeper.direction must be maximize, got minimize",
         ),
         ("optimizer.lr=interval(0.1,1) data.num_validation=0", "data.num_validation must be > 0"),
+        ("optimizer.lr=interval(0.1,1) seed=0,1", "seed must be one number in a search"),
+        ("data.split_seed=range(3)", "data.split_seed must be one number in a search"),
     ],
 )
 def test_search_is_checked_before_work(line: str, sentence: str, tmp_path: Path) -> None:

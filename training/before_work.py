@@ -28,6 +28,7 @@ from configs.wording import explain, has_a_comma
 from data import npz
 from data.facts import DataError
 from data.folders import made
+from training.names import SEEDS
 from training.resume import resume_command
 
 
@@ -145,6 +146,10 @@ def sweep_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of each job of a sweep; of a search, which makes up its jobs as it goes, the ends of its ranges."""
     overrides = _given(config)
     if _is_search(config):
+        for override in overrides:
+            if override.is_sweep_override() and override.get_key_element() in SEEDS:
+                must = f"{override.get_key_element()} must be one number in a search"
+                raise ConfigError(f"{must}, which would choose the luckiest, got {override.input_line}")
         return [_end_of_search(overrides, end) for end in (0, -1)]
     for override in overrides:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -224,19 +229,28 @@ def _same_experiment(config: Config) -> None:
     """Of what a resume may not change nothing is built. Raises ConfigError, CheckpointError."""
     if config.resume is None:
         return
+    from training.state import changes, flat
+
+    if changed := changes(flat(_configuration_in(Path(config.resume))), config):
+        raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
+
+
+def _configuration_in(folder: Path) -> Any:
+    """Of the run in a folder, by its newest checkpoint. Raises CheckpointError."""
     import torch
 
     from training.checkpoints import load
-    from training.state import changes, flat
 
-    if changed := changes(flat(load(Path(config.resume), torch.device("cpu"))["config"]), config):
-        raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
+    return load(folder, torch.device("cpu"))["config"]
 
 
 def _check_folder(config: DictConfig, folder: Path) -> None:
     """Among another run's checkpoints, a run would lose its own and be taken for the other. Raises ConfigError."""
     if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
-        way_on = resume_command(folder, OmegaConf.to_container(config, resolve=False))
+        stored: Any = {}
+        with suppress(ConfigError):  # a damaged one is told of by resume
+            stored = _configuration_in(folder)
+        way_on = resume_command(folder, stored)
         raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by: {way_on}")
     if config.get("resume") is None and (folder / "result.json").exists():
         raise ConfigError(f"hydra.run.dir must be without a run, got {folder}, which has the result.json of one")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.check import number_of_processes
 from configs.schema import ConfigError
+from configs.targets import own_line
 from data.facts import DataError
 from training.resume import resume_command
 
@@ -48,7 +49,8 @@ def ended_by(error: Exception, config: DictConfig, folder: Path) -> int:
     if isinstance(error, RuntimeError) and "deterministic implementation" in str(error):
         errors.error("catvae: deterministic must be false here: %s", str(error).split(", but you set")[0])
         return 2
-    errors.error("catvae: a fault of the program", exc_info=error)
+    where = own_line(error)
+    errors.error("catvae: %s", f"a fault in {where}" if where else "a fault of the program", exc_info=error)
     return 1
 
 

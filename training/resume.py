@@ -176,9 +176,7 @@ def resume_words(folder: Path, config: Any) -> list[str]:
 def sweep_command(arguments: Sequence[str], folder: Path) -> str:
     """The command that goes on with a sweep in `folder` that was started with `arguments`."""
     before = [argument for argument in arguments if not argument.lstrip("+").startswith("hydra.sweep.dir=")]
-    return command(
-        [*_from_anywhere(before), f"hydra.sweep.dir={as_argument(folder.absolute())}"], _has_own_code(before)
-    )
+    return command([*_from_anywhere(before), f"hydra.sweep.dir={as_argument(folder.absolute())}"], has_own_code(before))
 
 
 def best_command(arguments: Sequence[str], values: Mapping[str, Any]) -> str:
@@ -194,10 +192,10 @@ def best_command(arguments: Sequence[str], values: Mapping[str, Any]) -> str:
 
     kept = [argument for argument in arguments if stays(argument)]
     found = [f"{key}={value}" for key, value in values.items()]
-    return command([*_from_anywhere(kept), *found], _has_own_code(kept))
+    return command([*_from_anywhere(kept), *found], has_own_code(kept))
 
 
-def _has_own_code(arguments: Sequence[str]) -> bool:
+def has_own_code(arguments: Sequence[str]) -> bool:
     return any(word in argument for argument in arguments for word in ("_target_=", "config-dir", "searchpath"))
 
 
@@ -226,7 +224,11 @@ def command(arguments: Sequence[str], with_own_code: bool) -> str:
     if Path.cwd() != ROOT:
         script, ours = [str(ROOT / "train.py")], ["--project", str(ROOT)]
     start = ["uv", "run", *ours] if "UV" in os.environ or shutil.which("uv") else [sys.executable]
+    return (own_path() if with_own_code else "") + shlex.join([*start, *script, *arguments])
+
+
+def own_path() -> str:
+    """How a shell sets PYTHONPATH as it is here, before a command; nothing where it is not set."""
     path = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     path = [entry for entry in path if entry != str(ROOT)]
-    variable = f"PYTHONPATH={shlex.quote(os.pathsep.join(path))} " if with_own_code and path else ""
-    return variable + shlex.join([*start, *script, *arguments])
+    return f"PYTHONPATH={shlex.quote(os.pathsep.join(path))} " if path else ""

@@ -58,8 +58,8 @@ class Run:
         self.precision = choose_precision(config.precision.value, self.device)
         tune_process()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is refused as not deterministic
-        if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # it imports the compiler for that
-            torch.use_deterministic_algorithms(config.deterministic)
+        # use_deterministic_algorithms would tell PyTorch's compiler too, and import it for that
+        torch.set_deterministic_debug_mode("error" if config.deterministic else "default")
         self.binarization: Binarization = config.data.binarization.value
         self.contents: dict[str, str] = {}  # digests of the files that images came from
         source = self.load_images("train")

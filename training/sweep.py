@@ -150,10 +150,15 @@ def check_search(config: DictConfig) -> None:
     search["overrides"] = OmegaConf.to_container(config.hydra.overrides.task)
     search["numbers"] = "rounded"  # a search from before drew others
     if any(folder.rglob("checkpoints")) or any(folder.rglob(RESULT)):
-        of_this = (folder / SEARCH).exists() and read_json(folder / SEARCH) == search
-        if not of_this or sweeper.storage or sweeper.sampler.get("seed") is None:
+        before = read_json(folder / SEARCH) if (folder / SEARCH).exists() else {}
+        if before != search or sweeper.storage or sweeper.sampler.get("seed") is None:
             message = f"hydra.sweep.dir must be new, or that of the same search, got {folder}"
-            raise ConfigError(f"{message}; the same has hydra.sweeper.sampler.seed, all settings, and no storage")
+            old, new = (set(one.get("overrides", [])) for one in (before, search))
+            differs = f", where it was {' '.join(sorted(old - new)) or 'not said'}: {' '.join(sorted(new - old))}"
+            raise ConfigError(
+                f"{message}{differs if before and old != new else ''}; the same has hydra.sweeper.sampler.seed, all "
+                "settings but hydra.sweeper.n_trials, and no storage"
+            )
     write_json(folder / SEARCH, search)
 
 

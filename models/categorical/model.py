@@ -124,7 +124,6 @@ class CategoricalVAE(Model):
 
         logits = self.logits(layer, below) if logits is None else logits
         estimate = own(f, logits, step=step, context=context, generator=generator)
-        check_estimate(estimate, len(logits))
         auxiliaries.append(estimate.auxiliary)
         if not is_top:
             estimate.kl = estimate.kl - self.latents[layer][0] * math.log(self.latents[layer][1])

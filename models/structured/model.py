@@ -96,7 +96,6 @@ class StructuredModel(Model):
 
         own = of_layer(estimator, layer)
         estimate = own(f, logits, step=step, context=context, generator=generator)
-        check_estimate(estimate, len(logits))
         auxiliaries.append(estimate.auxiliary)
         if not is_last:
             # enumeration may have tried what f takes, which counts for nothing

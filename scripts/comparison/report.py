@@ -13,6 +13,7 @@ from scripts.comparison.figures import p_value
 from scripts.comparison.groups import Comparison, Group
 from scripts.comparison.runs import METRICS, Metric, Record
 from scripts.comparison.statistics import Summary
+from training.resume import has_own_code, own_path
 
 DASH = "–"
 COSTS = ("evaluations", "seconds", "steps_per_second")
@@ -98,8 +99,14 @@ def choice(comparison: Comparison) -> str:
     if chosen is None or measured is None:
         return ""
     if by is not reported:
+        same = [
+            group.name
+            for group in comparison.groups
+            if group is not best and (one := group.summaries.get(comparison.metric)) and one.mean == chosen.mean
+        ]
+        tie = f" ({', '.join(same)} {'has' if len(same) == 1 else 'have'} the same)" if same else ""
         return (
-            f"Chosen by {by.title}: {best.name}; its {reported.title}, on which nothing was chosen, is "
+            f"Chosen by {by.title}: {best.name}{tie}; its {reported.title}, on which nothing was chosen, is "
             f"{plus_minus(measured, reported, measured.n)} ({counted(measured.n, 'run')})."
         )
     said = f"On top: {best.name}, with {by.title} {plus_minus(chosen, by, chosen.n)} ({counted(chosen.n, 'run')})."
@@ -336,4 +343,5 @@ def command(run: Record) -> str:
     method = run.facts.get("method")
     script = ["python", "-m", "scripts.baselines", "--methods", str(method)] if method else ["train.py"]
     flags = [word for path in run.config_dir for word in ("--config-dir", path)]
-    return shlex.join(["uv", "run", *script, *flags, *run.overrides])
+    words = [*flags, *run.overrides]
+    return (own_path() if has_own_code(words) else "") + shlex.join(["uv", "run", *script, *words])
