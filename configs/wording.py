@@ -38,6 +38,12 @@ PLURALS: dict[Any, str] = {int: "integers", float: "numbers"}
 # choices that an optional package brings, and the extra of pyproject.toml that brings the package
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "optuna": "optuna"}
 CONFIGS = Path(__file__).parent
+ALSO_CALLED = {
+    "learning_rate": "lr",
+    "epochs": "steps",
+    "iterations": "steps",
+    "tau": "temperature",
+}  # by people
 PATHS = ("data.path", "data.root", "hydra.run.dir", "hydra.sweep.dir", "resume")
 ARGUMENT = "an argument must be key=value or group=choice, with quotes around special characters"
 # what Hydra says on one line, and what is said instead
@@ -48,7 +54,7 @@ HYDRA_SAYS = (
     ),
     (
         r"Could not override '(?P<key>\S+)'\. No match .* use \+(?P<given>.+)",
-        "{given} is not a choice here: no group in use has {key}",
+        "{given} is not a choice here: no group in use has {key}{which}",
     ),
     (
         r"Multiple values for (?P<key>\S+)\. To override .*'override \S+: (?P<value>.+)'",
@@ -95,7 +101,8 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         choices = f"one of {', '.join(error.options)}" if error.options else "the name of a choice"
         extra = next((extra for name, extra in EXTRAS.items() if choice.startswith(name)), "")
         near = next(iter(difflib.get_close_matches(choice, error.options or [], n=1, cutoff=0.7)), "")
-        way_on = f"; it comes by: uv sync --extra {extra}" if extra else f"; did you mean {near}?" if near else ""
+        own = "" if {"--config-dir", "-cd"} & {*sys.argv} else "; --config-dir DIR finds one of your own"
+        way_on = f"; it comes by: uv sync --extra {extra}" if extra else f"; did you mean {near}?" if near else own
         return f"{group} must be {choices}, got {choice}{way_on}"
     nameless = [argument for argument in arguments if re.fullmatch(r"([+~]*=.*|[+~]+)", argument)]
     if nameless:
@@ -105,7 +112,7 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         if said := re.search(pattern, text):
             if "several values" in sentence and _names_a_path(said["given"]):
                 return has_a_comma(said["given"])
-            return sentence.format(**said.groupdict())
+            return sentence.format(**said.groupdict(), which=_which_have(said.groupdict().get("key", "")))
     if isinstance(error, FileNotFoundError) and "temporary directory" in text:  # Python's own search for one
         return (
             f"no folder for temporary files can be written to ({text.partition(' in ')[2]}); set TMPDIR to one that can"
@@ -121,6 +128,15 @@ def explain(error: Exception, arguments: Sequence[str] = ()) -> str:
         override = re.search(r"(?: use \+|merging override )(.+)", text)
         return _explain_key(cause, override[1] if override else "")
     return text
+
+
+def _which_have(group: str) -> str:
+    """The estimators that have a group of choices, as estimator/baseline or schedule@estimator.temperature."""
+    name, _, section = group.partition("@")
+    own = f"/{name}@{section.removeprefix('estimator.')}:" if section else f"{name.removeprefix('estimator/')}:"
+    files = sorted((CONFIGS / "estimator").glob("*.yaml"))
+    having = [file.stem for file in files if re.search(rf"^  - (override )?{re.escape(own)}", file.read_text(), re.M)]
+    return f"; of the estimators {', '.join(having)} have it" if having else ""
 
 
 def _explain_key(error: OmegaConfBaseException, override: str) -> str:
@@ -157,10 +173,13 @@ def explain_group(arguments: Sequence[str]) -> str | None:
 def unknown_key(given: str, key: str, known: Sequence[str], owner: str = "") -> str:
     """The sentence for a key that nothing reads: what its section has, and the nearest key that something reads."""
     section, written = key.rpartition(".")[0], given.partition("=")[0].lstrip("+~")
+    if section.endswith("temperature"):  # has the same names, and means another
+        known = [other for other in known if not other.startswith("lr_factor.")]
     if written.startswith(f"{key}."):  # its section is not there either: a last name alone tells too little
         alike = difflib.get_close_matches(written, known, n=1, cutoff=0.7)
     else:
-        names = difflib.get_close_matches(_name(written), [_name(other) for other in known], n=1, cutoff=0.7)
+        meant = ALSO_CALLED.get(_name(written), _name(written))
+        names = difflib.get_close_matches(meant, [_name(other) for other in known], n=1, cutoff=0.7)
         alike = [other for other in known if names and _name(other) == names[0]]
     nearest = max(alike, key=lambda other: difflib.SequenceMatcher(None, written, other).ratio(), default="")
     neighbours = [_name(other) for other in known if other.rpartition(".")[0] == section]

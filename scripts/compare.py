@@ -6,7 +6,7 @@ A FOLDER is a run folder, a sweep's folder, or any folder above some. Runs that 
 data.split_seed are draws of one group, with a mean, a standard deviation and a 95 % interval (Student's t). Validation
 accuracy sorts, and chooses what is best; differences from a baseline group are in test accuracy, on which nothing is
 chosen, over the draws that both have: same split, same seed. Runs without result.json count in no mean, and are listed.
-Prints tables, and writes compare.html, compare.md and compare.csv, and by --figures each figure for a paper.
+Prints tables, and writes compare.html, compare.md, compare.tex and compare.csv, and by --figures each figure.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def main() -> None:
     with refusing_bad_input():
         from scripts.comparison.figure_files import figure_files
         from scripts.comparison.groups import compare
+        from scripts.comparison.latex import as_latex
         from scripts.comparison.page import page
         from scripts.comparison.report import as_csv, as_markdown, as_text
         from training.checkpoints import write_atomically
@@ -57,7 +58,8 @@ def main() -> None:
         records, notes = read_all(arguments.folders)
         comparison = compare(records, notes, arguments.metric, arguments.baseline)
         html = page(comparison)
-        contents = {"csv": as_csv(comparison), "md": as_markdown(comparison), "html": html}
+        tables = {"csv": as_csv, "md": as_markdown, "tex": as_latex}
+        contents = {**{suffix: table(comparison) for suffix, table in tables.items()}, "html": html}
         files = {f"{OUTPUT}.{suffix}": content for suffix, content in contents.items()}
         files |= figure_files(html) if arguments.figures else {}
         with made(output):

@@ -52,6 +52,21 @@ BAD = [
     ("data.nope.x=1", "data.nope.x=1 is not a key", "data has name"),
     ("+train.lrr=3", "train.lrr=3 is not a key", "did you mean optimizer.lr?"),
     ("++x.y=1", "x={y: 1} is not a key", "the configuration has data"),
+    ("optimizer.learning_rate=1", "optimizer.learning_rate=1 is not a key", "did you mean optimizer.lr?"),
+    ("train.epochs=1", "train.epochs=1 is not a key", "did you mean train.steps?"),
+    (
+        f"{EXPONENTIAL} estimator.temperature.end=1",
+        "(estimator.temperature has _target_, _partial_, rate, minimum, every)\n",
+    ),
+    (
+        "estimator=relax estimator/baseline=learned",
+        "has estimator/baseline; of the estimators muprop, score_function have",
+    ),
+    (
+        "estimator=rebar schedule@estimator.temperature=cosine",
+        "no group in use has schedule@estimator.temperature; of the estimators concrete, gapped_straight_through",
+    ),
+    ("estimator=table_control", "got table_control; --config-dir DIR finds one of your own\n"),
     (f"{GUMBEL} +estimator.foo=1", "estimator.foo=1 is not a key", "GumbelSoftmax has temperature, num_samples"),
     ("+objective.beta=1", "objective.beta=1 is not a key", "objective has labelled, unlabelled, alpha"),
     ("hydra.nope=1", "hydra.nope=1 is not a key", "hydra has run, sweep"),

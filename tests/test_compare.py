@@ -304,6 +304,20 @@ def test_what_the_machine_chose_counts_and_not_auto(tmp_path: Path) -> None:
     assert names(comparison(tmp_path)) == ["precision=fp32", "precision=bf16"]
 
 
+def test_a_table_for_a_paper(other_on_test: Path) -> None:
+    """A row a group, of which booktabs makes a table: no character of a name is taken for a command."""
+    make_run(other_on_test / "one", 0.5, rf"{NASTY} 50% of a_b^c, $5 #1 {{x}} ~\y")
+    assert run_compare(other_on_test).code == 0
+    table = (other_on_test / "compare" / "compare.tex").read_text()
+    rows = [line for line in table.splitlines() if line.endswith(r" \\")]
+    assert [row.count(" & ") for row in rows] == [rows[0].count(" & ")] * 4
+    assert rows[0].startswith("group & $n$ & val accuracy & test accuracy")
+    best = comparison(other_on_test).groups[0].summaries["val_accuracy"]
+    assert rows[1].startswith(f"marginalization & 4 & ${best.mean:.4f} \\pm {best.half:.4f}$ (${best.sd:.4f}$) & ")
+    assert rows[3].partition(" & ")[2].startswith("1 & $0.5000$ & ")
+    assert not re.search(r"(?<!\\)[%&#_$]", rows[3].partition(" & ")[0])
+
+
 def test_a_tie_is_said(tmp_path: Path) -> None:
     for estimator, accuracy in (("marginalization", 0.9), ("gumbel_softmax", 0.9), ("rebar", 0.8)):
         make_run(tmp_path / estimator, accuracy, estimator, result={"test_accuracy": 0.5})

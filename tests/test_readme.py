@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from sklearn.datasets import load_digits
 
 import train
-from scripts import generate
+from scripts import generate, gradient_quality
 from scripts.command import composed
 from tests.runs import MLP, ROOT, command, events, resume, run
 from training.trained import open_run
@@ -89,6 +90,14 @@ def test_estimator_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     yaml = block_with("yaml", "SoftmaxMean")
     line = plugin(tmp_path, monkeypatch, "estimators_of_mine", "SoftmaxMean", "estimator", "softmax_mean", yaml)
     run(f"{line} {TINY} estimator.noise=0.2", tmp_path / "run")
+    (tmp_path / "estimator" / "reinforce.yaml").write_text("_target_: estimators_of_mine.Reinforce\n")
+    found = tmp_path / "gradient_quality"
+    named = f"--config-dir {tmp_path} --trust estimators_of_mine estimators=softmax_mean,reinforce"
+    assert command(gradient_quality.main, f"{tmp_path}/run {named} draws=400 batch_size=5 output={found}").code == 0
+    table = csv.DictReader((found / "gradient_quality.csv").read_text().splitlines())
+    rows = [row for row in table if row["part"] == "logits"]
+    z = {row["estimator"]: float(row["bias_squared"]) / float(row["bias_squared_error"]) for row in rows}
+    assert z["reinforce"] < 4 < z["softmax_mean"], z
 
 
 def test_networks_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -468,6 +468,14 @@ def test_resume_with_another_experiment_is_refused(
     assert files(folder) == before
 
 
+def test_a_longer_run_keeps_its_schedule_as_it_is_told_to(copied: Callable[[str], Path]) -> None:
+    folder = copied(f"{MLP} lr_factor=cosine train.steps=2")
+    words = "lr_factor.steps=4 (was 2); start a new run for that, or add lr_factor.steps=2, as it follows train.steps"
+    assert_one_sentence(resume(folder, "train.steps=4", code=2), words)
+    resume(folder, "train.steps=4 lr_factor.steps=2")
+    assert checkpoint(folder)["step"] == 4
+
+
 def test_the_command_that_repeats_a_run_has_what_a_resume_set(tmp_path: Path) -> None:
     run(f"{MLP} train.steps=2 lr_factor=constant", tmp_path / "run")
     resume(tmp_path / "run", "train.steps=3 evaluation.importance_samples=2 train.log_every=1")

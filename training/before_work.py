@@ -231,17 +231,23 @@ def _same_experiment(config: Config) -> None:
         return
     from training.state import changes, flat
 
-    if changed := changes(flat(_configuration_in(Path(config.resume))), config):
-        raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that")
+    state = _state_in(Path(config.resume))
+    before = flat(state["config"])
+    if changed := changes(before, config):
+        followed = state.get("asked", {}).get("references", {}).items()
+        kept = [
+            f", or add {key}={before[key]}, as it follows {other}" for key, other in followed if f"{key}=" in changed
+        ]
+        raise ConfigError(f"resume cannot change the experiment: {changed}; start a new run for that{''.join(kept)}")
 
 
-def _configuration_in(folder: Path) -> Any:
-    """Of the run in a folder, by its newest checkpoint. Raises CheckpointError."""
+def _state_in(folder: Path) -> dict[str, Any]:
+    """The newest checkpoint of the run in a folder. Raises CheckpointError."""
     import torch
 
     from training.checkpoints import load
 
-    return load(folder, torch.device("cpu"))["config"]
+    return load(folder, torch.device("cpu"))
 
 
 def _check_folder(config: DictConfig, folder: Path) -> None:
@@ -249,7 +255,7 @@ def _check_folder(config: DictConfig, folder: Path) -> None:
     if config.get("resume") is None and any((folder / "checkpoints").glob("step_*.pt")):
         stored: Any = {}
         with suppress(ConfigError):  # a damaged one is told of by resume
-            stored = _configuration_in(folder)
+            stored = _state_in(folder)["config"]
         way_on = resume_command(folder, stored)
         raise ConfigError(f"hydra.run.dir must be without a run, got {folder}; go on with that one by: {way_on}")
     if config.get("resume") is None and (folder / "result.json").exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -44,6 +45,8 @@ def prepare(config: DictConfig) -> None:
 def begin(config: DictConfig) -> None:
     """Puts `Rounded` around the sampler, unless that goes through a grid, and drops what an earlier search found."""
     (Path(config.hydra.sweep.dir) / FOUND).unlink(missing_ok=True)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("NO_COLOR", "1")  # Optuna's log of trials has colours otherwise
     settings: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=True, enum_to_str=True)
     if "sampler" in settings and not settings["sampler"].get("_partial_"):
         settings["sampler"] = {"_target_": f"{__name__}.Rounded", "sampler": settings["sampler"]}
