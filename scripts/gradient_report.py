@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what is slow to import is imported where it is used, so tha
 
     from models.gradient_quality import Measurement, Quality
 
+ROUNDING = 1e-9  # of a bias² next to the gradient's square
+
 
 def mean_over_runs(measured: list[dict[str, Measurement]]) -> dict[str, Measurement]:
     """The mean of every number over models, of the estimators that all of them can have.
@@ -84,7 +86,15 @@ def table(measured: dict[str, Measurement], about: str) -> str:
         "rows are in the order of their sum; cosine is the mean over draws; calls of the generator per image; ms per "
         "gradient"
     )
-    return "\n\n".join([about, *blocks, "\n".join(filter(None, [explained, reference(measured)]))])
+    return "\n\n".join([about, *blocks, "\n".join(filter(None, [explained, verdict(measured), reference(measured)]))])
+
+
+def verdict(measured: dict[str, Measurement]) -> str:
+    """Which estimators are seen to be biased, in the first part: of ten and more draws chance does that in 0.1 %."""
+    part = next(iter(next(iter(measured.values())).parts))
+    qualities = {name: one.parts[part] for name, one in measured.items()}
+    seen = [short(name) for name, q in qualities.items() if q.bias_squared > max(ROUNDING, 3 * q.bias_squared_error)]
+    return f"bias² is above three of its standard errors, {part}: {', '.join(seen) or 'of none'}"
 
 
 def reference(measured: dict[str, Measurement]) -> str:

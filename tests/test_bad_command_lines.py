@@ -444,6 +444,7 @@ def test_refused_by_a_process_of_its_own(line: str, tmp_path: Path) -> None:
 SCRIPTS: list[tuple[Any, ...]] = [
     (compare, f"RUNS --output new/{TOO_LONG}", TOO_LONG),
     (compare, "RUNS --metric test_bound --output new/place", "none of these runs has it"),
+    (compare, "RUNS --output 'paper table.tex'", "--output must be a folder, which gets a file of each kind"),
     (compare, "nonexistent --output new/place", "nonexistent is not a folder"),
     (gradient_quality, "RUNS/1 output=new/place", "the split's hash differs"),
     (evaluate, "nonexistent --output found.json", "nonexistent", "is it a run folder?"),

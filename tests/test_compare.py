@@ -769,8 +769,8 @@ def test_a_folder_given_twice_counts_once_and_reports_go_beside_a_run(tmp_path: 
     one, other = make_run(tmp_path / "one", 0.9), make_run(tmp_path / "other", 0.8, seed=1)
     ended = run_compare(one, other, one, tmp_path)
     assert "2 finished runs in 1 group" in ended.out
-    written = [tmp_path / "compare" / f"compare.{suffix}" for suffix in ("csv", "md", "html")]
-    assert ended.out.splitlines()[-3:] == list(map(str, written))
+    written = [tmp_path / "compare" / f"compare.{suffix}" for suffix in ("csv", "md", "tex", "html")]
+    assert ended.out.splitlines()[-4:] == list(map(str, written))
     assert sorted((tmp_path / "compare").iterdir()) == sorted(written)
 
 

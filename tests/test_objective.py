@@ -455,7 +455,7 @@ class Recorder(Estimator):
         }
         batch = logits.shape[0]
         return Estimate(
-            value=torch.arange(batch) * 10.0,
+            value=torch.arange(batch) * 10.0 + 0 * logits.sum(dim=(-2, -1)),
             kl=torch.arange(batch) + 1.0,
             auxiliary=torch.tensor(2.5),
             metrics={"evaluations": 7.0},
