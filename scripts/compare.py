@@ -25,7 +25,7 @@ OUTPUT = "compare"  # folder and files
 
 
 def output_folder(folders: Sequence[Path], given: Path | None) -> Path:
-    """compare/ in the first folder, or next to it if it is a run's. Raises ConfigError where that is a link, or no folder."""
+    """compare/ in the first folder, or next to it if it is a run's. Raises ConfigError for a link and for a file."""
     if given is not None:
         if given.suffix in (".csv", ".md", ".tex", ".html"):
             raise ConfigError(f"--output must be a folder, which gets a file of each kind, got {given}")
