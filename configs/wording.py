@@ -38,12 +38,8 @@ PLURALS: dict[Any, str] = {int: "integers", float: "numbers"}
 # choices that an optional package brings, and the extra of pyproject.toml that brings the package
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "optuna": "optuna"}
 CONFIGS = Path(__file__).parent
-ALSO_CALLED = {
-    "learning_rate": "lr",
-    "epochs": "steps",
-    "iterations": "steps",
-    "tau": "temperature",
-}  # by people
+# what people call a key
+ALSO_CALLED = {"learning_rate": "lr", "epochs": "steps", "iterations": "steps", "tau": "temperature"}
 PATHS = ("data.path", "data.root", "hydra.run.dir", "hydra.sweep.dir", "resume")
 ARGUMENT = "an argument must be key=value or group=choice, with quotes around special characters"
 # what Hydra says on one line, and what is said instead

@@ -495,7 +495,7 @@ def test_search_maximises_validation_accuracy_and_starts_again(tmp_path: Path) -
     other = here(line + "4 seed=9", folder)
     assert other.code == 2
     assert "that of the same search" in one_sentence(other.err)
-    assert "where it was not said: seed=9" in one_sentence(other.err)
+    assert ": seed=9 was not said; the same has" in one_sentence(other.err)
     for trial in folder.glob("[0-9]"):
         shutil.rmtree(trial / "checkpoints")
     done = times(folder)

@@ -154,10 +154,11 @@ def check_search(config: DictConfig) -> None:
         if before != search or sweeper.storage or sweeper.sampler.get("seed") is None:
             message = f"hydra.sweep.dir must be new, or that of the same search, got {folder}"
             old, new = (set(one.get("overrides", [])) for one in (before, search))
-            differs = f", where it was {' '.join(sorted(old - new)) or 'not said'}: {' '.join(sorted(new - old))}"
+            now, was = " ".join(sorted(new - old)) or "what is left out", " ".join(sorted(old - new)) or "not said"
+            differs = f": {now} was {was}" if before and old != new else ""
             raise ConfigError(
-                f"{message}{differs if before and old != new else ''}; the same has hydra.sweeper.sampler.seed, all "
-                "settings but hydra.sweeper.n_trials, and no storage"
+                f"{message}{differs}; the same has hydra.sweeper.sampler.seed, all settings but "
+                "hydra.sweeper.n_trials, and no storage"
             )
     write_json(folder / SEARCH, search)
 

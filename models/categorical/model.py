@@ -100,11 +100,11 @@ class CategoricalVAE(Model):
         """
         own, is_top = of_layer(estimator, layer), layer == len(self.latents) - 1
         calls: Tensor | float = 0.0
-        samples_seen = 0
+        called_at = 0  # samples of y
         own.log_prior = self.log_prior if is_top else None
 
         def f(y: Tensor) -> Tensor:
-            nonlocal calls, samples_seen
+            nonlocal calls, called_at
             value = self.log_prob(layer, below, y)
             if is_top:
                 return value
@@ -119,7 +119,7 @@ class CategoricalVAE(Model):
                 auxiliaries=auxiliaries,
             )
             calls += samples * above.metrics["evaluations"]
-            samples_seen += samples
+            called_at += samples
             return value + (above.value - above.kl).view(samples, rows)
 
         logits = self.logits(layer, below) if logits is None else logits
@@ -127,8 +127,8 @@ class CategoricalVAE(Model):
         auxiliaries.append(estimate.auxiliary)
         if not is_top:
             estimate.kl = estimate.kl - self.latents[layer][0] * math.log(self.latents[layer][1])
-            # enumeration may have tried what f takes, which counts for nothing
-            estimate.metrics["evaluations"] = estimate.metrics["evaluations"] * (calls / samples_seen)
+            # by a mean, as enumeration may have tried what f takes, which counts for nothing
+            estimate.metrics["evaluations"] = estimate.metrics["evaluations"] * (calls / max(1, called_at))
         return estimate
 
     def objective(

@@ -73,10 +73,10 @@ class StructuredModel(Model):
         """
         is_last = layer == len(self.latents) - 1
         calls: Tensor | float = 0.0
-        samples_seen = 0
+        called_at = 0  # samples of y
 
         def f(y: Tensor) -> Tensor:
-            nonlocal calls, samples_seen
+            nonlocal calls, called_at
             samples, rows = y.shape[:2]
             if is_last:
                 return self.log_prob(lower, y)
@@ -91,15 +91,15 @@ class StructuredModel(Model):
                 auxiliaries=auxiliaries,
             )
             calls += samples * onward.metrics["evaluations"]
-            samples_seen += samples
+            called_at += samples
             return onward.value.view(samples, rows)
 
         own = of_layer(estimator, layer)
         estimate = own(f, logits, step=step, context=context, generator=generator)
         auxiliaries.append(estimate.auxiliary)
         if not is_last:
-            # enumeration may have tried what f takes, which counts for nothing
-            estimate.metrics["evaluations"] = estimate.metrics["evaluations"] * (calls / samples_seen)
+            # by a mean, as enumeration may have tried what f takes, which counts for nothing
+            estimate.metrics["evaluations"] = estimate.metrics["evaluations"] * (calls / max(1, called_at))
         return estimate
 
     def objective(
