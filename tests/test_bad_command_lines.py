@@ -79,6 +79,8 @@ BAD = [
     ("-m train.steps=[1,", "key=value", "got train.steps=[1,"),
     ("seed=1,2", "seed=1,2", "-m"),
     ("--resolve", "--resolve"),
+    ("data=digits --estimator rebar", "--estimator is not an option: settings are given as key=value"),
+    ("--lr=1e-3", "--lr is not an option"),
     # places that do not exist
     ("--config-dir nonexistent", "--config-dir must be a folder", "nonexistent"),
     ("--config-name nope", "--config-name must name a configuration file", "nope"),

@@ -26,6 +26,8 @@ RESUMED = "resumed"  # the name under which the run's configuration takes the pl
 ROOT = CONFIGS.parent
 CONFIG_DIR = ("--config-dir", "-cd")
 WITH_VALUE = (*CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--package", "-p", "--cfg", "-c")
+WITHOUT_VALUE = ("--help", "--hydra-help", "--version", "--resolve", "--run", "--multirun", "--info")
+OPTIONS = (*WITH_VALUE, *WITHOUT_VALUE, "--shell-completion", "--experimental-rerun")
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")  # to another key, and to nothing else
 
 
@@ -35,6 +37,10 @@ def resume_arguments(arguments: list[str], trusted: Collection[str] = ()) -> lis
     What the checkpoint says takes the place of configs/config.yaml and its choices; nothing else of the folder reaches
     Hydra. Raises ConfigError, CheckpointError if FOLDER is no run folder, or names what may not be called.
     """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and not any(option.startswith(name) for option in OPTIONS):  # or its first letters
+            raise ConfigError(f"{name} is not an option: settings are given as key=value, such as estimator=rebar")
     resumed = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
     if not resumed or (given := resumed[-1].partition("=")[2]) in ("", "null"):
         return _unbroken(arguments)
