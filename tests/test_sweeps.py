@@ -41,7 +41,7 @@ from estimators.marginalization import Marginalization
 
 class Told(Marginalization):
     def forward(self, *given, step, **named):
-        if "TOLD" in os.environ:
+        if "TOLD" in os.environ and step > 0:  # before work it is tried in another process
             Path(os.environ["TOLD"], f"threads{torch.get_num_threads()}").touch()
         if "SLOW" in os.environ and step > 20 and torch.initial_seed() > 1:
             Path(os.environ["SLOW"], f"at_work_{torch.initial_seed()}").touch()
