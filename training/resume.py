@@ -40,7 +40,7 @@ def resume_arguments(arguments: list[str], trusted: Collection[str] = ()) -> lis
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and not any(option.startswith(name) for option in OPTIONS):  # or its first letters
-            raise ConfigError(f"{name} is not an option: settings are given as key=value, such as estimator=rebar")
+            raise ConfigError(f"{name} is not an option: settings are given as key=value, such as train.steps=100")
     resumed = [argument for argument in arguments if argument.lstrip("+").startswith("resume=")]
     if not resumed or (given := resumed[-1].partition("=")[2]) in ("", "null"):
         return _unbroken(arguments)
